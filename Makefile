@@ -1,0 +1,35 @@
+# Two commands from a fresh machine: `make demo` and `make test`. Both make their environment first.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test check format clean
+
+$(VENV)/run: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test: $(VENV)/run
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/run
+	$(RUN) scripts/demo.py
+
+test: $(VENV)/test check
+	$(RUN) -m pytest
+
+check: $(VENV)/test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(VENV)/test
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

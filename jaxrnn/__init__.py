@@ -1,0 +1,14 @@
+"""jaxrnn: LSTM and GRU training in JAX that says at which step it broke, and proves it by replay."""
+
+import importlib
+from typing import Any
+
+__version__ = '0.1.0'
+__all__ = ['UserError', 'bisect', 'record']
+
+
+def __getattr__(name: str) -> Any:
+    """`record`, `bisect` and `UserError`, imported when they are wanted: JAX takes its time."""
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module('jaxrnn.debug'), name)

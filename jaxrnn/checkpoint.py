@@ -1,0 +1,160 @@
+"""States on disk, through orbax: the only door to it.
+
+Checkpoint k holds the state that step k starts from, so that 0 is the initial state.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxrnn import tree
+from jaxrnn.types import Tree, UserError
+
+# One line a save is of no use to the user of a progress bar; warnings and errors still come through.
+logging.getLogger('absl').setLevel(logging.WARNING)
+
+
+class Checkpoints:
+    """The checkpoints of a directory: those that `save` made, or those of somebody's orbax CheckpointManager.
+
+    Args:
+        directory: with one folder a step.
+        like: a state (of arrays or jax.ShapeDtypeStruct) whose structure restored states get. Without it they
+            are made of dictionaries and lists, which suits a state that is.
+    """
+
+    def __init__(self, directory: str | os.PathLike, like: Tree = None):
+        self.directory = Path(directory).absolute()
+        self.like = like
+
+    def steps(self) -> list[int]:
+        """The steps that have a whole checkpoint, ascending."""
+        if not self.directory.is_dir():
+            return []
+        numbered = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
+        return sorted(step for step in numbered if self._item(step) is not None)
+
+    def restore(self, step: int) -> Tree:
+        """The state that step `step` starts from. Raises UserError where it can't be read."""
+        path = self._item(step)
+        if path is None:
+            raise UserError(
+                f'{self.directory}: no checkpoint of step {step}; there are {_ranges(self.steps())}'
+            )
+        target = None if self.like is None else _boxed(jax.tree.map(_abstract, self.like))
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                state = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # orbax and tensorstore raise whatever they like on a damaged file
+            raise UserError(
+                f"{path}: the checkpoint can't be read ({_first_line(error)}); "
+                'it is damaged or of another program: delete its folder to go on from the one before'
+            ) from error
+        # Own buffers, never views of what orbax holds: the step donates its state.
+        state = jax.tree.map(jnp.copy, state)
+        return state[0] if self.like is not None and _is_leaf(self.like) else state
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state; empty for somebody else's checkpoint."""
+        path = self.directory / str(step) / 'meta'
+        if not path.is_dir():
+            return {}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.JsonRestore())
+
+    def _item(self, step: int) -> Path | None:
+        for name in ('state', 'default'):  # `default` is what a CheckpointManager calls its only item
+            path = self.directory / str(step) / name
+            if path.is_dir():
+                return path
+        return None
+
+
+class Writer:
+    """Saves checkpoints while training goes on, and thins them out.
+
+    Args:
+        directory: made if it isn't there.
+        keep_latest: how many of the newest are kept.
+        keep_every: those at multiples of it are kept for ever, the first (step 0) always.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep_latest: int, keep_every: int):
+        self.directory = Path(directory).absolute()
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.LatestN(keep_latest), checkpoint_managers.EveryNSteps(keep_every)]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a killed process left half written
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'meta'))
+
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
+        """Copies the state and starts to write it; returns before it is written.
+
+        Raises UserError when the disk is too full, or when the write before this one failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._check_room(state)
+        # A copy, since the next step donates the state while orbax still writes it.
+        copied = _boxed(jax.tree.map(jnp.copy, state))
+        items = {'state': ocp.args.StandardSave(copied), 'meta': ocp.args.JsonSave(dict(meta))}
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises UserError when a write failed."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._guard(self._manager.close)
+
+    def _check_room(self, state: Tree) -> None:
+        need, free = 2 * tree.nbytes(state), shutil.disk_usage(self.directory).free
+        if free < need:
+            raise UserError(
+                f'{self.directory}: the disk has {free >> 20} MB free and a checkpoint needs {-(-need >> 20)} MB; '
+                'make room or lower --keep_latest, then run the same command again to resume'
+            )
+
+    def _guard(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # a full or failing disk comes as OSError, ValueError or RuntimeError
+            raise UserError(
+                f"{self.directory}: a checkpoint couldn't be written ({_first_line(error)}); make room or check "
+                'the disk, then run the same command again to resume'
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _is_leaf(state: Tree) -> bool:
+    return jax.tree_util.treedef_is_leaf(jax.tree.structure(state))
+
+
+def _boxed(state: Tree) -> Tree:
+    """A state that is one bare array in a list: orbax saves trees only."""
+    return [state] if _is_leaf(state) else state
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    leaf = leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
+
+
+def _ranges(steps: list[int]) -> str:
+    return f'{len(steps)} from {steps[0]} to {steps[-1]}' if steps else 'none'

@@ -1,0 +1,203 @@
+"""What a run is made from: frozen dataclasses, checked where they are built.
+
+Each field is the one home of its default, its bounds and its help; the scripts make their flags
+from these fields. A configuration goes to JSON and back, and has a digest: two runs of equal
+digest, data and environment are bit for bit the same run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from jaxrnn.types import UserError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help and bounds."""
+    bounds = {'choices': choices, 'at_least': at_least, 'above': above, 'below': below}
+    return dataclasses.field(default=default, metadata={'help': help, **bounds})
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    flag, bounds = f'--{field.name}', field.metadata
+    if field.type is float and type(value) is int:
+        pass  # an integer is a fine float
+    elif type(value) is not field.type:
+        kind = getattr(field.type, '__name__', field.type)
+        raise UserError(f'{flag}: {value!r} found, {kind} expected')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{flag}: {value} found, a finite number expected')
+    if bounds['choices'] and value not in bounds['choices']:
+        raise UserError(f'{flag}: {value!r} found, one of {", ".join(bounds["choices"])} expected')
+    for bound, holds, words in (
+        ('at_least', lambda x, b: x >= b, 'at least'),
+        ('above', lambda x, b: x > b, 'more than'),
+        ('below', lambda x, b: x < b, 'less than'),
+    ):
+        if bounds[bound] is not None and not holds(value, bounds[bound]):
+            raise UserError(f'{flag}: {value} found, {words} {bounds[bound]} expected')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options; building one checks every field against its type and bounds."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Options):
+    """Which words and vectors."""
+
+    vectors: str = option(
+        '', 'Word vectors: word2vec text or binary, GloVe text (each also gzipped), or KeyedVectors.'
+    )
+    corpus: str = option(
+        '', 'Text to train word vectors on: plain, gzipped, or a MediaWiki dump (.xml, .bz2).'
+    )
+    allow_pickle: bool = option(
+        False, 'Read gensim KeyedVectors files, whose unpickling can run any code they contain.'
+    )
+    word2vec_size: int = option(100, 'Word2Vec on a corpus: length of the vectors.', at_least=1)
+    word2vec_window: int = option(5, 'distance between a word and its context.', at_least=1)
+    word2vec_min_count: int = option(5, 'drop words that are rarer in the corpus.', at_least=1)
+    word2vec_epochs: int = option(20, 'passes over the corpus.', at_least=1)
+    word2vec_skip_gram: bool = option(True, 'skip-gram; else continuous bag of words.')
+    num_words: int = option(0, 'Keep the most frequent words only; 0 keeps all.', at_least=0)
+    max_length: int = option(19, 'Drop words of more letters.', at_least=1)
+    pad_to: int = option(
+        0, 'Time steps of an encoded word, its leading $ included; 0: as the longest word needs.',
+        at_least=0,
+    )  # fmt: skip
+    normalise: bool = option(True, 'Scale every vector to length 1.')
+    validation_share: float = option(0.05, 'Share of the words held out for validation.', at_least=0, below=1)
+    test_share: float = option(0.05, 'Share of the words held out for the test.', at_least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Options):
+    """Which network (design, section 5)."""
+
+    network: str = option('lstm', 'The network.', choices=('lstm', 'gru', 'stacked'))
+    preset: str = option(
+        'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library.",
+        choices=('keras1', 'keras3', 'flax'),
+    )  # fmt: skip
+    hidden: int = option(0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimiser(Options):
+    """Adam, its learning-rate schedule and its clipping."""
+
+    learning_rate: float = option(1e-3, 'Learning rate, or the peak of its schedule.', above=0)
+    b1: float = option(0.9, "Adam: decay of the gradient's mean.", at_least=0, below=1)
+    b2: float = option(0.999, "Adam: decay of the squared gradient's mean.", at_least=0, below=1)
+    epsilon: float = option(0.0, "Adam: added to the denominator; 0 takes the preset's.", at_least=0)
+    clip: str = option(
+        'none', 'What gradients are clipped by: the norm of all, of each leaf, or relative to the weights.',
+        choices=('none', 'global_norm', 'per_leaf', 'adaptive'),
+    )  # fmt: skip
+    clip_threshold: float = option(1.0, 'The largest norm, or for adaptive the largest ratio.', above=0)
+    schedule: str = option(
+        'constant', 'How the learning rate moves.',
+        choices=('constant', 'warmup_cosine', 'exponential', 'piecewise', 'plateau'),
+    )  # fmt: skip
+    warmup_steps: int = option(0, 'Linear warm-up before any schedule.', at_least=0)
+    decay_steps: int = option(
+        10_000, 'warmup_cosine: step at which the end is reached; exponential: steps of one decay.',
+        at_least=1,
+    )  # fmt: skip
+    decay_rate: float = option(0.5, 'exponential, piecewise, plateau: factor of one decay.', above=0, below=1)
+    end_learning_rate: float = option(0.0, 'warmup_cosine, exponential: the lowest.', at_least=0)
+    boundaries: str = option('', 'piecewise: steps at which the rate decays, as 1000,2000.')
+    plateau_patience: int = option(10, 'plateau: windows without a lower loss before a decay.', at_least=1)
+    plateau_window: int = option(100, 'plateau: steps over which the loss is averaged.', at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Options):
+    """What else decides the bits of a run."""
+
+    seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
+    batch_size: int = option(32, 'Words in a batch.', at_least=1)
+    digest_every: int = option(1, 'Steps between digests of the state, which prove a replay.', at_least=1)
+    debug_nans: bool = option(False, "Run under JAX's own jax_debug_nans.")
+    checkify: bool = option(False, "Run under JAX's own checkify.float_checks.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop(Options):
+    """What a run can be continued with differently: none of it moves a bit."""
+
+    max_steps: int = option(10_000, 'Steps to train.', at_least=1)
+    checkpoint_every: int = option(100, 'Steps between checkpoints.', at_least=1)
+    keep_latest: int = option(100, 'Checkpoints to keep, counted from the newest.', at_least=1)
+    keep_every: int = option(1000, 'Checkpoints at multiples of these steps are kept for ever.', at_least=1)
+    on_divergence: str = option(
+        'continue',
+        'What to do when a symptom shows: train on, or stop soon after.',
+        choices=('continue', 'stop'),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run's whole configuration."""
+
+    data: Data = Data()
+    model: Model = Model()
+    optimiser: Optimiser = Optimiser()
+    training: Training = Training()
+    loop: Loop = Loop()
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Reads what `to_json` wrote. Raises UserError for a group or option it doesn't know."""
+        groups: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+        made: dict[str, Any] = {}
+        for name, options in values.items():
+            if name not in groups:
+                raise UserError(
+                    f'config: unknown group {name!r}; it was written by another version of jaxrnn'
+                )
+            known = {field.name for field in dataclasses.fields(groups[name])}
+            if unknown := set(options) - known:
+                raise UserError(
+                    f'config: unknown option {min(unknown)!r} in {name!r}; another version wrote it'
+                )
+            made[name] = groups[name](**options)
+        return cls(**made)
+
+    def digest(self) -> str:
+        """16 hex digits over every option that decides bits: all groups but `loop`."""
+        values = self.to_json()
+        del values['loop']
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: 'Config') -> list[str]:
+        """The options that decide bits and differ, each as `name: ours, theirs`."""
+        ours, theirs = self.to_json(), other.to_json()
+        return [
+            f'--{name}: {value}, {theirs[group][name]}'
+            for group, options in ours.items()
+            if group != 'loop'
+            for name, value in options.items()
+            if value != theirs[group][name]
+        ]

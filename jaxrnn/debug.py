@@ -1,0 +1,84 @@
+"""The debugger for anybody's train step: record a run, bisect a run.
+
+jaxrnn.record(step, batch_at, init, 'runs/mine', max_steps=1000)
+diagnosis, rows = jaxrnn.bisect(step, batch_at, 'runs/mine', like=init)
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrnn import detect, loop, replay, telemetry
+from jaxrnn.checkpoint import Checkpoints
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.telemetry import Row
+from jaxrnn.types import BatchAt, Step, Tree, UserError
+
+
+def record(
+    step: Step, batch_at: BatchAt, init: Callable[[], Tree], directory: str | os.PathLike, **options: Any
+) -> loop.Ended:
+    """Trains with any pure step, and leaves a run that can be bisected; the same call again resumes it.
+
+    Args:
+        step: `(state, batch) -> (state, record)`; the record may be any tree of scalars.
+        batch_at: step number -> batch; a pure function.
+        init: makes the initial state.
+        directory: of the run.
+        **options: of `loop.Options`: max_steps, checkpoint_every, …
+
+    Returns:
+        How it ended, with the final state.
+    """
+    return loop.run(step, batch_at, init, directory, loop.Options(**options))
+
+
+def bisect(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    *,
+    like: Tree | Callable[[], Tree] = None,
+    when: str = '',
+    symptom: str = '',
+    good: int | None = None,
+    bad: int | None = None,
+    digest_every: int = 1,
+) -> tuple[Diagnosis, list[Row]]:
+    """Names the first bad step of a run, and proves it by replay.
+
+    Args:
+        step: as in the run.
+        batch_at: as in the run.
+        directory: of a run that `record` left, or of an orbax CheckpointManager whose checkpoint k is the state
+            that step k starts from.
+        like: a state, or what makes one, for the structure of the state; not needed for nested dictionaries.
+        when: a rule, as 'loss > 3 * median(loss, 200)'; else the built-in symptoms are looked for.
+        symptom: look for this one only.
+        good: a step before it.
+        bad: a step after it began.
+        digest_every: as in the run.
+
+    Returns:
+        The diagnosis, and the rows that were replayed.
+
+    Raises:
+        UserError: no checkpoints, damaged ones, or a rule that can't be read.
+    """
+    if when and symptom:
+        raise UserError('when and symptom: both found, one expected')
+    detectors = [detect.custom(when)] if when else [detect.by_name(symptom)] if symptom else detect.DETECTORS
+    structure = jax.eval_shape(like) if callable(like) else like
+    paths = loop.Paths(Path(directory))
+    ours = paths.checkpoints.is_dir()
+    subject = replay.subject(
+        step,
+        batch_at,
+        Checkpoints(paths.checkpoints if ours else paths.root, like=structure),
+        telemetry.RecordFile(paths.records).read() if ours else (),
+        digest_every=digest_every,
+    )
+    return replay.bisect(subject, detectors, good=good, bad=bad)

@@ -1,0 +1,127 @@
+"""Records -> symptoms, by rules over the records alone.
+
+A detector is a named rule in the language of `predicate`: what the user could have typed after --when. A new one
+is one entry of DETECTORS.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrnn import predicate
+from jaxrnn.diagnosis import Symptom
+from jaxrnn.predicate import Rule
+from jaxrnn.telemetry import Row, series
+from jaxrnn.types import Series, UserError
+
+
+class Detector(NamedTuple):
+    """What one kind of symptom looks like in the records."""
+
+    kind: str
+    rule: Rule
+    means: str  # what it usually means, for a person
+
+
+def _detector(kind: str, rule: str, means: str) -> Detector:
+    return Detector(kind, predicate.parse(rule), means)
+
+
+DETECTORS = (
+    _detector(
+        'nonfinite',
+        'not all_finite',
+        'a NaN or an infinity appeared in the loss, the gradients, the update or the state',
+    ),
+    # Sudden: below the best of the last 200 steps by a quarter, by .1, and by 8 standard errors of a mean of
+    # 16 steps, so that small batches, whose accuracy is noisy, raise no alarm.
+    _detector(
+        'collapse',
+        'smooth(accuracy, 16) < .75 * max(smooth(accuracy, 16), 200)'
+        ' and smooth(accuracy, 16) < max(smooth(accuracy, 16), 200) - .1'
+        ' and smooth(accuracy, 16) < max(smooth(accuracy, 16), 200) - 2 * std(accuracy, 200)',
+        'the network lost what it had learnt',
+    ),
+    # One hundredth of the targets' variance is the same output for all words; it counts once the outputs have
+    # varied, or when they still don't after 1,000 steps.
+    _detector(
+        'constant',
+        'variance_ratio < .01 and max(variance_ratio, 16) < .01'
+        ' and (max(variance_ratio, 200) > .05 or step >= 1000)',
+        'the network gives nearly the same output for every input',
+    ),
+    # Three times the trailing median is what a reader calls a spike; six standard deviations keep out noise, of the
+    # logarithm, since a loss scatters by factors.
+    _detector(
+        'spike',
+        'finite(loss) and loss > 3 * median(loss, 200)'
+        ' and log(loss) > median(log(loss), 200) + 6 * spread(log(loss), 200)',
+        'the loss leapt far above its trailing median',
+    ),
+)
+"""In the order of gravity: where several fire, the first of them is what the run is said to suffer from."""
+
+
+def by_name(kind: str) -> Detector:
+    """The detector of a kind. Raises UserError for an unknown one."""
+    for detector in DETECTORS:
+        if detector.kind == kind:
+            return detector
+    raise UserError(f'--symptom: {kind!r} found, one of {", ".join(d.kind for d in DETECTORS)} expected')
+
+
+def custom(rule: str) -> Detector:
+    """A detector of the user's own rule (--when)."""
+    return _detector('when', rule, 'your rule holds')
+
+
+def applicable(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Detector]:
+    """Those whose fields the records have: somebody's own step need not have an accuracy."""
+    known = columns.keys() | {predicate.ALL_FINITE}
+    return [detector for detector in detectors if detector.rule.fields <= known]
+
+
+def first(detector: Detector, columns: Series) -> Symptom | None:
+    """The first step at which a detector's rule holds."""
+    steps = np.flatnonzero(predicate.holds(detector.rule, columns))
+    return Symptom(detector.kind, int(columns[predicate.STEP][steps[0]])) if steps.size else None
+
+
+def symptoms(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Symptom]:
+    """The first of every kind that shows, gravest first."""
+    if not columns:
+        return []
+    found = (first(detector, columns) for detector in applicable(columns, detectors))
+    return [symptom for symptom in found if symptom is not None]
+
+
+class Watch:
+    """Detects while a run goes on: looks at its rows every few steps, seeing what `symptoms` would.
+
+    Args:
+        every: steps between looks.
+    """
+
+    def __init__(self, every: int = 25, detectors: Sequence[Detector] = DETECTORS):
+        self.every, self.detectors = every, detectors
+        longest = max(detector.rule.lookback for detector in detectors)
+        self._rows: deque[Row] = deque(maxlen=longest + every)
+
+    def __call__(self, row: Row) -> list[Symptom]:
+        """Takes the next row; returns the symptoms that began since the last look."""
+        self._rows.append(row)
+        bad = not all(value for name, value in row.items() if name.startswith('finite_'))
+        if not bad and (row[predicate.STEP] + 1) % self.every:
+            return []
+        fresh = row[predicate.STEP] - self.every
+        columns = series(self._rows)
+        return [s for d in applicable(columns, self.detectors) if (s := _last(d, columns, fresh)) is not None]
+
+
+def _last(detector: Detector, columns: Series, after: int) -> Symptom | None:
+    """The first step beyond `after` at which the rule holds."""
+    steps = columns[predicate.STEP][predicate.holds(detector.rule, columns)]
+    steps = steps[steps > after]
+    return Symptom(detector.kind, int(steps[0])) if steps.size else None

@@ -1,0 +1,50 @@
+"""What the debugger found, as plain data: the machine-readable result (design, section 7)."""
+
+import dataclasses
+from typing import Any
+
+from jaxrnn import environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Symptom:
+    """What a detector saw, and the first step at which its rule holds."""
+
+    kind: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """What the pattern of outcomes says."""
+
+    kind: str = 'none'
+    why: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What was computed again, and whether it came out the same."""
+
+    bit_identical: bool = False  # every replayed step that has a record gave that record again
+    first_mismatch: int | None = None
+    steps_replayed: int = 0
+    checkpoints_probed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """Fields and their order are those of diagnosis.json."""
+
+    symptom: Symptom | None = None
+    first_bad_step: int | None = None
+    onset_step: int | None = None
+    where: dict[str, Any] | None = None
+    checks: tuple[dict[str, Any], ...] = ()
+    cause: Cause = Cause()
+    remedies: tuple[dict[str, Any], ...] = ()
+    replay: Replay = Replay()
+    versions: dict[str, str] = dataclasses.field(default_factory=environment.versions)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,73 @@
+"""What surrounds a run and can move its bits: versions, platform, flags, threads."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+
+import jax
+
+VERSIONED = ('jaxrnn', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+"""Packages whose versions a result states."""
+
+BITS = ('jax', 'jaxlib', 'flax', 'optax', 'jaxrnn')
+"""Packages whose version can change what a step computes."""
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, Python's among them."""
+    return {'python': platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in VERSIONED
+    }
+
+
+def describe() -> dict[str, str]:
+    """Everything known to change the bits of a compiled step, by name."""
+    device = jax.devices()[0]
+    found = versions()
+    return {
+        **{name: found[name] for name in BITS},
+        'platform': device.platform,
+        'device': device.device_kind,
+        'devices': str(jax.device_count()),
+        'processor': _processor(),
+        'threads': str(threads()),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        'matmul_precision': str(jax.config.values['jax_default_matmul_precision']),
+        'x64': str(jax.config.values['jax_enable_x64']),
+        'threefry_partitionable': str(jax.config.values['jax_threefry_partitionable']),
+    }
+
+
+def digest(description: dict[str, str]) -> str:
+    """16 hex digits over a description."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(recorded: dict[str, str], found: dict[str, str]) -> list[str]:
+    """What differs, each as `name: recorded -> found`."""
+    names = sorted(recorded.keys() | found.keys())
+    pairs = [(name, recorded.get(name, '?'), found.get(name, '?')) for name in names]
+    return [f'{name}: {old or "unset"} -> {new or "unset"}' for name, old, new in pairs if old != new]
+
+
+def threads() -> int:
+    """Processors this process may run on, which is how many threads XLA:CPU starts."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def use_threads(count: int) -> None:
+    """Restricts this process to `count` processors; call it before JAX starts its backend. Linux only."""
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def _processor() -> str:
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            match = re.search(r'^(?:model name|CPU part)\s*:\s*(.+)$', file.read(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()

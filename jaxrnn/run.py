@@ -1,0 +1,235 @@
+"""A run of jaxrnn's own networks: made from a configuration, opened from its directory, bisected."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrnn import data, detect, loop, replay, telemetry, train
+from jaxrnn.checkpoint import Checkpoints
+from jaxrnn.config import Config
+from jaxrnn.detect import Detector
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.telemetry import Row
+from jaxrnn.types import Tree, UserError
+
+AFTERMATH = 100
+"""Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
+
+
+class Trained(NamedTuple):
+    """What `train_run` leaves."""
+
+    ended: loop.Ended
+    diagnosis: Diagnosis  # of the records alone; nothing replayed
+    evaluation: Mapping[str, Mapping[str, float]]  # split -> score -> value
+
+
+class Opened(NamedTuple):
+    """A run read back from its directory."""
+
+    config: Config
+    dataset: data.Dataset
+    program: train.Program
+    checkpoints: Checkpoints
+    records: list[Row]
+
+
+def train_run(
+    config: Config,
+    directory: str | os.PathLike,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Trained:
+    """Trains a configuration into a directory, or goes on with the run that is there.
+
+    Args:
+        config: of the run.
+        directory: its home.
+        say: gets a line before slow work.
+        on_row: sees every record, a step late.
+
+    Raises:
+        UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
+    """
+    paths = loop.Paths(Path(directory))
+    _check_same_config(paths, config)
+    dataset = _dataset(paths, config, say)
+    program = train.make_program(config, dataset)
+    _describe(paths, config, dataset)
+    stop = _Stop(config.loop.on_divergence == 'stop')
+    stop.see_all(telemetry.RecordFile(paths.records).read())
+
+    def see(row: Row) -> bool:
+        on_row(row)
+        return stop(row)
+
+    ended = loop.run(
+        program.step,
+        program.batch_at,
+        program.init,
+        directory,
+        _loop_options(config, most=stop.at),
+        identity={'config': config.digest(), 'data': dataset.digest},
+        on_row=see,
+    )
+    found = detect.symptoms(telemetry.series(telemetry.RecordFile(paths.records).read()))
+    diagnosis = _of_records(found, ended)
+    evaluation = train.evaluate(program.predict, ended.state.params, dataset)
+    loop.write_json(paths.evaluation, evaluation)
+    loop.write_json(paths.diagnosis, diagnosis.to_json())
+    return Trained(ended, diagnosis, evaluation)
+
+
+def open_run(directory: str | os.PathLike) -> Opened:
+    """Reads a run back. Raises UserError where the directory holds none, or not a whole one."""
+    paths = loop.Paths(Path(directory))
+    config = read_config(paths)
+    dataset = _dataset(paths, config, say=lambda line: None)
+    program = train.make_program(config, dataset)
+    checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
+    return Opened(config, dataset, program, checkpoints, telemetry.RecordFile(paths.records).read())
+
+
+def newest_params(opened: Opened) -> Tree:
+    """The parameters of the newest checkpoint."""
+    steps = opened.checkpoints.steps()
+    if not steps:
+        raise UserError(f'--run_dir: {opened.checkpoints.directory} holds no checkpoint; train first')
+    return opened.checkpoints.restore(steps[-1]).params
+
+
+def bisect_run(
+    directory: str | os.PathLike,
+    detectors: Sequence[Detector] = detect.DETECTORS,
+    *,
+    good: int | None = None,
+    bad: int | None = None,
+    use_records: bool = True,
+) -> tuple[Diagnosis, list[Row], Opened]:
+    """Bisects a run of jaxrnn's own (see `replay.bisect`) and writes its diagnosis.
+
+    Returns:
+        The diagnosis, the records around the first bad step, and the run.
+    """
+    opened = open_run(directory)
+    options = opened.config.training
+    subject = replay.subject(
+        opened.program.step,
+        opened.program.batch_at,
+        opened.checkpoints,
+        opened.records if use_records else (),
+        digest_every=options.digest_every,
+        checkify=options.checkify,
+    )
+    with jax.debug_nans(options.debug_nans):
+        diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad)
+    rows = {row['step']: row for row in opened.records if use_records} | {
+        row['step']: row for row in replayed
+    }
+    loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
+    return diagnosis, [rows[step] for step in sorted(rows)], opened
+
+
+def words_of(opened: Opened, step: int) -> list[str]:
+    """The words of a step's batch."""
+    batch = opened.program.batch_at(step)
+    return [opened.dataset.words[place] for place in np.asarray(batch.index)]
+
+
+def read_config(paths: loop.Paths) -> Config:
+    """The configuration of a run. Raises UserError where there is none."""
+    try:
+        return Config.from_json(json.loads(paths.config.read_text(encoding='utf-8')))
+    except OSError as error:
+        raise UserError(
+            f'--run_dir: {paths.root} holds no run (config.json: {error.strerror}); '
+            'name the directory that train.py was given'
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({error})') from error
+
+
+def _loop_options(config: Config, most: float) -> loop.Options:
+    shared = {
+        field: getattr(config.loop, field)
+        for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every')
+    }
+    checks = {field: getattr(config.training, field) for field in ('digest_every', 'checkify', 'debug_nans')}
+    shared['max_steps'] = int(min(shared['max_steps'], most + 1))
+    return loop.Options(**shared, **checks)
+
+
+def _check_same_config(paths: loop.Paths, config: Config) -> None:
+    if not paths.config.exists():
+        return
+    before = read_config(paths)
+    if different := config.differences(before):
+        more = f' and {len(different) - 1} more' if len(different) > 1 else ''
+        raise UserError(
+            f'--run_dir: {paths.root} holds a run of other flags ({different[0]} there{more}); choose another '
+            f'directory, or go on with that run by --flagfile={paths.flags}'
+        )
+
+
+def _dataset(paths: loop.Paths, config: Config, say: Callable[[str], None]) -> data.Dataset:
+    """The run's own copy of its data, so that it can be diagnosed anywhere; else made from its source."""
+    if paths.data.exists():
+        return data.read_dataset(paths.data)
+    return data.load(config.data, config.training.seed, progress=say)
+
+
+def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:
+    """Writes configuration, flags and data, each whole or not at all."""
+    loop.make_directory(paths.root)
+    loop.write_json(paths.config, config.to_json())
+    flags = [
+        f'--{name}={_flag(value)}' for group in config.to_json().values() for name, value in group.items()
+    ]
+    loop.write_text(paths.flags, '\n'.join(flags) + '\n')
+    if not paths.data.exists():
+        data.write_dataset(paths.data, dataset)
+
+
+def _flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _of_records(found: list[Symptom], ended: loop.Ended) -> Diagnosis:
+    if ended.first_mismatch is not None:
+        why = (
+            f'steps computed again on resuming differ from their records, from step {ended.first_mismatch} on'
+        )
+        cause = Cause('nondeterminism', why)
+        return Diagnosis(symptom=found[0] if found else None, cause=cause)
+    if not found:
+        return Diagnosis(cause=Cause('none', 'no rule holds at any step'))
+    return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run bisect.py'))
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Ends training some steps after a symptom, where it is to end."""
+
+    on: bool
+    watch: detect.Watch = dataclasses.field(default_factory=detect.Watch)
+    at: float = float('inf')
+
+    def see_all(self, rows: Sequence[Row]) -> None:
+        """The rows of a run that is continued: it may have had its symptom, and then goes no further."""
+        for row in rows:
+            self(row)
+
+    def __call__(self, row: Row) -> bool:
+        if not self.on:
+            return False
+        for symptom in self.watch(row):
+            if symptom.kind != 'spike':  # most spikes recover; those that don't end as another symptom
+                self.at = min(self.at, symptom.step + AFTERMATH)
+        return row['step'] >= self.at

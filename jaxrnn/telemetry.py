@@ -1,0 +1,220 @@
+"""Records: made inside the compiled step, read a step late, kept as JSON lines.
+
+In two phases, as the step runs on the device while the host still writes the record of the one before.
+"""
+
+import errno
+import functools
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jaxrnn import tree
+from jaxrnn.types import Record, Series, Step, Tree, UserError
+
+Row = Mapping[str, Any]
+"""A record on the host: `step`, then the scalars by name, `digest` as hex or absent."""
+
+FINITE_STATE, DIGEST = 'finite_state', 'digest'
+"""What `instrument` adds to a record."""
+
+
+class Observation(NamedTuple):
+    """What comes out of a step beside the next state."""
+
+    record: Record
+    error: checkify.Error | None  # of checkify, where it is on
+
+
+class Observed(Protocol):
+    """A compiled step. It consumes `state`, whose buffers are donated.
+
+    `digest`: whether this step's record shall have a digest of the state after it.
+    """
+
+    def __call__(self, state: Tree, batch: Tree, digest: bool, /) -> tuple[Tree, Observation]: ...
+
+
+@functools.lru_cache(maxsize=16)
+def instrument(step: Step, *, checks: bool = False) -> Observed:
+    """Compiles a step so that its record also says whether the new state is finite, and its digest.
+
+    Training, replay and every experiment call the function this returns, so that they compute the same bits;
+    the same step gives the same function, compiled once.
+
+    Args:
+        step: any pure train step; its record may be any tree of scalars.
+        checks: run it under checkify.float_checks.
+    """
+
+    def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
+        state, record = step(state, batch)
+        extra = {
+            FINITE_STATE: tree.all_finite(state),
+            DIGEST: jax.lax.cond(digest, tree.digest, lambda _: jnp.zeros(2, jnp.uint32), state),
+        }
+        return state, _scalars(record) | extra
+
+    if not checks:
+        compiled = jax.jit(observed, donate_argnums=0)
+
+        def run(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+            state, record = compiled(state, batch, digest)
+            return state, Observation(record, None)
+
+        return run
+
+    checked = jax.jit(checkify.checkify(observed, errors=checkify.float_checks), donate_argnums=0)
+
+    def run_checked(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+        error, (state, record) = checked(state, batch, digest)
+        return state, Observation(record, error)
+
+    return run_checked
+
+
+def row(step: int, observation: Observation) -> Row:
+    """A step's record as plain Python values; waits for the device.
+
+    Floats are written with the fewest digits that read back to the same bits.
+    """
+    record, error = observation
+    values = {name: _plain(value) for name, value in jax.device_get(record).items() if name != DIGEST}
+    words = np.asarray(record[DIGEST])
+    row: dict[str, Any] = {'step': step, **values}
+    if words.any():
+        row[DIGEST] = tree.hex_digest(words)
+    if error is not None and (message := error.get()):
+        row['checkify'] = message.splitlines()[0]
+    return row
+
+
+def same(recorded: Row, computed: Row) -> bool:
+    """Whether two records of a step agree bit for bit in all they share, and share a measurement."""
+    shared = (recorded.keys() & computed.keys()) - {'step'}
+    return bool(shared) and all(_same(recorded[name], computed[name]) for name in shared)
+
+
+def contiguous(rows: list[Row]) -> bool:
+    """Whether no step is missing between the first row and the last."""
+    return all(row['step'] == rows[0]['step'] + place for place, row in enumerate(rows))
+
+
+class RecordFile:
+    """The records of a run, one JSON line a step, in ascending order of steps.
+
+    A line that a killed process left half written is dropped, and with it nothing else.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._file: io.FileIO | None = None
+
+    def read(self) -> list[Row]:
+        """All whole rows. Raises UserError where a line in the middle is damaged."""
+        return [row for _, row in self._lines()]
+
+    def keep_before(self, step: int) -> list[Row]:
+        """Drops the rows of `step` and later, which a resumed run computes again, and returns them."""
+        self.close()
+        lines = list(self._lines())
+        end = next((start for start, row in lines if row['step'] >= step), None)
+        if end is None:
+            end = self._whole_bytes()
+        if self.path.exists():
+            os.truncate(self.path, end)
+        return [row for start, row in lines if start >= end]
+
+    def append(self, row: Row) -> None:
+        """Writes a row straight to the system: a process killed a moment later has lost nothing.
+
+        Raises OSError where the system takes less than all of it.
+        """
+        if self._file is None:
+            self._file = io.FileIO(self.path, 'a')
+        line = json.dumps(_encode(row)).encode() + b'\n'
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _whole_bytes(self) -> int:
+        content = self.path.read_bytes() if self.path.exists() else b''
+        return content.rfind(b'\n') + 1
+
+    def _lines(self) -> Iterator[tuple[int, Row]]:
+        """Where each whole line starts, and its row."""
+        content = self.path.read_bytes()[: self._whole_bytes()] if self.path.exists() else b''
+        start = 0
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            try:
+                row = _decode(json.loads(line))
+                row['step'] + 0
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f'{self.path}: line {number} is not a record; delete the file to bisect from the '
+                    'checkpoints alone'
+                ) from None
+            yield start, row
+            start += len(line)
+
+
+def series(rows: Iterable[Row]) -> Series:
+    """Rows as columns: name -> float64 [S], NaN where a row lacks the name. Texts are left out."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, str))
+    return {name: np.array([row.get(name, math.nan) for row in rows], np.float64) for name in names}
+
+
+def _scalars(record: Tree) -> dict[str, jax.Array]:
+    """A record of any structure as a flat dictionary of scalars."""
+    if isinstance(record, jax.Array):
+        record = {'loss': record}
+    leaves = {name: jnp.asarray(leaf) for name, leaf in tree.named_leaves(record).items()}
+    if wrong := [f'{name} {leaf.shape}' for name, leaf in leaves.items() if leaf.size != 1]:
+        raise UserError(f'record: scalars expected, {", ".join(wrong)} found; reduce them inside the step')
+    return {name.replace('/', '_'): jnp.reshape(leaf, ()) for name, leaf in leaves.items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)  # NaN is the only value unequal to itself
+
+
+def _plain(value: np.ndarray) -> float | int | bool:
+    if value.dtype == np.bool_:
+        return bool(value)
+    if np.issubdtype(value.dtype, np.integer):
+        return int(value)
+    return float(str(value.astype(np.float64) if value.dtype.itemsize < 4 else value[()]))
+
+
+# JSON has no NaN and no infinities; a file with Python's own spellings can't be read by other languages.
+_SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+
+
+def _encode(row: Row) -> Row:
+    return {name: _spell(value) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _spell(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+
+
+def _decode(row: Row) -> Row:
+    return {
+        name: _SPELLINGS.get(value, value) if isinstance(value, str) else value for name, value in row.items()
+    }

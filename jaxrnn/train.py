@@ -1,0 +1,155 @@
+"""jaxrnn's own networks as a program: a state to start from, a train step, and the batch of each step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxrnn import cells, data, models, optim, tree
+from jaxrnn.config import Config
+from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree
+
+TINY = 1e-12
+"""Keeps a cosine's or a ratio's denominator off zero; far below any squared norm of a float32 word vector."""
+
+
+class TrainState(NamedTuple):
+    """What the next step needs."""
+
+    step: Array  # int32, steps done
+    params: Tree  # nested dictionaries of arrays
+    opt_state: Tree
+
+
+class Program(NamedTuple):
+    """A configuration and its data, ready to run."""
+
+    init: Callable[[], TrainState]
+    step: Step
+    batch_at: BatchAt
+    predict: Callable[[Tree, Array], Array]  # params, letters [T, B] -> vectors [B, E]
+
+
+def make_program(config: Config, dataset: data.Dataset) -> Program:
+    """The program of a configuration; everything random in it follows from config.training.seed."""
+    preset = cells.PRESETS[config.model.preset]
+    optimiser = optim.build(config.optimiser, epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
+    build = functools.partial(
+        models.build, config.model, letters=len(dataset.alphabet), vector_size=dataset.vectors.shape[1]
+    )
+    key = jax.random.key(config.training.seed)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(key=key)))
+
+    def init() -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(build(key=key), nnx.Param))
+        return TrainState(jnp.int32(0), params, optimiser.init(params))
+
+    def predict(params: Tree, letters: Array) -> Array:
+        variables = jax.tree.map(nnx.Param, params)
+        return nnx.merge(graph, nnx.State(variables))(letters)
+
+    def rate(state: TrainState) -> Array:
+        return optim.current_learning_rate(config.optimiser, state.step, state.opt_state)
+
+    batch_at = functools.partial(
+        data.batch_at, dataset, batch_size=config.training.batch_size, seed=config.training.seed
+    )
+    return Program(init, make_step(predict, optimiser, rate), batch_at, predict)
+
+
+def make_step(
+    predict: Callable[[Tree, Array], Array],
+    optimiser: optax.GradientTransformationExtraArgs,
+    rate: Callable[[TrainState], Array],
+) -> Step:
+    """The train step: mean squared error, its gradient, one update, and the record of it all."""
+
+    def loss_of(params: Tree, batch: Batch) -> tuple[Array, Array]:
+        predictions = predict(params, batch.letters)
+        return mean_squared_error(predictions, batch.targets), predictions
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Record]:
+        (loss, predictions), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
+        updates, opt_state = optimiser.update(gradients, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        record = {
+            'loss': loss,
+            **quality(predictions, batch.targets),
+            'gradient_norm': tree.norm(gradients),
+            'update_norm': tree.norm(updates),
+            'parameter_norm': tree.norm(params),
+            'learning_rate': rate(state),
+            'finite_loss': jnp.isfinite(loss),
+            'finite_gradients': tree.all_finite(gradients),
+            'finite_updates': tree.all_finite(updates),
+        }
+        return TrainState(state.step + 1, params, opt_state), record
+
+    return step
+
+
+def mean_squared_error(predictions: Array, targets: Array) -> Array:
+    """Mean over the coordinates, then over the examples; [B, E], [B, E] -> []."""
+    return jnp.mean(jnp.mean(jnp.square(predictions - targets), axis=-1))
+
+
+def quality(predictions: Array, targets: Array) -> Record:
+    """How good predictions are, and whether they vary; [B, E], [B, E] -> scalars.
+
+    accuracy        share of examples whose largest coordinate agrees: what Keras calls accuracy here
+    cosine          mean cosine of prediction and target
+    variance_ratio  variance of the predictions over the batch, over that of the targets: 0 for the same
+                    output for every input, 1 where both vary alike
+    """
+    agree = jnp.argmax(predictions, axis=-1) == jnp.argmax(targets, axis=-1)
+    dots = jnp.sum(predictions * targets, axis=-1)
+    squares = jnp.sum(jnp.square(predictions), axis=-1) * jnp.sum(jnp.square(targets), axis=-1)
+    varied = jnp.sum(jnp.var(predictions, axis=0)), jnp.sum(jnp.var(targets, axis=0))
+    return {
+        'accuracy': jnp.mean(agree.astype(jnp.float32)),
+        'cosine': jnp.mean(dots / jnp.sqrt(squares + TINY)),
+        'variance_ratio': varied[0] / (varied[1] + TINY),
+    }
+
+
+EVALUATED_AT_ONCE = 256
+
+
+def evaluate(
+    predict: Callable[[Tree, Array], Array], params: Tree, dataset: data.Dataset
+) -> Mapping[str, Mapping[str, float]]:
+    """What the network knows of each split: words, loss, accuracy, cosine, nearest (share of words whose
+    nearest vector among all words is their own) and r2 (1 - squared error over the targets' variance)."""
+    predict = jax.jit(predict)
+    splits = {'train': dataset.train, 'validation': dataset.validation, 'test': dataset.test}
+    return {name: _evaluate(predict, params, dataset, index) for name, index in splits.items() if index.size}
+
+
+def _evaluate(predict: Callable, params: Tree, dataset: data.Dataset, index: np.ndarray) -> dict[str, Any]:
+    targets = dataset.vectors[index]
+    predictions = predict_words(predict, params, dataset.letters[:, index])
+    on_device = jnp.asarray(predictions), jnp.asarray(targets)
+    loss, scores = mean_squared_error(*on_device), quality(*on_device)
+    nearest, _ = data.nearest(dataset.vectors, predictions, 1)
+    variance = np.mean(np.var(targets, axis=0))
+    return {
+        'words': int(index.size),
+        'loss': float(loss),
+        'accuracy': float(scores['accuracy']),
+        'cosine': float(scores['cosine']),
+        'nearest': float(np.mean(nearest[:, 0] == index)),
+        'r2': float(1 - loss / variance) if variance > 0 else float('nan'),
+    }
+
+
+def predict_words(predict: Callable[[Tree, Array], Array], params: Tree, letters: np.ndarray) -> np.ndarray:
+    """Vectors of any number of words, in batches of one shape; letters [T, N] -> [N, E]."""
+    count = letters.shape[1]
+    padded = np.pad(letters, ((0, 0), (0, -count % EVALUATED_AT_ONCE)))
+    parts = np.split(padded, padded.shape[1] // EVALUATED_AT_ONCE, axis=1)
+    return np.concatenate([np.asarray(predict(params, jnp.asarray(part))) for part in parts])[:count]

@@ -1,0 +1,62 @@
+"""The words that all of jaxrnn shares: axis letters, the step contract, the user's error.
+
+Axes, in every docstring and field comment:
+
+    T  time steps (letters of a padded word)     B  examples in a batch
+    D  size of the layer's input                 H  hidden width
+    V  letters of the alphabet                   E  size of a word vector
+    N  words in a data set                       S  steps of a run
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
+Tree = Any
+"""A pytree of arrays."""
+
+Record = Mapping[str, Array]
+"""What one step tells its observer: name -> scalar."""
+
+
+class Batch(NamedTuple):
+    """The examples of one step, time-major."""
+
+    letters: Array  # int32 [T, B], 0 is the pad letter `$`
+    targets: Array  # float32 [B, E]
+    index: Array  # type: ignore[assignment]  # int32 [B], row of each example's word in the data set
+
+
+class Step(Protocol):
+    """A train step: a pure function of the state and the batch (design, section 2).
+
+    State is what the next step needs; the record is what an observer needs.
+    """
+
+    def __call__(self, state: Tree, batch: Tree, /) -> tuple[Tree, Record]: ...
+
+    def __hash__(self) -> int: ...  # it is compiled once, and known again
+
+
+class BatchAt(Protocol):
+    """The batch of a step: a pure function of the step's number, counted from 0."""
+
+    def __call__(self, step: int, /) -> Tree: ...
+
+
+Series = Mapping[str, np.ndarray]
+"""Records of consecutive steps: name -> [S]."""
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one line.
+
+    It names the flag or file, what was found, what was expected, and what to do.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(' '.join(message.split()))

@@ -1,0 +1,83 @@
+"""Finds the exact step at which a run broke, and proves it by replaying the run bit for bit.
+
+    python scripts/bisect.py --run_dir=runs/first
+    python scripts/bisect.py --run_dir=runs/first --when='loss > 3 * median(loss, 200)'
+
+A rule for --when compares fields of the records (see the first line of records.jsonl; also step, all_finite) with
++ - * / **, and, or, not, and these functions: median, mean, max, min, std, spread (x, n) over the n steps before;
+smooth (x, n) over the n steps up to this one; prev (x, n); abs, log, sqrt, finite (x).
+"""
+
+import sys
+
+sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
+
+from absl import flags
+from rich.console import Console
+
+from scripts import common
+
+
+def _detectors():
+    from jaxrnn import detect
+    from jaxrnn.types import UserError
+
+    symptom, when = flags.FLAGS.symptom, flags.FLAGS.when
+    if symptom and when:
+        raise UserError('--symptom and --when: both found, one expected')
+    if when:
+        return (detect.custom(when),)
+    return (detect.by_name(symptom),) if symptom else detect.DETECTORS
+
+
+def main(arguments: list[str]) -> int:
+    from jaxrnn import report, run
+    from jaxrnn.types import UserError
+
+    if arguments:
+        raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
+    directory, detectors = common.run_dir(), _detectors()
+    bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
+    diagnosis, rows, opened = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    step = diagnosis.first_bad_step
+    if flags.FLAGS.json:
+        common.print_json(diagnosis.to_json())
+    else:
+        words = run.words_of(opened, step) if step is not None else ()
+        console = Console(soft_wrap=True)
+        console.print(report.bisected(diagnosis, rows, words), soft_wrap=False)
+        if step is not None:
+            console.print(_next(directory, opened.config), soft_wrap=True, highlight=False)
+    if diagnosis.replay.first_mismatch is not None:
+        return common.IRREPRODUCIBLE
+    return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
+
+
+def _next(directory: str, config) -> str:
+    directory = directory.rstrip('/')
+    rate = config.optimiser.learning_rate / 2
+    return (
+        'next: see whether half the learning rate averts it\n'
+        f'  python scripts/train.py --flagfile={directory}/flags.txt --learning_rate={rate:g} '
+        f'--run_dir={directory}-half'
+    )
+
+
+common.define_run('The directory of the run.')
+common.define(
+    'bisect', 'symptom', '', 'Look for this only; else for the gravest: nonfinite, collapse, constant, spike.'
+)
+common.define(
+    'bisect',
+    'when',
+    '',
+    "Look for the first step at which this rule holds, as 'loss > 3 * median(loss, 200)'.",
+)
+common.define('bisect', 'good', None, 'Look only after this step.')
+common.define('bisect', 'bad', None, 'Look only up to this step.')
+common.define(
+    'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
+)
+
+if __name__ == '__main__':
+    common.main(main, __doc__)

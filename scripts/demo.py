@@ -1,0 +1,49 @@
+"""A network that learns real words and then breaks by itself, and the exact step at which it did.
+
+    python scripts/demo.py        (or: make demo)
+
+Trains word vectors on the Wikipedia articles that come with gensim, then the question's stacked network on its 256
+most frequent words, until its accuracy collapses: nothing is planted. Then bisects the run.
+"""
+
+import sys
+
+sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
+
+import shlex
+import subprocess
+import time
+
+from absl import flags
+
+from scripts import common
+
+# The networks of the question as Keras 1 made them, at a learning rate at which this one collapses within
+# 6,000 steps for most seeds, as benchmarks/natural_collapse.py shows.
+SETTING = (
+    '--network=stacked --hidden=128 --preset=keras1 --learning_rate=6e-3 --num_words=256 --pad_to=20'
+    ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop'
+)
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    directory = f'--run_dir={common.run_dir()}'
+    start = time.monotonic()
+    trained = _call('train', *SETTING.split(), f'--seed={flags.FLAGS.seed}', directory)
+    if trained not in (common.HEALTHY, common.DIVERGED):
+        return trained
+    found = _call('bisect', directory)
+    print(f'\n{time.monotonic() - start:.0f} s in all')
+    return common.HEALTHY if found == common.DIVERGED else found
+
+
+def _call(name: str, *arguments: str) -> int:
+    print(f'\n$ python scripts/{name}.py {shlex.join(arguments)}', flush=True)
+    return subprocess.call([sys.executable, f'{sys.path[0] or "."}/scripts/{name}.py', *arguments])
+
+
+if __name__ == '__main__':
+    common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
+    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
+    common.main(main, __doc__)

@@ -1,0 +1,151 @@
+"""Detectors on records made by hand: what each must see, at which step, and what it must not."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxrnn import detect, telemetry
+from jaxrnn.types import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def healthy(steps: int = 1000, batch: int = 32) -> dict[str, np.ndarray]:
+    """A run that learns: the loss falls with batch noise, the accuracy rises and is a mean of `batch` words."""
+    rng = np.random.default_rng(1)
+    progress = 1 - np.exp(-np.arange(steps) / 300)
+    return {
+        'step': np.arange(steps, dtype=float),
+        'loss': 0.01 * (1.05 - progress) * np.exp(0.15 * rng.normal(size=steps)),
+        'accuracy': rng.binomial(batch, 0.8 * progress, size=steps) / batch,
+        'variance_ratio': 0.002 + 0.8 * progress,
+        'finite_state': np.ones(steps),
+    }
+
+
+def found(columns) -> dict[str, int]:
+    return {symptom.kind: symptom.step for symptom in detect.symptoms(columns)}
+
+
+@pytest.mark.parametrize('batch', [4, 8, 32, 128])
+def test_healthy_runs_raise_no_alarm(batch):
+    assert found(healthy(5000, batch)) == {}
+
+
+def test_no_records_no_symptom():
+    assert detect.symptoms({}) == []
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_nonfinite_loss(value):
+    columns = healthy()
+    columns['loss'][321:] = value
+    assert found(columns) == {'nonfinite': 321}
+
+
+def test_nonfinite_state_behind_a_finite_loss():
+    columns = healthy()
+    columns['finite_state'][500] = 0
+    assert found(columns) == {'nonfinite': 500}
+
+
+def test_spike():
+    columns = healthy()
+    columns['loss'][700] *= 10
+    assert found(columns) == {'spike': 700}
+
+
+def test_one_nan_does_not_hide_a_later_spike():
+    """A NaN in a window is left out of it: the rule goes on to be judged by the others."""
+    columns = healthy()
+    columns['loss'][600] = math.nan
+    columns['loss'][700] *= 10
+    assert found(columns) == {'nonfinite': 600, 'spike': 700}
+
+
+def test_noise_is_no_spike():
+    """Losses that scatter over a factor of ten from batch to batch."""
+    columns = healthy()
+    columns['loss'] *= np.exp(1.0 * np.random.default_rng(2).normal(size=1000))
+    assert 'spike' not in found(columns)
+
+
+@pytest.mark.parametrize('batch', [8, 32, 128])
+def test_collapse_is_seen_within_its_window(batch):
+    columns = healthy(2000, batch)
+    columns['accuracy'][1500:] = np.random.default_rng(3).binomial(batch, 0.1, 500) / batch
+    assert 1501 <= found(columns)['collapse'] < 1516
+
+
+def test_learning_slowly_is_no_collapse():
+    """Accuracy that drifts down by .1 in 1,000 steps, as overfitting or decay does."""
+    columns = healthy(2000)
+    columns['accuracy'] = RNG.binomial(32, np.linspace(0.7, 0.5, 2000)) / 32
+    assert 'collapse' not in found(columns)
+
+
+def test_constant_after_having_varied():
+    columns = healthy()
+    columns['variance_ratio'][600:] = 1e-4
+    assert found(columns) == {'constant': 616}
+
+
+def test_constant_from_the_start_counts_after_1000_steps():
+    columns = healthy(1200)
+    columns['variance_ratio'][:] = 1e-4
+    assert found(columns) == {'constant': 1000}
+    assert found({name: values[:900] for name, values in columns.items()}) == {}
+
+
+def test_gravest_first():
+    columns = healthy()
+    columns['loss'][300] *= 10
+    columns['loss'][800] = math.nan
+    assert [symptom.kind for symptom in detect.symptoms(columns)] == ['nonfinite', 'spike']
+
+
+def test_records_without_an_accuracy():
+    """Somebody's own step: rules over what it lacks are left out."""
+    columns = {'step': np.arange(50.0), 'loss': np.ones(50)}
+    columns['loss'][30] = 9
+    columns['loss'][:29:2] = 1.01
+    assert found(columns) == {'spike': 30}
+
+
+def test_by_name():
+    assert detect.by_name('spike').kind == 'spike'
+    with pytest.raises(UserError, match='--symptom'):
+        detect.by_name('boredom')
+
+
+@pytest.mark.parametrize('kind', ['nonfinite', 'collapse', 'constant', 'spike'])
+def test_watch_sees_what_the_whole_run_shows(kind):
+    """Looking at a window now and then finds each kind's first step, not later than the next look."""
+    columns = healthy(1200)
+    match kind:
+        case 'nonfinite':
+            columns['finite_state'][777] = 0
+        case 'collapse':
+            columns['accuracy'][777:] = 0
+        case 'constant':
+            columns['variance_ratio'][777:] = 0
+        case 'spike':
+            columns['loss'][777] *= 20
+    expected = found(columns)
+    watch = detect.Watch(every=25)
+    seen = {}
+    for step in range(1200):
+        row = {name: float(values[step]) for name, values in columns.items()} | {'step': step}
+        for symptom in watch(row):
+            assert symptom.step <= step < symptom.step + 25
+            seen.setdefault(symptom.kind, symptom.step)
+    assert seen == expected and kind in seen
+
+
+def test_rows_and_columns_agree():
+    rows = [{'step': 0, 'loss': 1.5, 'finite_state': True, 'digest': 'ab'}, {'step': 1, 'loss': math.nan}]
+    columns = telemetry.series(rows)
+    assert set(columns) == {'step', 'loss', 'finite_state'}
+    np.testing.assert_array_equal(columns['loss'], [1.5, math.nan])
+    np.testing.assert_array_equal(columns['finite_state'], [1, math.nan])

@@ -1,0 +1,407 @@
+"""The loop: records of every step, checkpoints, and runs that go on as if they had never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from jaxrnn import checkpoint, loop, telemetry, tree
+from jaxrnn.types import UserError
+
+
+def run(directory, network='lstm', **options):
+    program = small.program(network)
+    others = {name: options.pop(name) for name in ('identity', 'on_row') if name in options}
+    options = loop.Options(**{'max_steps': 50, 'checkpoint_every': 20, **options})
+    return loop.run(program.step, program.batch_at, program.init, directory, options, **others)
+
+
+def rows(directory):
+    return telemetry.RecordFile(Path(directory) / 'records.jsonl').read()
+
+
+def checkpoints(directory, network='lstm'):
+    like = jax.eval_shape(small.program(network).init)
+    return checkpoint.Checkpoints(Path(directory) / 'checkpoints', like=like)
+
+
+def straight(steps: int, network: str = 'lstm'):
+    """The run as a plain Python loop: records and final state."""
+    program = small.program(network)
+    step, state, records = jax.jit(program.step), program.init(), []
+    for number in range(steps):
+        state, record = step(state, program.batch_at(number))
+        records.append(record)
+    return state, records
+
+
+@pytest.mark.parametrize('network', small.NETWORKS)
+def test_the_loop_is_the_plain_loop(network, tmp_path):
+    """Bit for bit, in its final state and in every record."""
+    ended = run(tmp_path, network)
+    state, records = straight(50, network)
+    assert loop.state_digest(ended.state) == loop.state_digest(state)
+    got = rows(tmp_path)
+    assert [row['step'] for row in got] == list(range(50))
+    for row, record in zip(got, records, strict=True):
+        assert {name: np.float32(row[name]) for name in record} == {
+            n: np.float32(v) for n, v in record.items()
+        }
+        assert row['finite_state'] is True
+
+
+def test_digests_are_those_of_the_states(tmp_path):
+    run(tmp_path, digest_every=20)
+    got = rows(tmp_path)
+    assert [row['step'] for row in got if 'digest' in row] == [19, 39]
+    for step in (20, 40):
+        state, _ = straight(step)
+        assert (
+            got[step - 1]['digest'] == loop.state_digest(state) == checkpoints(tmp_path).meta(step)['state']
+        )
+
+
+def test_checkpoints_hold_the_state_their_step_starts_from(tmp_path):
+    run(tmp_path)
+    saved = checkpoints(tmp_path)
+    assert saved.steps() == [0, 20, 40, 50]
+    for step in saved.steps():
+        assert loop.state_digest(saved.restore(step)) == loop.state_digest(straight(step)[0])
+
+
+def test_checkpoints_are_thinned(tmp_path):
+    run(tmp_path, checkpoint_every=5, keep_latest=2, keep_every=20)
+    assert checkpoints(tmp_path).steps() == [0, 20, 40, 45, 50]
+
+
+def test_meta_names_what_the_run_was(tmp_path):
+    run(tmp_path, identity={'config': 'c0ffee', 'data': 'da7a'})
+    meta = checkpoints(tmp_path).meta(20)
+    assert (meta['config'], meta['data'], meta['step']) == ('c0ffee', 'da7a', 20)
+    assert meta['environment_details']['jax'] == jax.__version__
+
+
+def test_a_step_compiles_once(tmp_path):
+    traces = 0
+
+    def step(state, batch):
+        nonlocal traces
+        traces += 1
+        return state + batch, {'loss': state}
+
+    loop.run(step, lambda n: np.float32(n), lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=30))
+    assert traces == 1
+
+
+class TestResume:
+    def test_continues_bit_for_bit(self, tmp_path):
+        run(tmp_path / 'a', max_steps=30)
+        ended = run(tmp_path / 'a', max_steps=50)
+        run(tmp_path / 'b', max_steps=50)
+        assert ended.resumed_from == 30
+        assert rows(tmp_path / 'a') == rows(tmp_path / 'b')
+        assert loop.state_digest(ended.state) == loop.state_digest(straight(50)[0])
+
+    def test_finished_run_does_nothing(self, tmp_path):
+        run(tmp_path)
+        before = rows(tmp_path)
+        assert run(tmp_path).step == 50
+        assert rows(tmp_path) == before
+
+    def test_half_written_line_is_dropped(self, tmp_path):
+        run(tmp_path, max_steps=30)
+        path = tmp_path / 'records.jsonl'
+        with open(path, 'a') as file:
+            file.write('{"step": 30, "lo')
+        assert len(rows(tmp_path)) == 30
+        run(tmp_path)
+        assert [row['step'] for row in rows(tmp_path)] == list(range(50))
+
+    def test_records_beyond_the_checkpoint_are_computed_again_and_compared(self, tmp_path):
+        """As after a kill at step 47: the newest checkpoint is 40, seven records are ahead of it."""
+        run(tmp_path / 'a', max_steps=47)
+        (tmp_path / 'a' / 'checkpoints' / '47').rename(tmp_path / '47')
+        ended = run(tmp_path / 'a')
+        assert ended.resumed_from == 40 and ended.first_mismatch is None
+        assert [row['step'] for row in rows(tmp_path / 'a')] == list(range(50))
+
+    def test_a_different_record_is_noticed(self, tmp_path):
+        run(tmp_path / 'a', max_steps=47)
+        (tmp_path / 'a' / 'checkpoints' / '47').rename(tmp_path / '47')
+        path = tmp_path / 'a' / 'records.jsonl'
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[43]['loss'] *= 1.0001
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        assert run(tmp_path / 'a').first_mismatch == 43
+
+    def test_other_identity_is_refused_and_nothing_is_touched(self, tmp_path):
+        run(tmp_path, max_steps=20, identity={'config': 'a'})
+        before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+        with pytest.raises(UserError, match=r'another config .*\(a, not b\)'):
+            run(tmp_path, identity={'config': 'b'})
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+    def test_another_environment_is_said(self, tmp_path, monkeypatch, caplog):
+        run(tmp_path, max_steps=20)
+        monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', '') + ' ')
+        run(tmp_path, max_steps=21)
+        assert 'going on in another environment (xla_flags: ' in caplog.text
+
+    def test_remains_of_a_killed_save_are_cleared(self, tmp_path):
+        run(tmp_path, max_steps=20)
+        (tmp_path / 'checkpoints' / '40.orbax-checkpoint-tmp').mkdir()
+        run(tmp_path)
+        assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['0', '20', '40', '50']
+
+    def test_altered_checkpoint_is_refused(self, tmp_path):
+        run(tmp_path, max_steps=20)
+        path = tmp_path / 'checkpoints' / '20' / 'meta' / 'metadata'
+        path.write_text(path.read_text().replace('"state": "', '"state": "f'))
+        with pytest.raises(UserError, match='altered on disk'):
+            run(tmp_path)
+
+
+class TestBadDirectory:
+    def test_in_use(self, tmp_path):
+        with loop._locked(loop.Paths(tmp_path)), pytest.raises(UserError, match='in use'):
+            run(tmp_path)
+
+    def test_is_a_file(self, tmp_path):
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(UserError, match='--run_dir'):
+            run(tmp_path / 'file')
+
+    def test_truncated_checkpoint(self, tmp_path):
+        run(tmp_path, max_steps=20)
+        for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10])
+        with pytest.raises(UserError, match="checkpoint can't be read"):
+            run(tmp_path)
+
+    def test_checkpoint_of_another_network(self, tmp_path):
+        run(tmp_path, 'lstm', max_steps=20)
+        with pytest.raises(UserError, match="checkpoint can't be read"):
+            run(tmp_path, 'stacked', max_steps=20)
+
+    def test_damaged_record_is_named_with_its_line(self, tmp_path):
+        run(tmp_path, max_steps=20)
+        path = tmp_path / 'records.jsonl'
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(''.join([*lines[:5], 'garbage\n', *lines[6:]]))
+        with pytest.raises(UserError, match='line 6'):
+            rows(tmp_path)
+
+
+def test_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 100}))
+    with pytest.raises(UserError, match='the disk has 0 MB free'):
+        run(tmp_path)
+
+
+FILE_SIZE_LIMIT = """
+import resource, sys
+sys.path.insert(0, 'tests')
+import loop_test
+loop_test.small.program('lstm')
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    loop_test.run(sys.argv[1], max_steps=50)
+except loop_test.UserError as error:
+    print('refused:', error)
+"""
+
+
+@pytest.mark.parametrize(('limit', 'says'), [(10_000, 'records.jsonl'), (1500, 'checkpoint')])
+def test_writes_that_the_system_refuses(limit, says, tmp_path):
+    """A real refusal in the middle of a write, as of a full disk: one line, and the run can be resumed."""
+    root = Path(__file__).parent.parent
+    code = [sys.executable, '-c', FILE_SIZE_LIMIT, str(tmp_path), str(limit)]
+    out = subprocess.run(code, capture_output=True, text=True, cwd=root, timeout=120)
+    assert 'refused:' in out.stdout and says in out.stdout, out.stdout + out.stderr
+    assert len(out.stdout.splitlines()) == 1
+    ended = run(tmp_path)
+    assert loop.state_digest(ended.state) == loop.state_digest(straight(50)[0])
+
+
+def test_on_row_sees_every_record_and_can_end_the_run(tmp_path):
+    seen = []
+
+    def look(row):
+        seen.append(row['step'])
+        return row['step'] == 27
+
+    ended = run(tmp_path, on_row=look)
+    # The record of a step is read while the next one runs: one more is done, and recorded.
+    assert ended.step == 29 and seen == list(range(29))
+    assert checkpoints(tmp_path).steps()[-1] == 29
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_resumes(number, tmp_path):
+    def interrupt(row):
+        if row['step'] == 23:
+            os.kill(os.getpid(), number)
+        return False
+
+    handler = signal.getsignal(number)
+    ended = run(tmp_path, on_row=interrupt)
+    assert ended.interrupted == number and 24 <= ended.step <= 26
+    assert signal.getsignal(number) is handler
+    assert checkpoints(tmp_path).steps()[-1] == ended.step
+    assert loop.state_digest(run(tmp_path).state) == loop.state_digest(straight(50)[0])
+
+
+def test_nan_is_recorded_in_standard_json(tmp_path):
+    def step(state, batch):
+        return state + 1, {'loss': jnp.where(state == 3, jnp.nan, jnp.inf), 'minus': -jnp.inf}
+
+    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=5))
+    lines = (tmp_path / 'records.jsonl').read_text().splitlines()
+    values = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert (
+        values[3]['loss'] == 'NaN' and values[2]['loss'] == 'Infinity' and values[2]['minus'] == '-Infinity'
+    )
+    assert np.isnan(rows(tmp_path)[3]['loss']) and rows(tmp_path)[2]['minus'] == -np.inf
+
+
+def test_record_of_any_structure(tmp_path):
+    def step(state, batch):
+        return state, {
+            'loss': jnp.bfloat16(1.5),
+            'nested': {'count': jnp.int32(3), 'flags': [jnp.array(True)]},
+        }
+
+    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=1))
+    row = rows(tmp_path)[0]
+    assert row['loss'] == 1.5 and row['nested_count'] == 3 and row['nested_flags_0'] is True
+
+
+def test_record_that_is_no_scalar_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r'scalars expected, wide \(3,\) found'):
+        loop.run(
+            lambda state, batch: (state, {'wide': jnp.zeros(3)}),
+            lambda n: 0,
+            lambda: jnp.float32(0),
+            tmp_path,
+            loop.Options(max_steps=1),
+        )
+
+
+def _dividing(state, batch):
+    return state + 1, {'loss': 1.0 / (state - 7)}
+
+
+def test_checkify_names_the_operation(tmp_path):
+    loop.run(
+        _dividing, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=10, checkify=True)
+    )
+    assert [row['step'] for row in rows(tmp_path) if 'checkify' in row] == [7]
+    assert 'division by zero' in rows(tmp_path)[7]['checkify']
+
+
+def test_debug_nans_ends_at_the_step(tmp_path):
+    def step(state, batch):
+        return state + 1, {'loss': jnp.log(7.5 - state)}
+
+    ended = loop.run(
+        step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=20, debug_nans=True)
+    )
+    got = rows(tmp_path)
+    assert ended.step == 8 and float(ended.state) == 8
+    assert [row['step'] for row in got] == list(range(9))
+    assert 'log' in got[8]['debug_nans'] and np.isnan(got[8]['loss'])
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_records_read_back_to_the_same_bits(dtype):
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(size=200) * 10.0 ** rng.integers(-30, 30, 200), [0.0, -0.0, 1e-40]])
+    with np.errstate(over='ignore'):
+        values = values.astype(dtype)
+    for value in values:
+        observation = telemetry.Observation(
+            {'x': jnp.asarray(value), 'digest': jnp.zeros(2, jnp.uint32)}, None
+        )
+        back = json.loads(json.dumps(telemetry._encode(telemetry.row(0, observation))))['x']
+        back = {'Infinity': np.inf, '-Infinity': -np.inf}.get(back, back)
+        assert np.asarray(back, dtype).tobytes() == np.asarray(value).tobytes()
+
+
+def test_state_tree_survives_jit():
+    """No field is lost or changed on the way through a compiled function."""
+    state = small.program('stacked').init()
+    through = jax.jit(lambda x: x)(state)
+    assert jax.tree.structure(through) == jax.tree.structure(state)
+    assert loop.state_digest(through) == loop.state_digest(state)
+    after = jax.jit(small.program('stacked').step)(state, small.program('stacked').batch_at(0))[0]
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert 'params/lower/kernel' in tree.named_leaves(state)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, 'tests')
+import loop_test
+loop_test.run(sys.argv[1], 'stacked', max_steps=2000, checkpoint_every=50, keep_latest=3, keep_every=1000)
+print('done')
+"""
+KILLS = 25
+
+
+def test_killed_at_random_moments_ends_as_if_never_killed(tmp_path):
+    """SIGKILL, 25 times; the final state and every record are bit for bit those of a run in one go."""
+    root = Path(__file__).parent.parent
+    code = [sys.executable, '-c', KILLED, str(tmp_path / 'killed')]
+    # Saves compiling 26 times; what is compiled is the same.
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    environ = {**os.environ, **cache}
+    rng = np.random.default_rng(0)
+    kills = 0
+    while kills < KILLS:
+        process = subprocess.Popen(
+            code, cwd=root, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        _wait_for_steps(tmp_path / 'killed', process)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        out, errors = process.communicate()
+        if 'done' in out:  # it got to the end between two kills: begin again
+            assert kills > 5, errors
+            break
+        assert not errors or process.returncode == -signal.SIGKILL, errors
+    final = subprocess.run(code, cwd=root, env=environ, capture_output=True, text=True, check=True)
+    assert 'done' in final.stdout
+    run(tmp_path / 'straight', 'stacked', max_steps=2000, checkpoint_every=50)
+    assert rows(tmp_path / 'killed') == rows(tmp_path / 'straight')
+    last = checkpoints(tmp_path / 'killed', 'stacked').restore(2000)
+    assert loop.state_digest(last) == loop.state_digest(
+        checkpoints(tmp_path / 'straight', 'stacked').restore(2000)
+    )
+    assert kills == KILLS
+
+
+def _wait_for_steps(directory: Path, process: subprocess.Popen) -> None:
+    """Until the process has begun to train, or a little sooner in a third of the cases."""
+    before = _size(directory)
+    while process.poll() is None and _size(directory) == before:
+        time.sleep(0.01)
+
+
+def _size(directory: Path) -> int:
+    path = directory / 'records.jsonl'
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,368 @@
+"""Clippings, schedules and both Adams against float64 formulas; one battery over every choice there is."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tolerance import assert_close
+
+from jaxrnn import cells, config, optim, train
+from jaxrnn.types import Batch, UserError
+
+CHOICES = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Optimiser)}
+STEPS = 14
+SHAPES = {'bias': (4,), 'kernel': (3, 4)}
+
+
+def draw(seed: int, scale: float = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: (scale * rng.normal(size=shape)).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+PARAMS = draw(0)
+GRADIENTS = [draw(1 + step, scale=3.0 ** (step % 4 - 2)) for step in range(STEPS)]  # some clipped, some not
+LOSSES = np.float32([3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])  # falls, then stays
+
+
+# The formulas, in float64.
+
+
+def norm(x: np.ndarray) -> float:
+    return np.sqrt(np.sum(np.square(x)))
+
+
+def to_norm(x: np.ndarray, largest: float) -> np.ndarray:
+    return x * largest / norm(x) if norm(x) > largest else x
+
+
+def clip_global_norm(g: dict, params: dict, threshold: float) -> dict:
+    total = np.sqrt(sum(norm(leaf) ** 2 for leaf in g.values()))
+    return {name: leaf * threshold / total if total > threshold else leaf for name, leaf in g.items()}
+
+
+def clip_per_leaf(g: dict, params: dict, threshold: float) -> dict:
+    return {name: to_norm(leaf, threshold) for name, leaf in g.items()}
+
+
+def clip_adaptive(g: dict, params: dict, threshold: float) -> dict:
+    """Brock et al. 2021, equation 3: by output unit, which is a column of a kernel; a bias is one unit."""
+    units = [
+        to_norm(u, threshold * max(norm(w), 1e-3))
+        for u, w in zip(g['kernel'].T, params['kernel'].T, strict=True)
+    ]
+    bias = to_norm(g['bias'], threshold * max(norm(params['bias']), 1e-3))
+    return {'bias': bias, 'kernel': np.stack(units, axis=1)}
+
+
+CLIPS = {
+    'none': lambda g, params, threshold: g,
+    'global_norm': clip_global_norm,
+    'per_leaf': clip_per_leaf,
+    'adaptive': clip_adaptive,
+}
+
+
+def cosine(o: config.Optimiser, step: int) -> float:
+    done = min((step - o.warmup_steps) / (o.decay_steps - o.warmup_steps), 1)
+    return o.end_learning_rate + (o.learning_rate - o.end_learning_rate) * (1 + np.cos(np.pi * done)) / 2
+
+
+def exponential(o: config.Optimiser, step: int) -> float:
+    decays = (step - o.warmup_steps) / o.decay_steps
+    return max(o.learning_rate * o.decay_rate**decays, o.end_learning_rate)
+
+
+def piecewise(o: config.Optimiser, step: int) -> float:
+    return o.learning_rate * o.decay_rate ** sum(step >= int(at) for at in o.boundaries.split(','))
+
+
+def plateau(o: config.Optimiser, step: int) -> float:
+    """Losses are averaged over windows; a window no better than the best by 1e-4 is a bad one; as many bad
+    ones in a row as the patience says lower the rate, from the next step on."""
+    best, bad, factor = np.inf, 0, 1.0
+    for start in range(0, step - o.plateau_window + 1, o.plateau_window):
+        average = np.mean(LOSSES[start : start + o.plateau_window], dtype=np.float64)
+        best, bad = (average, 0) if average < (1 - 1e-4) * best else (best, bad + 1)
+        if bad == o.plateau_patience:
+            bad, factor = 0, factor * o.decay_rate
+    return factor
+
+
+SCHEDULES = {
+    'constant': lambda o, step: o.learning_rate,
+    'warmup_cosine': cosine,
+    'exponential': exponential,
+    'piecewise': piecewise,
+    'plateau': lambda o, step: o.learning_rate,
+}
+
+
+def rate(o: config.Optimiser, step: int) -> float:
+    """Of the step numbered from 0."""
+    factor = plateau(o, step) if o.schedule == 'plateau' else 1
+    if step < o.warmup_steps:
+        return factor * o.learning_rate * step / o.warmup_steps
+    return factor * SCHEDULES[o.schedule](o, step)
+
+
+def adam(gs: list[np.ndarray], b1: float, b2: float, epsilon: float, *, hat: bool) -> list[np.ndarray]:
+    """Kingma & Ba 2015: algorithm 1, or with `hat` the order of computation at the end of section 2."""
+    m, v, made = 0.0, 0.0, []
+    for t, g in enumerate(gs, 1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        if hat:
+            made.append(np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + epsilon))
+        else:
+            made.append(m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + epsilon))
+    return made
+
+
+def options_of(clip: str, schedule: str, *, warmup_steps: int = 2, **changes) -> config.Optimiser:
+    return config.Optimiser(
+        **{
+            'clip': clip,
+            'schedule': schedule,
+            'clip_threshold': 0.7,
+            'warmup_steps': warmup_steps,
+            'decay_steps': 10,
+            'end_learning_rate': 2e-4,
+            'boundaries': '5,9',
+            'plateau_patience': 2,
+            'plateau_window': 2,
+            **changes,
+        }
+    )
+
+
+def build(options: config.Optimiser, preset: str = 'keras3') -> optax.GradientTransformationExtraArgs:
+    chosen = cells.PRESETS[preset]
+    return optim.build(options, epsilon=chosen.epsilon, epsilon_hat=chosen.epsilon_hat)
+
+
+def run(optimiser: optax.GradientTransformationExtraArgs) -> tuple[list[dict], list]:
+    """The updates of all steps, and the states before each and after the last; compiled once."""
+    traces = []
+
+    @jax.jit
+    def update(state, gradients, loss):
+        traces.append(1)
+        return optimiser.update(gradients, state, PARAMS, value=loss)
+
+    updates, states = [], [optimiser.init(PARAMS)]
+    for gradients, loss in zip(GRADIENTS, LOSSES, strict=True):
+        made, state = update(states[-1], gradients, loss)
+        updates.append(made)
+        states.append(state)
+    assert len(traces) == 1
+    return updates, states
+
+
+def described(tree) -> tuple:
+    """What a compiled function is chosen by."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype, getattr(leaf, 'weak_type', False)) for leaf in leaves]
+
+
+EPSILONS = {'keras1': (1e-8, True), 'keras3': (1e-7, True), 'flax': (1e-8, False)}
+
+
+def assert_follows_the_formulas(clip: str, schedule: str, preset: str) -> None:
+    options = options_of(clip, schedule)
+    updates, _ = run(build(options, preset))
+    clipped = [
+        CLIPS[clip]({name: np.float64(leaf) for name, leaf in g.items()}, PARAMS, 0.7) for g in GRADIENTS
+    ]
+    epsilon, hat = EPSILONS[preset]
+    for name in SHAPES:
+        steps = adam([g[name] for g in clipped], 0.9, 0.999, epsilon, hat=hat)
+        for number, (step, update) in enumerate(zip(steps, updates, strict=True)):
+            assert_close(update[name], -rate(options, number) * step, 'float32 adam')
+
+
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+@pytest.mark.parametrize('clip', CHOICES['clip'])
+def test_clippings_and_schedules(clip, schedule):
+    assert_follows_the_formulas(clip, schedule, 'keras3')
+
+
+@pytest.mark.parametrize('preset', cells.PRESETS)
+def test_presets(preset):
+    assert_follows_the_formulas('global_norm', 'warmup_cosine', preset)
+
+
+@pytest.mark.parametrize('preset', cells.PRESETS)
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+@pytest.mark.parametrize('clip', CHOICES['clip'])
+def test_the_state_keeps_its_structure(clip, schedule, preset):
+    optimiser = build(options_of(clip, schedule), preset)
+    state = optimiser.init(PARAMS)
+    again = jax.jit(lambda state: state)(state)
+    assert described(again) == described(state)
+    for leaf, same in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+        assert np.array_equal(leaf, same)
+    updates, after = jax.eval_shape(
+        lambda state: optimiser.update(GRADIENTS[0], state, PARAMS, value=jnp.float32(1)), state
+    )
+    assert described(after) == described(state)
+    assert described(updates) == described(PARAMS)
+
+
+@pytest.mark.parametrize('warmup_steps', [0, 1, 4])
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+def test_the_learning_rate_told_is_the_one_applied(schedule, warmup_steps):
+    options = options_of('none', schedule, warmup_steps=warmup_steps)
+    updates, states = run(build(options))
+    plain, _ = run(build(config.Optimiser(learning_rate=1)))
+    told = jax.jit(lambda step, state: optim.current_learning_rate(options, step, state))
+    for step in range(STEPS):
+        applied = updates[step]['kernel'] / plain[step]['kernel']
+        found = told(step, states[step])
+        assert found.dtype == jnp.float32
+        assert_close(applied, np.full((3, 4), found), 'float32 schedule')
+        assert_close(found, rate(options, step), 'float32 schedule')
+
+
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+def test_the_step_records_the_learning_rate_applied(schedule):
+    options = options_of('none', schedule)
+    optimiser = build(options)
+
+    def told(state):
+        return optim.current_learning_rate(options, state.step, state.opt_state)
+
+    step = jax.jit(train.make_step(lambda params, letters: 0 * params['kernel'], optimiser, told))
+    state = train.TrainState(jnp.int32(0), PARAMS, optimiser.init(PARAMS))
+    for number, loss in enumerate(LOSSES):
+        batch = Batch(
+            np.zeros((2, 3), np.int32), np.full((3, 4), np.sqrt(loss)), np.arange(3, dtype=np.int32)
+        )
+        state, record = step(state, batch)
+        assert_close(record['loss'], loss, 'float32 function')
+        assert_close(record['learning_rate'], rate(options, number), 'float32 schedule')
+
+
+def test_schedules_by_hand():
+    """Peak 1e-3, warm-up of 2 steps, decay by step 10, half at 5 and 9."""
+    expected = {
+        'constant': {0: 0, 1: 5e-4, 2: 1e-3, 13: 1e-3},
+        'warmup_cosine': {0: 0, 1: 5e-4, 2: 1e-3, 6: 6e-4, 10: 2e-4, 13: 2e-4},
+        'exponential': {0: 0, 1: 5e-4, 2: 1e-3, 12: 5e-4, 22: 2.5e-4, 32: 2e-4},
+        'piecewise': {0: 0, 1: 5e-4, 2: 1e-3, 4: 1e-3, 5: 5e-4, 8: 5e-4, 9: 2.5e-4, 100: 2.5e-4},
+        'plateau': {0: 0, 1: 5e-4, 2: 1e-3, 13: 1e-3},
+    }
+    assert expected.keys() == set(CHOICES['schedule'])
+    for schedule, rates in expected.items():
+        found = optim.learning_rate(options_of('none', schedule))
+        for step, value in rates.items():
+            assert_close(found(step), value, 'float32 schedule')
+
+
+def test_plateau_reacts():
+    """Windows of 2 steps average 2.5, 2, 1, 1, 1, 1, 1: the second bad one ends with step 9, the fourth
+    with step 13. Here are the scales before each step and after the last."""
+    _, states = run(build(options_of('none', 'plateau', warmup_steps=0)))
+    assert [float(state[-1].scale) for state in states] == [1.0] * 10 + [0.5] * 4 + [0.25]
+
+
+def test_plateau_survives_a_loss_that_is_nan():
+    optimiser = build(options_of('none', 'plateau', warmup_steps=0))
+    state = optimiser.init(PARAMS)
+    for loss in (3.0, float('nan'), 1.0, 1.0):
+        _, state = optimiser.update(GRADIENTS[0], state, PARAMS, value=jnp.float32(loss))
+    assert state[-1].best_value == 1.0
+    assert state[-1].scale == 1.0
+
+
+def test_adam_by_hand():
+    """First step, g = 2, epsilon = 0.1: algorithm 1 makes 2 / (sqrt(4) + 0.1); epsilon hat makes
+    sqrt(0.001) / 0.1 * 0.2 / (sqrt(0.004) + 0.1)."""
+    for hat, expected in ((False, 0.9523810), (True, 0.3874259)):
+        optimiser = optim.build(config.Optimiser(learning_rate=1), epsilon=0.1, epsilon_hat=hat)
+        params, gradient = jnp.zeros(1), jnp.full(1, 2.0)
+        update, _ = optimiser.update(gradient, optimiser.init(params), params, value=0.0)
+        assert_close(update, [-expected], 'float32 adam')
+
+
+@pytest.mark.parametrize('hat', [False, True])
+def test_options_reach_adam(hat):
+    """b1, b2 and an epsilon that comes before the preset's."""
+    options = config.Optimiser(b1=0.5, b2=0.75, epsilon=0.3, learning_rate=1)
+    updates, _ = run(optim.build(options, epsilon=1e-8, epsilon_hat=hat))
+    for name in SHAPES:
+        steps = adam([np.float64(g[name]) for g in GRADIENTS], 0.5, 0.75, 0.3, hat=hat)
+        for step, update in zip(steps, updates, strict=True):
+            assert_close(update[name], -step, 'float32 adam')
+
+
+def test_epsilon_hat_is_optax_with_a_falling_epsilon():
+    ours, b2, epsilon = optim.scale_by_adam_epsilon_hat(0.9, 0.999, 0.01), 0.999, 0.01
+    state = other = ours.init(PARAMS)
+    for t, gradients in enumerate(GRADIENTS, 1):
+        found, state = ours.update(gradients, state)
+        theirs = optax.scale_by_adam(0.9, b2, epsilon / np.sqrt(1 - b2**t))
+        expected, other = theirs.update(gradients, other)
+        for name in SHAPES:
+            assert_close(found[name], expected[name], 'float32 adam')
+            assert_close(state.mu[name], other.mu[name], 'float32 adam')
+            assert_close(state.nu[name], other.nu[name], 'float32 adam')
+        assert state.count == other.count == t
+
+
+def test_buffers_of_a_new_state_can_all_be_donated():
+    state = build(config.Optimiser()).init(PARAMS)
+    donate = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    donate(state)
+
+
+def clipped_by_leaf(max_norm: float, *leaves) -> list[np.ndarray]:
+    clip = optim.clip_by_leaf_norm(max_norm)
+    found, _ = clip.update([jnp.asarray(leaf, jnp.float32) for leaf in leaves], clip.init(None))
+    return [np.asarray(leaf) for leaf in found]
+
+
+def test_clip_by_leaf_norm_by_hand():
+    long, short, matrix = clipped_by_leaf(2.5, [3, -4], [0.6, 0.8], [[1, 5], [5, 7]])
+    assert_close(long, [1.5, -2], 'float32 function')
+    assert_close(short, np.float32([0.6, 0.8]), 'exact')
+    assert_close(matrix, [[0.25, 1.25], [1.25, 1.75]], 'float32 function')
+
+
+@pytest.mark.parametrize('max_norm', [0.5, 2.0])
+def test_clip_by_leaf_norm_at_the_ends(max_norm):
+    with jax.debug_nans(False):
+        poisoned, zero, tiny, large = clipped_by_leaf(
+            max_norm, [np.nan, 1], [0, -0.0], [1e-30, -1e-35], [1e18, 0]
+        )
+    assert np.isnan(poisoned[0])
+    assert np.array_equal(zero, [0, 0])
+    assert_close(tiny, np.float32([1e-30, -1e-35]), 'exact')  # whose square is 0
+    assert_close(large, [max_norm, 0], 'float32 function')
+
+
+def test_clip_by_leaf_norm_makes_no_nan_of_its_own():
+    with jax.debug_nans(True):
+        clipped_by_leaf(0.5, [0, 0], [1e-30, 0], [3, 4])
+
+
+@pytest.mark.parametrize(
+    ('flag', 'options'),
+    [
+        ('--decay_steps', {'schedule': 'warmup_cosine', 'warmup_steps': 5, 'decay_steps': 5}),
+        ('--decay_steps', {'schedule': 'warmup_cosine', 'warmup_steps': 6, 'decay_steps': 5}),
+        *(
+            ('--boundaries', {'schedule': 'piecewise', 'boundaries': text, 'warmup_steps': warmup})
+            for text, warmup in itertools.chain(
+                ((text, 0) for text in ('', 'x', '5,', ',5', '5;7', '0', '-3', '7,5', '5,5', '1.5')),
+                [('3', 3), ('2,9', 3)],
+            )
+        ),
+    ],
+)
+def test_bad_options(flag, options):
+    with pytest.raises(UserError, match=f'^{flag}: .* found, .* expected'):
+        build(config.Optimiser(**options))

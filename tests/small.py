@@ -1,0 +1,41 @@
+"""A small data set and program for tests: 40 words of 2 to 6 letters, vectors of 8."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from jaxrnn import config, data, train
+
+NETWORKS = ('lstm', 'gru', 'stacked')
+
+
+@functools.lru_cache
+def dataset() -> data.Dataset:
+    rng = np.random.default_rng(0)
+    words: dict[str, None] = {}
+    while len(words) < 40:
+        words[''.join(rng.choice(list('abcdefgh'), rng.integers(2, 7)))] = None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'vectors.txt'
+        data.write_vectors(path, list(words), rng.normal(size=(40, 8)).astype(np.float32))
+        return data.load(config.Data(vectors=str(path), validation_share=0.0, test_share=0.0), seed=0)
+
+
+def configuration(
+    network: str = 'lstm', *, hidden: int = 8, preset: str = 'keras3', **training
+) -> config.Config:
+    return config.Config(
+        model=config.Model(network=network, preset=preset, hidden=hidden),
+        optimiser=config.Optimiser(learning_rate=3e-3),
+        training=config.Training(**{'batch_size': 8, **training}),
+    )
+
+
+@functools.lru_cache
+def program(
+    network: str = 'lstm', hidden: int = 8, preset: str = 'keras3', batch_size: int = 8
+) -> train.Program:
+    made = configuration(network, hidden=hidden, preset=preset, batch_size=batch_size)
+    return train.make_program(made, dataset())

@@ -1,0 +1,62 @@
+"""The one table of tolerances. A tolerance is never loosened to let a test pass."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ULP = 2.0**-23
+"""float32: the relative distance of two neighbours."""
+
+
+class Tolerance(NamedTuple):
+    """|actual - expected| <= relative |expected| + scaled max|expected| + absolute, for every number."""
+
+    relative: float = 0
+    scaled: float = 0
+    absolute: float = 0
+
+
+TOLERANCES = {
+    # the same float32 numbers
+    'exact': Tolerance(),
+    # one float32 function of a float32 number: a few roundings
+    'float32 function': Tolerance(relative=4 * ULP),
+    # float32 network against the float64 oracle: sums of tens of products over tens of time steps;
+    # worst measured 12 ULP
+    'float32 forward': Tolerance(scaled=32 * ULP),
+    # the same for gradients: as many roundings again on the way back, then a sum over T and B; worst measured 18
+    'float32 gradient': Tolerance(scaled=64 * ULP),
+    # float64 central differences of step h = 1e-5: truncation h^2 f'''/6, rounding 2^-53 f/h, both about 1e-11
+    'float64 differences': Tolerance(scaled=1e-9),
+    # Adam in float32 against float64: half the error of 1 - b2^t, which is 1.3e-5 for b2's rounding and in the
+    # first steps up to 3e-5 for those of the power and the difference; m can cancel
+    'float32 adam': Tolerance(relative=2e-5, scaled=8 * ULP),
+    # a learning rate: the few roundings of its schedule's formula, and of the ratio that it is inferred from
+    'float32 schedule': Tolerance(relative=4 * ULP),
+    # Q Q' of a float32 QR of at most 256 rows; worst measured 6 ULP
+    'float32 orthogonal': Tolerance(absolute=32 * ULP),
+    # a standard deviation over a draw of 7000 numbers or more: 2 of its own standard deviations, 1 / sqrt(2 N)
+    'statistic': Tolerance(relative=0.02),
+    # the requirement: outputs of order 1 agree with Keras 3
+    'keras forward': Tolerance(absolute=1e-5),
+    # the requirement: every loss of 50 training steps agrees with Keras 3
+    'keras losses': Tolerance(relative=1e-4),
+    # weights after those steps: a hundredth of one Adam step
+    'keras weights': Tolerance(absolute=1e-5),
+}
+
+
+def assert_close(actual: Any, expected: Any, kind: str) -> None:
+    """That two arrays of one shape agree within the tolerance of `kind`; the expected one is finite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    assert np.all(np.isfinite(expected))
+    tolerance = TOLERANCES[kind]
+    largest = np.max(np.abs(expected), initial=0)
+    np.testing.assert_allclose(
+        actual,
+        expected,
+        rtol=tolerance.relative,
+        atol=tolerance.scaled * largest + tolerance.absolute,
+        err_msg=kind,
+    )
