@@ -6,6 +6,7 @@ Checkpoint k holds the state that step k starts from, so that 0 is the initial s
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ class Checkpoints:
             )
         target = None if self.like is None else _boxed(jax.tree.map(_abstract, self.like))
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, warnings.catch_warnings():
+                # Without a structure nothing says where arrays go, and orbax warns that it has to look.
+                warnings.filterwarnings('ignore', message='Sharding info not provided', category=UserWarning)
                 state = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise whatever they like on a damaged file
             raise UserError(
@@ -152,8 +155,11 @@ def _boxed(state: Tree) -> Tree:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """A leaf's shape and type, and where it goes: without a place of its own to the first device, wherever it was
+    when it was saved, so that a run can be diagnosed on another machine."""
     leaf = leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, 'sharding', None))
+    place = getattr(leaf, 'sharding', None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _ranges(steps: list[int]) -> str:
