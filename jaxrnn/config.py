@@ -71,11 +71,11 @@ class Data(Options):
     allow_pickle: bool = option(
         False, 'Read gensim KeyedVectors files, whose unpickling can run any code they contain.'
     )
-    word2vec_size: int = option(100, 'Word2Vec on a corpus: length of the vectors.', at_least=1)
-    word2vec_window: int = option(5, 'distance between a word and its context.', at_least=1)
-    word2vec_min_count: int = option(5, 'drop words that are rarer in the corpus.', at_least=1)
-    word2vec_epochs: int = option(20, 'passes over the corpus.', at_least=1)
-    word2vec_skip_gram: bool = option(True, 'skip-gram; else continuous bag of words.')
+    word2vec_size: int = option(100, 'Word2Vec: length of the vectors.', at_least=1)
+    word2vec_window: int = option(5, 'Word2Vec: distance between a word and its context.', at_least=1)
+    word2vec_min_count: int = option(5, 'Word2Vec: drop words that are rarer in the corpus.', at_least=1)
+    word2vec_epochs: int = option(20, 'Word2Vec: passes over the corpus.', at_least=1)
+    word2vec_skip_gram: bool = option(True, 'Word2Vec: skip-gram; else continuous bag of words.')
     num_words: int = option(0, 'Keep the most frequent words only; 0 keeps all.', at_least=0)
     max_length: int = option(19, 'Drop words of more letters.', at_least=1)
     pad_to: int = option(

@@ -1,16 +1,17 @@
 """A run of jaxrnn's own networks: made from a configuration, opened from its directory, bisected."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrnn import data, detect, loop, replay, telemetry, train
+from jaxrnn import data, detect, loop, optim, replay, telemetry, train
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
@@ -60,7 +61,9 @@ def train_run(
     """
     paths = loop.Paths(Path(directory))
     _check_same_config(paths, config)
-    dataset = _dataset(paths, config, say)
+    optim.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
+    with _directory(paths.root):
+        dataset = _dataset(paths, config, say)
     program = train.make_program(config, dataset)
     _describe(paths, config, dataset)
     stop = _Stop(config.loop.on_divergence == 'stop')
@@ -178,16 +181,31 @@ def _check_same_config(paths: loop.Paths, config: Config) -> None:
         )
 
 
+@contextlib.contextmanager
+def _directory(root: Path) -> Iterator[None]:
+    """A directory that can be written to, before the slow work; gone again if that fails."""
+    made = not root.exists()
+    loop.make_directory(root)
+    try:
+        yield
+    except BaseException:
+        if made:
+            root.rmdir()
+        raise
+
+
 def _dataset(paths: loop.Paths, config: Config, say: Callable[[str], None]) -> data.Dataset:
     """The run's own copy of its data, so that it can be diagnosed anywhere; else made from its source."""
     if paths.data.exists():
         return data.read_dataset(paths.data)
-    return data.load(config.data, config.training.seed, progress=say)
+    dataset = data.load(config.data, config.training.seed, progress=say)
+    dropped = ', '.join(f'{count:,} {reason}' for reason, count in dataset.dropped.items())
+    say(f'{len(dataset.words):,} words from {dataset.source}; dropped: {dropped or "none"}')
+    return dataset
 
 
 def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:
     """Writes configuration, flags and data, each whole or not at all."""
-    loop.make_directory(paths.root)
     loop.write_json(paths.config, config.to_json())
     flags = [
         f'--{name}={_flag(value)}' for group in config.to_json().values() for name, value in group.items()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -142,4 +143,5 @@ def _flag_help(flag: flags.Flag) -> str:
         values = getattr(flag.parser, 'enum_values', None)
         usage = f'--{flag.name}={"|".join(values) if values else flag.flag_type().upper()}'
         default = 'none' if flag.default in ('', None) else flag.default
-    return f'  {usage}\n      {flag.help} (default: {default})'
+    text = re.sub(r'^<[^>]*>: ', '', flag.help)  # absl puts an enum's values there a second time
+    return f'  {usage}\n      {text} (default: {default})'

@@ -842,7 +842,7 @@ def test_word2vec(tmp_path, corpus_file):
 
 
 def test_word2vec_is_reproducible_bit_for_bit(tmp_path, corpus_file):
-    corpus_file.write_text(SENTENCES * 12_000)  # enough for several of gensim's jobs, which could race
+    corpus_file.write_text(SENTENCES * 2000)  # enough for several of gensim's jobs
     here, _ = trained(corpus_file, tmp_path / 'cache')
     code = (
         'import sys; from jaxrnn import config, data;'
@@ -858,6 +858,19 @@ def test_word2vec_is_reproducible_bit_for_bit(tmp_path, corpus_file):
         check=True,
     )
     assert there.stdout.strip() == here.digest
+
+
+def test_word2vec_has_one_worker(tmp_path, corpus_file, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def spy(**settings):
+        raise SeenError(settings)
+
+    monkeypatch.setattr('gensim.models.word2vec.Word2Vec', spy)  # several race, but not in every run
+    with pytest.raises(SeenError) as caught:
+        trained(corpus_file, tmp_path / 'cache', seed=2**32 + 5)
+    assert caught.value.args[0]['workers'] == 1 and caught.value.args[0]['seed'] == 5
 
 
 def test_cache(tmp_path, corpus_file):

@@ -57,6 +57,15 @@ def trained(vectors, tmp_path_factory):
     return directory, done
 
 
+def test_what_is_dropped_is_said(vectors, tmp_path):
+    more = tmp_path / 'vectors.txt'
+    lines = vectors.read_text().splitlines(keepends=True)[1:]
+    more.write_text(''.join([*lines, *(f'{word} {"1 " * 9}1\n' for word in ('a$b', 'c$', 'x' * 30))]))
+    done = call('train', f'--vectors={more}', *SMALL, '--max_steps=1', f'--run_dir={tmp_path / "run"}')
+    assert '60 words from' in done.stderr
+    assert 'dropped: 2 with a $, 1 of more than 19 letters' in done.stderr
+
+
 def test_train_leaves_a_run(trained):
     directory, done = trained
     names = {path.name for path in directory.iterdir()}
@@ -239,7 +248,7 @@ def test_bad_vectors_are_one_line(name, trained, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert str(path) in done.stderr or '--' in done.stderr
-    assert content(tmp_path) == before
+    assert content(tmp_path) == before and not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(
