@@ -299,14 +299,20 @@ def test_options_reach_adam(hat):
             assert_close(update[name], -step, 'float32 adam')
 
 
-def test_epsilon_hat_is_optax_with_a_falling_epsilon():
-    ours, b2, epsilon = optim.scale_by_adam_epsilon_hat(0.9, 0.999, 0.01), 0.999, 0.01
-    state = other = ours.init(PARAMS)
+@pytest.mark.parametrize('hat', [False, True])
+def test_adam_is_optaxs_in_float64(hat):
+    """Epsilon hat is optax's with a falling epsilon. optax's float32 loses digits of 1 - b2^t."""
+    ours, b2, epsilon = optim.scale_by_adam(0.9, 0.999, 0.01, epsilon_hat=hat), 0.999, 0.01
+    state = ours.init(PARAMS)
+    with jax.enable_x64(True):
+        other = optax.scale_by_adam(0.9).init(jax.tree.map(np.float64, PARAMS))
     for t, gradients in enumerate(GRADIENTS, 1):
         found, state = ours.update(gradients, state)
-        theirs = optax.scale_by_adam(0.9, b2, epsilon / np.sqrt(1 - b2**t))
-        expected, other = theirs.update(gradients, other)
+        with jax.enable_x64(True):
+            theirs = optax.scale_by_adam(0.9, b2, epsilon / np.sqrt(1 - b2**t) if hat else epsilon)
+            expected, other = theirs.update(jax.tree.map(np.float64, gradients), other)
         for name in SHAPES:
+            assert expected[name].dtype == np.float64
             assert_close(found[name], expected[name], 'float32 adam')
             assert_close(state.mu[name], other.mu[name], 'float32 adam')
             assert_close(state.nu[name], other.nu[name], 'float32 adam')
