@@ -1,12 +1,14 @@
 """LSTM and GRU cells as pure functions, and the presets that start and gate them as libraries do.
 
-A cell takes the input's share of its pre-activations, `x_t` (made for all time steps at once outside
-the loop, bias included), and the carry, and returns the next carry. Gates stand side by side on the
-last axis, in Keras' order: i, f, g, o for the LSTM, z, r, n for the GRU.
+A cell is the equations of one time step and of its backward pass, both without the loop and without the layout:
+gates come and go as lists of arrays, one a gate, and the products with the recurrent kernel are functions. So
+`scan` may hold states as [B, H] or as [H, B]. Gates lie in Keras' order: i, f, g, o for the LSTM, z, r, n for
+the GRU.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,11 @@ from jax.nn import initializers
 
 from jaxrnn.types import Array
 
-Gate = Callable[[Array], Array]
+Product = Callable[[Array], Sequence[Array]]
+"""h -> h R_k [+ b], gate by gate; R_k holds the columns of some gates of the recurrent kernel."""
+
+Transposed = Callable[[Sequence[Array]], Array]
+"""Cotangents d of the gates of a product -> d R_k'."""
 
 
 class LSTMCarry(NamedTuple):
@@ -24,76 +30,163 @@ class LSTMCarry(NamedTuple):
     h: Array  # output [B, H]
 
 
+class GRUCarry(NamedTuple):
+    h: Array  # output [B, H]
+
+
+class Gate(NamedTuple):
+    """A squashing function with values in [0, 1], symmetric: gate(-a) = 1 - gate(a)."""
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array], Array]  # its derivative, from its value
+
+    def __call__(self, a: Array) -> Array:
+        return self.value(a)
+
+
 def hard_sigmoid(x: Array) -> Array:
     """clip(0.2 x + 0.5, 0, 1), as in Keras 1 and 2; jax.nn.hard_sigmoid has slope 1/6 instead.
 
-    The gradient is exactly 0 for |x| > 2.5.
+    The gradient is 0 where it is clipped, |x| > 2.5.
     """
     return jnp.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
-def lstm(recurrent_kernel: Array, x_t: Array, tm1: LSTMCarry, *, gate: Gate) -> LSTMCarry:
-    """One time step of an LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000).
+SIGMOID = Gate(jax.nn.sigmoid, lambda y: y * (1 - y))
+HARD_SIGMOID = Gate(hard_sigmoid, lambda y: jnp.where((y > 0) & (y < 1), 0.2, 0.0))
 
-        i_t, f_t, o_t = gate(x_t + h_tm1 R)        g_t = tanh(x_t + h_tm1 R)
-        c_t = f_t c_tm1 + i_t g_t                  h_t = o_t tanh(c_t)
 
-    Args:
-        recurrent_kernel: R, [H, 4H].
-        x_t: the input's share, x W + b, [B, 4H].
-        tm1: carry of the time step before, each [B, H].
-        gate: the gates' squashing function, with values in [0, 1].
+class Cell(NamedTuple):
+    """One time step, forward and backward.
 
-    Returns:
-        The carry of this time step.
+    forward(products, x_t, tm1) -> (t, saved)
+        x_t: the input's share of the pre-activations, x W + b, gate by gate. tm1, t: the carries before and
+        after. saved: what the backward pass needs beside tm1.
+    backward(transposed, saved, tm1, d_t) -> (d, d_tm1)
+        d_t, d_tm1: cotangents of the carries. d: those of the pre-activations that differ from one another;
+        `d_inputs` and `d_products` say which of them belong to the gates of x_t, and of each product.
+    operands(saved, tm1)
+        What each product multiplied: the weights' gradients are operand' d, over all time steps and examples.
     """
-    i, f, g, o = jnp.split(x_t + tm1.h @ recurrent_kernel, 4, axis=-1)
-    c_t = gate(f) * tm1.c + gate(i) * jnp.tanh(g)
-    return LSTMCarry(c=c_t, h=gate(o) * jnp.tanh(c_t))
+
+    carry: type[Any]
+    blocks: tuple[int, ...]  # gates of each product; together those of the cell
+    d_inputs: tuple[int, ...]
+    d_products: tuple[tuple[int, ...], ...]
+    takes_recurrent_bias: bool
+    forward: Callable
+    backward: Callable
+    operands: Callable
 
 
-def gru_reset_after(
-    recurrent_kernel: Array, recurrent_bias: Array | None, x_t: Array, h_tm1: Array, *, gate: Gate
-) -> Array:
-    """One time step of a GRU whose reset gate follows the product (Keras 3, flax, cuDNN).
+@functools.cache
+def lstm(gate: Gate) -> Cell:
+    """LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000).
+
+    i_t, f_t, o_t = gate(x_t + h_tm1 R)        g_t = tanh(x_t + h_tm1 R)
+    c_t = f_t c_tm1 + i_t g_t                  h_t = o_t tanh(c_t)
+    """
+
+    def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: LSTMCarry) -> tuple[LSTMCarry, tuple]:
+        i, f, g, o = (x + u for x, u in zip(x_t, products[0](tm1.h), strict=True))
+        i, f, g, o = gate(i), gate(f), jnp.tanh(g), gate(o)
+        c_t = f * tm1.c + i * g
+        return LSTMCarry(c=c_t, h=o * jnp.tanh(c_t)), (i, f, g, o)
+
+    def backward(transposed: Sequence[Transposed], saved: tuple, tm1: LSTMCarry, d_t: LSTMCarry) -> tuple:
+        i, f, g, o = saved
+        tanh_c = jnp.tanh(f * tm1.c + i * g)
+        d_c = d_t.c + d_t.h * o * (1 - jnp.square(tanh_c))
+        d = (
+            d_c * g * gate.slope(i),
+            d_c * tm1.c * gate.slope(f),
+            d_c * i * (1 - jnp.square(g)),
+            d_t.h * tanh_c * gate.slope(o),
+        )
+        return d, LSTMCarry(c=d_c * f, h=transposed[0](d))
+
+    return Cell(
+        carry=LSTMCarry,
+        blocks=(4,),
+        d_inputs=(0, 1, 2, 3),
+        d_products=((0, 1, 2, 3),),
+        takes_recurrent_bias=False,
+        forward=forward,
+        backward=backward,
+        operands=lambda saved, tm1: (tm1.h,),
+    )
+
+
+@functools.cache
+def gru_reset_after(gate: Gate) -> Cell:
+    """GRU whose reset gate follows the product (Cho et al. 2014, arXiv 1406.1078v1; Keras 3, flax, cuDNN).
 
         z_t = gate(x_z + h_tm1 R_z + b_z)          r_t = gate(x_r + h_tm1 R_r + b_r)
         n_t = tanh(x_n + r_t (h_tm1 R_n + b_n))    h_t = z_t h_tm1 + (1 - z_t) n_t
 
-    1 - z_t is computed as gate(-a_z): both gates are symmetric, and so it loses no digits near z_t = 1.
-
-    Args:
-        recurrent_kernel: R, [H, 3H].
-        recurrent_bias: b, [3H], or [H] for the candidate n alone, or None.
-        x_t: the input's share, [B, 3H].
-        h_tm1: output of the time step before, [B, H].
-        gate: the gates' squashing function.
-
-    Returns:
-        The output of this time step, [B, H].
+    1 - z_t is computed as gate(-a_z): gates are symmetric, and so it loses no digits near z_t = 1.
     """
-    width = h_tm1.shape[-1]
-    recurrent = h_tm1 @ recurrent_kernel
-    if recurrent_bias is not None:
-        missing = 3 * width - recurrent_bias.shape[-1]
-        bias = jnp.pad(recurrent_bias, (missing, 0))
-        recurrent += jnp.broadcast_to(bias, recurrent.shape)
-    x_z, x_r, x_n = jnp.split(x_t, 3, axis=-1)
-    u_z, u_r, u_n = jnp.split(recurrent, 3, axis=-1)
-    n_t = jnp.tanh(x_n + gate(x_r + u_r) * u_n)
-    return gate(x_z + u_z) * h_tm1 + gate(-x_z - u_z) * n_t
+
+    def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: GRUCarry) -> tuple[GRUCarry, tuple]:
+        x_z, x_r, x_n = x_t
+        u_z, u_r, u_n = products[0](tm1.h)
+        z, r = gate(x_z + u_z), gate(x_r + u_r)
+        n = jnp.tanh(x_n + r * u_n)
+        return GRUCarry(z * tm1.h + gate(-x_z - u_z) * n), (z, r, n, u_n)
+
+    def backward(transposed: Sequence[Transposed], saved: tuple, tm1: GRUCarry, d_t: GRUCarry) -> tuple:
+        z, r, n, u_n = saved
+        d_z = d_t.h * (tm1.h - n) * gate.slope(z)
+        d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
+        d_r = d_n * u_n * gate.slope(r)
+        d_u = d_n * r
+        return (d_z, d_r, d_n, d_u), GRUCarry(d_t.h * z + transposed[0]((d_z, d_r, d_u)))
+
+    return Cell(
+        carry=GRUCarry,
+        blocks=(3,),
+        d_inputs=(0, 1, 2),
+        d_products=((0, 1, 3),),
+        takes_recurrent_bias=True,
+        forward=forward,
+        backward=backward,
+        operands=lambda saved, tm1: (tm1.h,),
+    )
 
 
-def gru_reset_before(recurrent_kernel: Array, x_t: Array, h_tm1: Array, *, gate: Gate) -> Array:
-    """One time step of a GRU whose reset gate precedes the product (Cho et al. 2014; Keras 1).
+@functools.cache
+def gru_reset_before(gate: Gate) -> Cell:
+    """GRU whose reset gate precedes the product (Cho et al. 2014, arXiv 1406.1078v3, equations 5-8; Keras 1).
 
-    n_t = tanh(x_n + (r_t h_tm1) R_n); all else as in `gru_reset_after`.
+    n_t = tanh(x_n + (r_t h_tm1) R_n); all else as in `gru_reset_after`, without biases of its own.
     """
-    width = h_tm1.shape[-1]
-    x_zr, x_n = x_t[..., : 2 * width], x_t[..., 2 * width :]
-    a_z, a_r = jnp.split(x_zr + h_tm1 @ recurrent_kernel[:, : 2 * width], 2, axis=-1)
-    n_t = jnp.tanh(x_n + (gate(a_r) * h_tm1) @ recurrent_kernel[:, 2 * width :])
-    return gate(a_z) * h_tm1 + gate(-a_z) * n_t
+
+    def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: GRUCarry) -> tuple[GRUCarry, tuple]:
+        x_z, x_r, x_n = x_t
+        u_z, u_r = products[0](tm1.h)
+        z, r = gate(x_z + u_z), gate(x_r + u_r)
+        (u_n,) = products[1](r * tm1.h)
+        n = jnp.tanh(x_n + u_n)
+        return GRUCarry(z * tm1.h + gate(-x_z - u_z) * n), (z, r, n)
+
+    def backward(transposed: Sequence[Transposed], saved: tuple, tm1: GRUCarry, d_t: GRUCarry) -> tuple:
+        z, r, n = saved
+        d_z = d_t.h * (tm1.h - n) * gate.slope(z)
+        d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
+        d_rh = transposed[1]((d_n,))
+        d_r = d_rh * tm1.h * gate.slope(r)
+        return (d_z, d_r, d_n), GRUCarry(d_t.h * z + d_rh * r + transposed[0]((d_z, d_r)))
+
+    return Cell(
+        carry=GRUCarry,
+        blocks=(2, 1),
+        d_inputs=(0, 1, 2),
+        d_products=((0, 1), (2,)),
+        takes_recurrent_bias=False,
+        forward=forward,
+        backward=backward,
+        operands=lambda saved, tm1: (tm1.h, saved[1] * tm1.h),
+    )
 
 
 class Initialiser(Protocol):
@@ -137,7 +230,7 @@ PRESETS = {
         kernel=per_gate(initializers.glorot_uniform()),
         recurrent_kernel=per_gate(initializers.orthogonal(1.1)),
         dense_kernel=initializers.glorot_uniform(),
-        gate=hard_sigmoid,
+        gate=HARD_SIGMOID,
         forget_bias=1.0,
         reset_after=False,
         recurrent_bias='',
@@ -149,7 +242,7 @@ PRESETS = {
         kernel=joint(initializers.glorot_uniform()),
         recurrent_kernel=joint(initializers.orthogonal()),
         dense_kernel=initializers.glorot_uniform(),
-        gate=jax.nn.sigmoid,
+        gate=SIGMOID,
         forget_bias=1.0,
         reset_after=True,
         recurrent_bias='all',
@@ -161,7 +254,7 @@ PRESETS = {
         kernel=per_gate(initializers.lecun_normal()),
         recurrent_kernel=per_gate(initializers.orthogonal()),
         dense_kernel=initializers.lecun_normal(),
-        gate=jax.nn.sigmoid,
+        gate=SIGMOID,
         forget_bias=0.0,
         reset_after=True,
         recurrent_bias='candidate',

@@ -97,6 +97,10 @@ class Model(Options):
         choices=('keras1', 'keras3', 'flax'),
     )  # fmt: skip
     hidden: int = option(0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0)
+    recurrence: str = option(
+        'fast', "The recurrence with a hand-written backward pass, or the plain scan that JAX differentiates.",
+        choices=('fast', 'reference'),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
 class Last(nnx.Module):
     """LSTM(H) or GRU(H), last output -> Dense(E)."""
 
-    def __init__(self, recurrent, letters, hidden, vector_size, *, preset, rngs):
-        self.recurrent = recurrent(letters, hidden, preset=preset, rngs=rngs)
+    def __init__(self, recurrent, letters, hidden, vector_size, *, preset, rngs, reference):
+        self.recurrent = recurrent(letters, hidden, preset=preset, rngs=rngs, reference=reference)
         self.output = layers.Dense(hidden, vector_size, preset=preset, rngs=rngs)
 
     def __call__(self, letters: Array) -> Array:
@@ -25,11 +25,11 @@ class Last(nnx.Module):
 class Stacked(nnx.Module):
     """LSTM(H, sequences) -> Dense(H, sigmoid) at each time step -> LSTM(H) -> Dense(H/2, tanh) -> Dense(E)."""
 
-    def __init__(self, letters, hidden, vector_size, *, preset, rngs):
+    def __init__(self, letters, hidden, vector_size, *, preset, rngs, reference):
         narrow = max(hidden // 2, 1)
-        self.lower = layers.LSTM(letters, hidden, preset=preset, rngs=rngs)
+        self.lower = layers.LSTM(letters, hidden, preset=preset, rngs=rngs, reference=reference)
         self.between = layers.Dense(hidden, hidden, preset=preset, rngs=rngs)
-        self.upper = layers.LSTM(hidden, hidden, preset=preset, rngs=rngs)
+        self.upper = layers.LSTM(hidden, hidden, preset=preset, rngs=rngs, reference=reference)
         self.narrow = layers.Dense(hidden, narrow, preset=preset, rngs=rngs)
         self.output = layers.Dense(narrow, vector_size, preset=preset, rngs=rngs)
 
@@ -49,7 +49,11 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         key: PRNG key.
     """
     hidden = options.hidden or WIDTHS[options.network]
-    made = {'preset': cells.PRESETS[options.preset], 'rngs': nnx.Rngs(key)}
+    made = {
+        'preset': cells.PRESETS[options.preset],
+        'rngs': nnx.Rngs(key),
+        'reference': options.recurrence == 'reference',
+    }
     match options.network:
         case 'lstm':
             return Last(layers.LSTM, letters, hidden, vector_size, **made)

@@ -15,7 +15,14 @@ from tolerance import assert_close
 
 from jaxrnn import cells, config, layers, models, scan, tree
 
-GATES = {'sigmoid': jax.nn.sigmoid, 'hard_sigmoid': cells.hard_sigmoid}
+GATES = {'sigmoid': cells.SIGMOID, 'hard_sigmoid': cells.HARD_SIGMOID}
+
+HOW = {
+    'cpu': {'plan': scan.CPU},
+    'accelerator': {'plan': scan.ACCELERATOR},
+    'some unrolled': {'plan': scan.Plan(features_first=True, unroll=4, scatter_from=0)},
+    'reference': {'reference': True},
+}
 
 CELLS = {
     # name: gates, blocks of recurrent bias, carry
@@ -38,6 +45,7 @@ EXTREMES = {
 
 each_cell = pytest.mark.parametrize('cell', CELLS)
 each_gate = pytest.mark.parametrize('gate', GATES)
+each_how = pytest.mark.parametrize('how', HOW)
 each_preset = pytest.mark.parametrize('preset', cells.PRESETS)
 
 
@@ -61,20 +69,15 @@ def draw(cell: str, sizes: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
     return drawn
 
 
-def ours(cell: str, gate: str, values: dict, *, sequences: bool = True) -> jax.Array:
-    projected = scan.project(values['kernel'], values['bias'], values['xs'])
-    kernel, bias = values['recurrent_kernel'], values.get('recurrent_bias')
-    carry, output = values['h'], lambda h: h
-    match cell:
-        case 'lstm':
-            step = functools.partial(cells.lstm, kernel)
-            carry, output = cells.LSTMCarry(c=values['c'], h=values['h']), lambda carry: carry.h
-        case 'gru_reset_before':
-            step = functools.partial(cells.gru_reset_before, kernel)
-        case _:
-            step = functools.partial(cells.gru_reset_after, kernel, bias)
-    step = functools.partial(step, gate=GATES[gate])
-    return scan.unroll(step, output, projected, carry, sequences=sequences)
+def ours(cell: str, gate: str, values: dict, *, sequences: bool = True, how: str = 'cpu') -> jax.Array:
+    weights = scan.Weights(
+        values['kernel'], values['bias'], values['recurrent_kernel'], values.get('recurrent_bias')
+    )
+    made = getattr(cells, cell.removesuffix('_candidate_bias').removesuffix('_two_biases'))(GATES[gate])
+    carry = made.carry(**{name: values[name] for name in made.carry._fields})
+    xs = jnp.asarray(values['xs'])
+    outputs, last = scan.run(made, weights, xs, carry, sequences=sequences, **HOW[how])
+    return outputs if sequences else last.h
 
 
 def theirs(cell: str, gate: str, values: dict) -> np.ndarray:
@@ -101,11 +104,11 @@ def test_complex_steps_agree_with_central_differences():
 
 
 @functools.cache
-def outputs_and_slopes(cell: str, gate: str):
+def outputs_and_slopes(cell: str, gate: str, how: str):
     """Compiled: values, weights -> outputs [T, B, H], slopes of their weighted sum by name."""
 
     def loss(values, weights):
-        outputs = ours(cell, gate, values)
+        outputs = ours(cell, gate, values, how=how)
         return jnp.sum(weights * outputs), outputs
 
     def run(values, weights):
@@ -115,14 +118,15 @@ def outputs_and_slopes(cell: str, gate: str):
     return jax.jit(run)
 
 
+@each_how
 @each_gate
 @each_cell
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
-def test_values_and_gradients(cell, gate, sizes):
+def test_values_and_gradients(cell, gate, sizes, how):
     values = draw(cell, sizes)
     expected = theirs(cell, gate, values)
     weights = drawn_like(expected)
-    outputs, found = outputs_and_slopes(cell, gate)(values, weights)
+    outputs, found = outputs_and_slopes(cell, gate, how)(values, weights)
     assert_close(outputs, expected, 'float32 forward')
     slopes = oracle.gradients(lambda v: np.sum(weights * theirs(cell, gate, v)), values)
     assert found.keys() == slopes.keys()
@@ -130,26 +134,28 @@ def test_values_and_gradients(cell, gate, sizes):
         assert_close(found[name], slope, 'float32 gradient')
 
 
+@each_how
 @each_gate
 @each_cell
-def test_values_at_a_larger_size(cell, gate):
+def test_values_at_a_larger_size(cell, gate, how):
     values = draw(cell, (19, 8, 28, 64))
     expected = theirs(cell, gate, values)
-    run = jax.jit(functools.partial(ours, cell, gate), static_argnames='sequences')
+    run = jax.jit(functools.partial(ours, cell, gate, how=how), static_argnames='sequences')
     assert_close(run(values), expected, 'float32 forward')
     assert_close(run(values, sequences=False), expected[-1], 'float32 forward')
 
 
+@pytest.mark.parametrize('how', ['cpu', 'accelerator', 'reference'])
 @each_gate
 @each_cell
-def test_extreme_numbers_give_finite_outputs_and_gradients(cell, gate):
+def test_extreme_numbers_give_finite_outputs_and_gradients(cell, gate, how):
     values = draw(cell, SIZES[-1])
     weights = drawn_like(theirs(cell, gate, values))
     carry = CELLS[cell][2]
     some = [('xs',), *((name,) for name in carry), ('xs', *carry)]
     for extreme, names in itertools.product(EXTREMES, some):
         changed = values | {name: filled(values[name].shape, extreme) for name in names}
-        outputs, slopes = outputs_and_slopes(cell, gate)(changed, weights)
+        outputs, slopes = outputs_and_slopes(cell, gate, how)(changed, weights)
         assert_finite({'outputs': outputs, **slopes}, f'{extreme} {names}')
 
 
@@ -179,15 +185,16 @@ def test_hard_sigmoid_has_no_slope_beyond_two_and_a_half():
     assert_close(slope(within), np.full(5, 0.2), 'float32 function')
 
 
+@each_how
 @pytest.mark.parametrize('cell', [name for name in CELLS if name != 'lstm'])
-def test_gru_keeps_its_digits_near_z_of_one(cell):
+def test_gru_keeps_its_digits_near_z_of_one(cell, how):
     """At a_z = 20, 1 - sigmoid(a_z) is 0 in float32; the candidate's true share is 2.1e-9."""
     assert 1 - jax.nn.sigmoid(jnp.float32(20)) == 0
     values = {name: np.zeros_like(value) for name, value in draw(cell, (1, 1, 1, 1)).items()}
     values['bias'] = np.array([20, 0, 1], np.float32)
     expected = theirs(cell, 'sigmoid', values)
     assert 1.5e-9 < expected.item() < 1.6e-9  # 2.06e-9 tanh(1)
-    assert_close(ours(cell, 'sigmoid', values), expected, 'float32 function')
+    assert_close(ours(cell, 'sigmoid', values, how=how), expected, 'float32 function')
 
 
 def test_letters_stand_for_one_hot_rows():

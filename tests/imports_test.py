@@ -17,7 +17,7 @@ DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'absl': None}
 
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Plain definitions that their own floor may use.
-ALLOWED_BESIDE = {('diagnosis', 'environment'), ('config', 'types'), ('tree', 'types')}
+ALLOWED_BESIDE = {('diagnosis', 'environment'), ('config', 'types'), ('tree', 'types'), ('scan', 'cells')}
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'
 

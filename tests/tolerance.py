@@ -26,6 +26,11 @@ TOLERANCES = {
     'float32 forward': Tolerance(scaled=32 * ULP),
     # the same for gradients: as many roundings again on the way back, then a sum over T and B; worst measured 18
     'float32 gradient': Tolerance(scaled=64 * ULP),
+    # products of bfloat16 operands (8 bits), sums in float32, six time steps
+    'bfloat16 forward': Tolerance(scaled=8 * 2.0**-8),
+    'bfloat16 gradient': Tolerance(scaled=16 * 2.0**-8),
+    # float64 against float64, order of summation aside
+    'float64': Tolerance(scaled=1e-13),
     # float64 central differences of step h = 1e-5: truncation h^2 f'''/6, rounding 2^-53 f/h, both about 1e-11
     'float64 differences': Tolerance(scaled=1e-9),
     # Adam in float32 against float64, a dozen steps: some ten roundings of m and v, which are sums of terms of
