@@ -19,7 +19,7 @@ class Last(nnx.Module):
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
-        return self.output(self.recurrent(letters))
+        return self.output(self.recurrent.last(letters))
 
 
 class Stacked(nnx.Module):
@@ -35,8 +35,8 @@ class Stacked(nnx.Module):
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
-        between = jax.nn.sigmoid(self.between(self.lower(letters, sequences=True)))
-        return self.output(jax.numpy.tanh(self.narrow(self.upper(between))))
+        between = jax.nn.sigmoid(self.between(self.lower(letters, time_major=True)))
+        return self.output(jax.numpy.tanh(self.narrow(self.upper.last(between))))
 
 
 def build(options: config.Model, *, letters: int, vector_size: int, key: Array) -> nnx.Module:

@@ -245,7 +245,7 @@ def compiled(build: Callable[[], nnx.Module], *, by_input: bool, **options: bool
         return jnp.sum(weights * outputs), outputs
 
     slopes = jax.value_and_grad(loss, argnums=(0, 1) if by_input else (0,), has_aux=True)
-    return Compiled(params, jax.jit(forward), jax.jit(slopes))
+    return Compiled(params, jax.jit(forward, static_argnames=tuple(options)), jax.jit(slopes))
 
 
 @functools.cache
@@ -253,7 +253,7 @@ def compiled_layer(kind: str, preset: str) -> Compiled:
     def build():
         return getattr(layers, kind)(5, 6, preset=cells.PRESETS[preset], rngs=nnx.Rngs(0))
 
-    return compiled(build, by_input=True, **({} if kind == 'Dense' else {'sequences': True}))
+    return compiled(build, by_input=True, **({} if kind == 'Dense' else {'time_major': True}))
 
 
 @functools.cache
@@ -284,7 +284,8 @@ def test_layers(kind, preset):
     (_, found), _ = layer.slopes(layer.params, FLOATS, drawn_like(expected))
     assert_close(found, expected, 'float32 forward')
     expected = recurrent(preset, kind, np.eye(5)[LETTERS], layer.params)
-    assert_close(layer.forward(layer.params, LETTERS), expected[-1], 'float32 forward')
+    found = layer.forward(layer.params, LETTERS, time_major=True)
+    assert_close(found, expected, 'float32 forward')
 
 
 def network(name: str, preset: str, letters: np.ndarray, params: dict) -> np.ndarray:

@@ -243,7 +243,7 @@ def test_flax_preset_computes_what_flax_does(layer):
     }
     nnx.replace_by_pure_dict(state, params)
     xs = rng.normal(size=(7, 4, 5)).astype(np.float32)
-    found = nnx.merge(graph, state)(jnp.asarray(xs), sequences=True)
+    found = nnx.merge(graph, state)(jnp.asarray(xs), time_major=True)
 
     cell = FLAX_CELLS[layer](8)
     carry = cell.initialize_carry(jax.random.key(0), xs[0].shape)
