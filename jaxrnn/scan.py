@@ -253,6 +253,11 @@ class _Layout(NamedTuple):
         """[..., B, H] to the layout, and back."""
         return x.swapaxes(-1, -2) if self.features_first else x
 
+    def flat(self, x: Array) -> Array:
+        """[T, B, ..] as the products after the loop want it: as rows [T B, ..] on CPU; as it is elsewhere, since
+        rows of examples that are split between devices would have to be gathered first."""
+        return x.reshape(-1, x.shape[-1]) if self.features_first else x
+
     def split(self, x: Array, gates: int) -> list[Array]:
         return jnp.split(x, gates, self.axis)
 
@@ -295,6 +300,12 @@ class _Layout(NamedTuple):
             return _dot(*operands, contracted, self.wide)
 
         return [functools.partial(product, block) for block in blocks]
+
+
+def _over_examples(a: Array, d: Array, wide: Any) -> Array:
+    """a' d, summed over all axes but the last."""
+    axes = tuple(range(d.ndim - 1))
+    return lax.dot_general(a, d, ((axes, axes), ((), ())), preferred_element_type=wide)
 
 
 def _dot(a: Array, b: Array, contracted: tuple[int, int], wide: Any) -> Array:
@@ -409,43 +420,43 @@ def _gradients(
     # A plain product of two matrices as they lie in memory is the fast one: hence the barriers.
     def rows(which: Sequence[int]) -> Array:
         chosen = layout.turned(d if len(which) == len(parts) else layout.join([parts[k] for k in which]))
-        return lax.optimization_barrier(chosen.reshape(-1, chosen.shape[-1]))
+        return lax.optimization_barrier(layout.flat(chosen))
 
     def against(operand: Array, d: Array) -> Array:
+        operand = operand.astype(static.dtype)
         if layout.features_first:
             columns = operand.swapaxes(0, 1).reshape(operand.shape[1], -1)
-            return _dot(lax.optimization_barrier(columns.astype(static.dtype)), d, (1, 0), wide)
-        return _dot(operand.reshape(-1, operand.shape[-1]).astype(static.dtype), d, (0, 0), wide)
+            return _dot(lax.optimization_barrier(columns), d, (1, 0), wide)
+        return _over_examples(operand, d, wide)
 
     d_inputs = rows(cell.d_inputs)
     d_products = [d_inputs if which == cell.d_inputs else rows(which) for which in cell.d_products]
     d_kernel, d_xs = _input_gradients(static, layout, weights.kernel, xs, d_inputs)
     narrow = [d_k.astype(static.dtype) for d_k in d_products]
     d_recurrent = jnp.concatenate([against(o, d_k) for o, d_k in zip(operands, narrow, strict=True)], axis=1)
-    d_bias = d_recurrent_bias = jnp.sum(d_inputs, axis=0)
-    bias = weights.recurrent_bias
-    if bias is not None:
-        d_recurrent_bias = jnp.sum(d_products[0][:, -bias.shape[0] :], axis=0)
-    made = Weights(d_kernel, d_bias, d_recurrent, None if bias is None else d_recurrent_bias)
+    examples = tuple(range(d_inputs.ndim - 1))
+    d_bias, d_recurrent_bias = jnp.sum(d_inputs, axis=examples), None
+    if weights.recurrent_bias is not None:
+        of_candidate = d_products[0][..., -weights.recurrent_bias.shape[0] :]
+        d_recurrent_bias = jnp.sum(of_candidate, axis=examples)
+    made = Weights(d_kernel, d_bias, d_recurrent, d_recurrent_bias)
     return jax.tree.map(lambda g, w: g.astype(w.dtype), made, weights), d_xs
 
 
 def _input_gradients(
     static: _Static, layout: _Layout, kernel: Array, xs: Array, d: Array
 ) -> tuple[Array, Array | None]:
-    """Of the kernel and of the inputs, which letters have none. d: [T B, G]."""
+    """Of the kernel and of the inputs, which letters have none. d: [T B, G] or [T, B, G], see `flat`."""
     wide, narrow = layout.wide, d.astype(static.dtype)
     if not _are_letters(xs):
-        rows = xs.reshape(-1, xs.shape[-1]).astype(static.dtype)
-        d_xs = _dot(narrow, kernel.astype(static.dtype), (1, 1), wide)
-        return _dot(rows, narrow, (0, 0), wide), d_xs.reshape(xs.shape).astype(xs.dtype)
-    letters = xs.reshape(-1)
+        d_xs = _dot(narrow, kernel.astype(static.dtype), (d.ndim - 1, 1), wide)
+        d_kernel = _over_examples(layout.flat(xs.astype(static.dtype)), narrow, wide)
+        return d_kernel, d_xs.reshape(xs.shape).astype(xs.dtype)
     if kernel.shape[0] < static.plan.scatter_from:
-        return _dot(
-            jax.nn.one_hot(letters, kernel.shape[0], dtype=static.dtype, axis=0), narrow, (1, 0), wide
-        ), None
-    beyond = jnp.where(letters < 0, kernel.shape[0], letters)
-    return jnp.zeros(kernel.shape, wide).at[beyond].add(d, mode='drop'), None
+        one_hot = jax.nn.one_hot(xs, kernel.shape[0], dtype=static.dtype)
+        return _over_examples(layout.flat(one_hot), narrow, wide), None
+    known = jnp.where(xs < 0, kernel.shape[0], xs).reshape(d.shape[:-1])
+    return jnp.zeros(kernel.shape, wide).at[known].add(d, mode='drop'), None
 
 
 # Time in pieces: a tree of [T, ...] as a tuple of U trees of [T / U, ...], one for each place in an iteration.
