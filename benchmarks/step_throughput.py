@@ -1,0 +1,985 @@
+"""How fast is a whole train step, beside other libraries' and beside the machine's own matrix product?
+
+    python benchmarks/step_throughput.py --networks=lstm --batches=32,128 --rounds=15
+
+Forward pass, mean squared error, gradient and Adam of the stock networks, in each library as its users write it, from
+the same weights. A process for each implementation; all compile first, then take turns, one measurement a round. The
+first losses must be those of the equations written out here, or there is no row.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parent.parent)
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxrnn.types import UserError
+from scripts import common
+
+LETTERS, STEPS, SIZE = 27, 20, 100
+WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
+RATE, CHECKED, LONG_ENOUGH, TOLERANCE = 1e-3, 3, 0.2, 1e-4  # the last: of a loss, relative
+PRODUCT = 2048  # side of the matrices that measure the machine
+
+PACKAGES = {
+    'jaxrnn': 'jaxrnn',
+    'jaxrnn-reference': 'jaxrnn',
+    'nnx': 'flax',
+    'linen': 'flax',
+    'haiku': 'haiku',
+    'equinox': 'equinox',
+    'keras-jax': 'keras',
+    'keras-torch': 'keras',
+    'torch': 'torch',
+    'cudnn': 'jax',
+}
+ON_TORCH = ('torch', 'keras-torch')
+TIME_MAJOR = ('jaxrnn', 'jaxrnn-reference', 'haiku', 'torch', 'equations')
+VERSIONED = ('jaxrnn', 'jax', 'jaxlib', 'flax', 'optax', 'dm-haiku', 'equinox', 'keras', 'torch', 'numpy')
+
+TRAINED = {
+    'jaxrnn': ('none', 'all'),
+    'jaxrnn-reference': ('none', 'all'),
+    'nnx': ('none', 'none'),
+    'linen': ('none', 'candidate'),
+    'haiku': ('none', 'before'),
+    'equinox': ('none', 'candidate'),
+    'keras-jax': ('none', 'all'),
+    'keras-torch': ('none', 'all'),
+    'torch': ('all', 'all'),
+    'cudnn': ('all', 'all'),
+}
+"""Which recurrent biases, zero at first, a library trains beside the input's, in its LSTM and in its GRU. The same
+function starts from the same loss, but a bias that is there twice learns twice as fast. 'before': Haiku's GRU resets
+before the product, another function."""
+
+Tree = Any
+
+
+class Case(NamedTuple):
+    """What a worker is asked to prepare."""
+
+    network: str
+    batch: int
+    hidden: int
+
+
+class Step(NamedTuple):
+    """A train step that is ready to run, with its state inside."""
+
+    advance: Callable[[], Any]  # one step; returns its loss, perhaps not yet computed
+    wait: Callable[[Any], None]  # until that loss and the state are there
+    compile_seconds: float
+    temp_bytes: int | None
+
+
+# The data and the weights, in one layout: kernels [D, G], gates i, f, g, o or z, r, n.
+
+
+def examples(case: Case, time_major: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Letters [T, B] or [B, T] and targets [B, E]."""
+    rng = np.random.default_rng(1)
+    letters = rng.integers(0, LETTERS, (STEPS, case.batch), np.int32)
+    targets = rng.normal(size=(case.batch, SIZE)).astype(np.float32)
+    return np.ascontiguousarray(letters if time_major else letters.T), targets
+
+
+def initial_weights(case: Case) -> dict[str, dict[str, np.ndarray]]:
+    """Layer -> name -> array, with jaxrnn's names."""
+    rng, width = np.random.default_rng(0), case.hidden
+
+    def uniform(*shape: int, limit: float) -> np.ndarray:
+        return rng.uniform(-limit, limit, shape).astype(np.float32)
+
+    def dense(inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        limit = math.sqrt(6 / (inputs + outputs))
+        return {'kernel': uniform(inputs, outputs, limit=limit), 'bias': uniform(outputs, limit=0.1)}
+
+    def recurrent(inputs: int, gates: int) -> dict[str, np.ndarray]:
+        kernel = uniform(width, gates * width, limit=1 / math.sqrt(width))
+        return {**dense(inputs, gates * width), 'recurrent_kernel': kernel}
+
+    if case.network != 'stacked':
+        gates = 4 if case.network == 'lstm' else 3
+        return {'recurrent': recurrent(LETTERS, gates), 'output': dense(width, SIZE)}
+    return {
+        'lower': recurrent(LETTERS, 4),
+        'between': dense(width, width),
+        'upper': recurrent(width, 4),
+        'narrow': dense(width, width // 2),
+        'output': dense(width // 2, SIZE),
+    }
+
+
+def reorder(array: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """Puts the gates, blocks of the last axis, into another order."""
+    blocks = np.split(array, len(order), axis=-1)
+    return np.concatenate([blocks[k] for k in order], axis=-1)
+
+
+def gflop(case: Case) -> float:
+    """Of the matrix products of a train step, taken as three forward passes; letters cost none."""
+    width = case.hidden
+    if case.network == 'stacked':
+        in_time, after = 2 * 4 * width**2 * 3 + 2 * width**2, width * (width // 2) + (width // 2) * SIZE
+    else:
+        in_time, after = 2 * (4 if case.network == 'lstm' else 3) * width**2, width * SIZE
+    return 3e-9 * case.batch * (STEPS * in_time + 2 * after)
+
+
+# The equations, which every implementation's losses must agree with.
+
+
+def equations(case: Case, recurrent_biases: str) -> tuple[Tree, Callable]:
+    """Parameters and the function of a network, as the textbook has them."""
+    import jax
+    import jax.numpy as jnp
+
+    params = initial_weights(case)
+    for layer in params.values():
+        if 'recurrent_kernel' in layer and recurrent_biases in ('all', 'candidate'):
+            count = layer['bias'].shape[0] if recurrent_biases == 'all' else case.hidden
+            layer['recurrent_bias'] = np.zeros(count, np.float32)
+
+    def lstm(layer, xs):
+        def body(carry, x):
+            c, h = carry
+            i, f, g, o = jnp.split(x + h @ layer['recurrent_kernel'], 4, -1)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (c, h), h
+
+        zeros = jnp.zeros((case.batch, case.hidden))
+        inputs = xs @ layer['kernel'] + layer['bias'] + layer.get('recurrent_bias', 0)
+        return jax.lax.scan(body, (zeros, zeros), inputs)[1]
+
+    def gru(layer, xs):
+        extra = layer.get('recurrent_bias', jnp.zeros(0))
+        extra = jnp.pad(extra, (3 * case.hidden - extra.shape[0], 0))
+
+        def body(h, x):
+            x_z, x_r, x_n = jnp.split(x, 3, -1)
+            u_z, u_r, u_n = jnp.split(h @ layer['recurrent_kernel'] + extra, 3, -1)
+            z, r = jax.nn.sigmoid(x_z + u_z), jax.nn.sigmoid(x_r + u_r)
+            if recurrent_biases == 'before':
+                u_n, r = (r * h) @ layer['recurrent_kernel'][:, 2 * case.hidden :], 1.0
+            h = z * h + (1 - z) * jnp.tanh(x_n + r * u_n)
+            return h, h
+
+        zeros = jnp.zeros((case.batch, case.hidden))
+        return jax.lax.scan(body, zeros, xs @ layer['kernel'] + layer['bias'])[1]
+
+    def dense(layer, x):
+        return x @ layer['kernel'] + layer['bias']
+
+    def predict(params, letters):
+        xs = jax.nn.one_hot(letters, LETTERS)
+        if case.network != 'stacked':
+            return dense(
+                params['output'], {'lstm': lstm, 'gru': gru}[case.network](params['recurrent'], xs)[-1]
+            )
+        between = jax.nn.sigmoid(dense(params['between'], lstm(params['lower'], xs)))
+        narrow = jnp.tanh(dense(params['narrow'], lstm(params['upper'], between)[-1]))
+        return dense(params['output'], narrow)
+
+    return params, predict
+
+
+# The implementations in JAX: each gives parameters, and a function of them and of the letters.
+
+
+def jaxrnn(case: Case, recurrence: str = 'fast') -> tuple[Tree, Callable]:
+    import jax
+    from flax import nnx
+
+    from jaxrnn import config, models
+
+    options = config.Model(network=case.network, hidden=case.hidden, preset='keras3', recurrence=recurrence)
+    build = functools.partial(models.build, options, letters=LETTERS, vector_size=SIZE, key=jax.random.key(0))
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    params = initial_weights(case)
+    for name, layer in nnx.to_pure_dict(abstract).items():
+        if 'recurrent_bias' in layer:
+            params[name]['recurrent_bias'] = np.zeros(layer['recurrent_bias'].shape, np.float32)
+
+    def predict(params, letters):
+        return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))(letters)
+
+    return params, predict
+
+
+def nnx(case: Case) -> tuple[Tree, Callable]:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    rngs, width = nnx.Rngs(0), case.hidden
+
+    class Network(nnx.Module):
+        def __init__(self):
+            cell = nnx.GRUCell if case.network == 'gru' else nnx.OptimizedLSTMCell
+            if case.network != 'stacked':
+                self.recurrent = nnx.RNN(cell(LETTERS, width, rngs=rngs), rngs=rngs)
+                self.output = nnx.Linear(width, SIZE, rngs=rngs)
+                return
+            self.lower = nnx.RNN(cell(LETTERS, width, rngs=rngs), rngs=rngs)
+            self.between = nnx.Linear(width, width, rngs=rngs)
+            self.upper = nnx.RNN(cell(width, width, rngs=rngs), rngs=rngs)
+            self.narrow = nnx.Linear(width, width // 2, rngs=rngs)
+            self.output = nnx.Linear(width // 2, SIZE, rngs=rngs)
+
+        def __call__(self, letters):
+            xs = jax.nn.one_hot(letters, LETTERS)
+            if case.network != 'stacked':
+                return self.output(self.recurrent(xs)[:, -1])
+            between = jax.nn.sigmoid(self.between(self.lower(xs)))
+            return self.output(jnp.tanh(self.narrow(self.upper(between)[:, -1])))
+
+    network = Network()
+    for name, layer in initial_weights(case).items():
+        _fill_nnx(getattr(network, name), layer, gru=case.network == 'gru')
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+
+    def predict(params, letters):
+        fresh = jax.tree.map(
+            lambda leaf: leaf, rest
+        )  # counts of the carries' keys, which may only move in here
+        return nnx.merge(graph, params, fresh)(letters)
+
+    return params, predict
+
+
+def _fill_nnx(module: Any, layer: dict[str, np.ndarray], gru: bool) -> None:
+    if 'recurrent_kernel' not in layer:
+        module.kernel[...], module.bias[...] = layer['kernel'], layer['bias']
+        return
+    order = (1, 0, 2) if gru else (0, 1, 2, 3)  # the GRU's: r, z, n
+    cell, with_bias = module.cell, module.cell.dense_i if gru else module.cell.dense_h
+    cell.dense_i.kernel[...] = reorder(layer['kernel'], order)
+    cell.dense_h.kernel[...] = reorder(layer['recurrent_kernel'], order)
+    with_bias.bias[...] = reorder(layer['bias'], order)
+
+
+def linen(case: Case) -> tuple[Tree, Callable]:
+    import jax
+    import jax.numpy as jnp
+    from flax import linen as nn
+
+    cell = nn.GRUCell if case.network == 'gru' else nn.OptimizedLSTMCell
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, letters):
+            xs, width = jax.nn.one_hot(letters, LETTERS), case.hidden
+            if case.network != 'stacked':
+                last = nn.RNN(cell(width, name='recurrent'))(xs)[:, -1]
+                return nn.Dense(SIZE, name='output')(last)
+            between = jax.nn.sigmoid(nn.Dense(width, name='between')(nn.RNN(cell(width, name='lower'))(xs)))
+            last = nn.RNN(cell(width, name='upper'))(between)[:, -1]
+            return nn.Dense(SIZE, name='output')(jnp.tanh(nn.Dense(width // 2, name='narrow')(last)))
+
+    network = Network()
+    params = {name: _linen_layer(layer) for name, layer in initial_weights(case).items()}
+    return params, lambda params, letters: network.apply({'params': params}, letters)
+
+
+def _linen_layer(layer: dict[str, np.ndarray]) -> Tree:
+    if 'recurrent_kernel' not in layer:
+        return layer
+    gru = layer['kernel'].shape[1] != 4 * layer['recurrent_kernel'].shape[0]
+    gates = 'zrn' if gru else 'ifgo'
+    kernels, recurrent, biases = (
+        np.split(layer[name], len(gates), axis=-1) for name in ('kernel', 'recurrent_kernel', 'bias')
+    )
+    made = {f'i{gate}': {'kernel': kernel} for gate, kernel in zip(gates, kernels, strict=True)}
+    made |= {f'h{gate}': {'kernel': kernel} for gate, kernel in zip(gates, recurrent, strict=True)}
+    for gate, bias in zip(gates, biases, strict=True):
+        made[f'{"i" if gru else "h"}{gate}']['bias'] = bias
+    if gru:
+        made['hn']['bias'] = np.zeros_like(biases[0])
+    return made
+
+
+def haiku(case: Case) -> tuple[Tree, Callable]:
+    import haiku as hk
+    import jax
+    import jax.numpy as jnp
+
+    def unroll(name, xs):
+        core = (hk.GRU if case.network == 'gru' else hk.LSTM)(case.hidden, name=name)
+        return hk.dynamic_unroll(core, xs, core.initial_state(case.batch))[0]
+
+    def network(letters):
+        xs = jax.nn.one_hot(letters, LETTERS)
+        if case.network != 'stacked':
+            return hk.Linear(SIZE, name='output')(unroll('recurrent', xs)[-1])
+        between = jax.nn.sigmoid(hk.Linear(case.hidden, name='between')(unroll('lower', xs)))
+        narrow = jnp.tanh(hk.Linear(case.hidden // 2, name='narrow')(unroll('upper', between)[-1]))
+        return hk.Linear(SIZE, name='output')(narrow)
+
+    apply = hk.without_apply_rng(hk.transform(network)).apply
+    return dict(_haiku_layer(name, layer) for name, layer in initial_weights(case).items()), apply
+
+
+def _haiku_layer(name: str, layer: dict[str, np.ndarray]) -> tuple[str, Tree]:
+    if 'recurrent_kernel' not in layer:
+        return name, {'w': layer['kernel'], 'b': layer['bias']}
+    kernel, recurrent, bias = layer['kernel'], layer['recurrent_kernel'], layer['bias']
+    width = recurrent.shape[0]
+    if kernel.shape[1] == 3 * width:  # its z is our 1 - z
+        sign = np.repeat(np.float32([-1, 1, 1]), width)
+        return name, {'w_i': sign * kernel, 'w_h': sign * recurrent, 'b': sign * bias}
+    bias = bias - np.repeat(np.float32([0, 1, 0, 0]), width)  # it adds 1 to the forget gate
+    order = (0, 2, 1, 3)
+    w = np.concatenate([reorder(kernel, order), reorder(recurrent, order)])
+    return f'{name}/linear', {'w': w, 'b': reorder(bias, order)}
+
+
+def equinox(case: Case) -> tuple[Tree, Callable]:
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    cell = eqx.nn.GRUCell if case.network == 'gru' else eqx.nn.LSTMCell
+
+    def unroll(cell, xs):
+        def body(state, x):
+            state = cell(x, state)
+            return state, state if case.network == 'gru' else state[0]
+
+        zeros = jnp.zeros(case.hidden)
+        return jax.lax.scan(body, zeros if case.network == 'gru' else (zeros, zeros), xs)[1]
+
+    def one(layers, letters):
+        xs = jax.nn.one_hot(letters, LETTERS)
+        if case.network != 'stacked':
+            return layers['output'](unroll(layers['recurrent'], xs)[-1])
+        between = jax.nn.sigmoid(jax.vmap(layers['between'])(unroll(layers['lower'], xs)))
+        return layers['output'](jnp.tanh(layers['narrow'](unroll(layers['upper'], between)[-1])))
+
+    layers = {name: _equinox_layer(cell, layer) for name, layer in initial_weights(case).items()}
+    params, static = eqx.partition(layers, eqx.is_array)
+    return params, lambda params, letters: jax.vmap(functools.partial(one, eqx.combine(params, static)))(
+        letters
+    )
+
+
+def _equinox_layer(cell: type, layer: dict[str, np.ndarray]) -> Any:
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    inputs, outputs = layer['kernel'].shape
+    if 'recurrent_kernel' not in layer:
+        made = eqx.nn.Linear(inputs, outputs, key=jax.random.key(0))
+        new = jnp.asarray(layer['kernel'].T), jnp.asarray(layer['bias'])
+        return eqx.tree_at(lambda m: (m.weight, m.bias), made, new)
+    width = layer['recurrent_kernel'].shape[0]
+    made = cell(inputs, width, key=jax.random.key(0))
+    order = (0, 1, 2, 3) if outputs == 4 * width else (1, 0, 2)  # the GRU's: r, z, n
+    kernels = (reorder(layer[name], order).T for name in ('kernel', 'recurrent_kernel', 'bias'))
+    made = eqx.tree_at(lambda m: (m.weight_ih, m.weight_hh, m.bias), made, tuple(map(jnp.asarray, kernels)))
+    return made if outputs == 4 * width else eqx.tree_at(lambda m: m.bias_n, made, jnp.zeros(width))
+
+
+def cudnn(case: Case) -> tuple[Tree, Callable]:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import rnn
+
+    def flat(layer):
+        if 'recurrent_kernel' not in layer:
+            return layer
+        bias = layer['bias']
+        parts = layer['kernel'].T, layer['recurrent_kernel'].T, bias, np.zeros_like(bias)
+        return np.concatenate([part.ravel() for part in parts])
+
+    def lstm(weights, xs):
+        zeros = jnp.zeros((1, case.batch, case.hidden))
+        lengths = jnp.full(case.batch, STEPS, jnp.int32)
+        sizes = {'input_size': xs.shape[-1], 'hidden_size': case.hidden, 'num_layers': 1}
+        return rnn.lstm(xs, zeros, zeros, weights, lengths, **sizes, dropout=0.0, bidirectional=False)[0]
+
+    def dense(layer, x):
+        return x @ layer['kernel'] + layer['bias']
+
+    def predict(params, letters):
+        xs = jax.nn.one_hot(letters, LETTERS)
+        if case.network != 'stacked':
+            return dense(params['output'], lstm(params['recurrent'], xs)[:, -1])
+        between = jax.nn.sigmoid(dense(params['between'], lstm(params['lower'], xs)))
+        narrow = jnp.tanh(dense(params['narrow'], lstm(params['upper'], between)[:, -1]))
+        return dense(params['output'], narrow)
+
+    return {name: flat(layer) for name, layer in initial_weights(case).items()}, predict
+
+
+def jax_step(case: Case, params: Tree, predict: Callable, time_major: bool, keras: bool = False) -> Step:
+    """Compiles loss, gradient and optax.adam around a network; `keras`: with Keras' form of Adam."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxrnn import optim
+
+    optimiser = optax.adam(RATE)
+    if keras:
+        scaled = optim.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True)
+        optimiser = optax.chain(scaled, optax.scale_by_learning_rate(RATE))
+
+    def step(state, letters, targets):
+        params, opt_state = state
+
+        def loss_of(params):
+            return jnp.mean(jnp.square(predict(params, letters) - targets))
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    params = jax.tree.map(jnp.array, params)
+    return compiled_step(step, (params, optimiser.init(params)), examples(case, time_major))
+
+
+def compiled_step(step: Callable, state: Tree, batch: tuple[np.ndarray, ...]) -> Step:
+    """Compiles (state, *batch) -> (state, loss), the state donated."""
+    import jax
+
+    device = [jax.device_put(part) for part in batch]
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, *device).compile()
+    seconds = time.perf_counter() - start
+    kept = [state]
+
+    def advance():
+        kept[0], loss = compiled(kept[0], *device)
+        return loss
+
+    analysis = compiled.memory_analysis()
+    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return Step(advance, lambda loss: jax.block_until_ready((kept, loss)), seconds, temp)
+
+
+# PyTorch and Keras.
+
+
+def torch_step(case: Case) -> Step:
+    import torch
+    from torch.nn import functional
+
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    layers = torch.nn.ModuleDict({name: _torch_layer(layer) for name, layer in initial_weights(case).items()})
+    layers.to(device)
+    optimiser = torch.optim.Adam(layers.parameters(), lr=RATE)
+    letters, targets = (torch.from_numpy(part).to(device) for part in examples(case, True))
+    letters = letters.long()
+
+    def predict():
+        xs = functional.one_hot(letters, LETTERS).float()
+        if case.network != 'stacked':
+            return layers['output'](layers['recurrent'](xs)[0][-1])
+        between = torch.sigmoid(layers['between'](layers['lower'](xs)[0]))
+        return layers['output'](torch.tanh(layers['narrow'](layers['upper'](between)[0][-1])))
+
+    def advance():
+        optimiser.zero_grad(set_to_none=True)
+        loss = functional.mse_loss(predict(), targets)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return Step(advance, lambda loss: loss.item(), 0.0, None)
+
+
+def _torch_layer(layer: dict[str, np.ndarray]) -> Any:
+    import torch
+
+    inputs, outputs = layer['kernel'].shape
+    if 'recurrent_kernel' not in layer:
+        made = torch.nn.Linear(inputs, outputs)
+        named = {'weight': layer['kernel'].T, 'bias': layer['bias']}
+    else:
+        width = layer['recurrent_kernel'].shape[0]
+        gru = outputs == 3 * width
+        order = (1, 0, 2) if gru else (0, 1, 2, 3)  # the GRU's: r, z, n
+        made = (torch.nn.GRU if gru else torch.nn.LSTM)(inputs, width)
+        named = {
+            'weight_ih_l0': reorder(layer['kernel'], order).T,
+            'weight_hh_l0': reorder(layer['recurrent_kernel'], order).T,
+            'bias_ih_l0': reorder(layer['bias'], order),
+            'bias_hh_l0': np.zeros_like(layer['bias']),
+        }
+    made.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in named.items()})
+    return made
+
+
+def keras_model(case: Case) -> Any:
+    """Letters [B, T] -> vectors, compiled with Keras' Adam."""
+    import keras
+
+    layers, width = keras.layers, case.hidden
+    letters = keras.Input((STEPS,), dtype='int32')
+    xs = keras.ops.one_hot(letters, LETTERS)
+    if case.network == 'stacked':
+        xs = layers.LSTM(width, return_sequences=True, name='lower')(xs)
+        xs = layers.TimeDistributed(layers.Dense(width, 'sigmoid'), name='between')(xs)
+        xs = layers.LSTM(width, name='upper')(xs)
+        xs = layers.Dense(width // 2, 'tanh', name='narrow')(xs)
+    else:
+        xs = (layers.GRU if case.network == 'gru' else layers.LSTM)(width, name='recurrent')(xs)
+    model = keras.Model(letters, layers.Dense(SIZE, name='output')(xs))
+    for name, layer in initial_weights(case).items():
+        values = [layer[part] for part in ('kernel', 'recurrent_kernel', 'bias') if part in layer]
+        if case.network == 'gru' and 'recurrent_kernel' in layer:
+            values[2] = np.stack([values[2], np.zeros_like(values[2])])
+        model.get_layer(name).set_weights(values)
+    model.compile(keras.optimizers.Adam(RATE), 'mse')
+    return model
+
+
+def keras_jax_step(case: Case) -> Step:
+    """Keras' stateless form: what its own train_step traces."""
+    import jax
+    import jax.numpy as jnp
+
+    model = keras_model(case)
+    model.optimizer.build(model.trainable_variables)
+
+    def step(state, letters, targets):
+        trained, others, optimiser = state
+
+        def loss_of(trained):
+            predictions, updated = model.stateless_call(trained, others, letters, training=True)
+            return jnp.mean(jnp.square(predictions - targets)), updated
+
+        (loss, updated), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        trained, optimiser = model.optimizer.stateless_apply(optimiser, gradients, trained)
+        return (trained, updated, optimiser), loss
+
+    groups = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+    state = jax.tree.map(jnp.array, tuple([variable.value for variable in group] for group in groups))
+    return compiled_step(step, state, examples(case, False))
+
+
+def keras_torch_step(case: Case) -> Step:
+    model, batch = keras_model(case), examples(case, False)
+    return Step(lambda: model.train_on_batch(*batch), lambda loss: float(loss), 0.0, None)
+
+
+IN_JAX = {
+    'jaxrnn': jaxrnn,
+    'jaxrnn-reference': functools.partial(jaxrnn, recurrence='reference'),
+    'nnx': nnx,
+    'linen': linen,
+    'haiku': haiku,
+    'equinox': equinox,
+    'cudnn': cudnn,
+}
+
+
+def make_step(name: str, case: Case) -> Step:
+    match name:
+        case 'torch':
+            return torch_step(case)
+        case 'keras-jax':
+            return keras_jax_step(case)
+        case 'keras-torch':
+            return keras_torch_step(case)
+    return jax_step(case, *IN_JAX[name](case), time_major=name in TIME_MAJOR)
+
+
+# A worker: reads one line of JSON, does what it says, writes one line. It sleeps while it waits.
+
+
+class Worker:
+    """Holds the prepared step; each method but the first is a request."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.step: Step | None = None
+        self.count = 1
+
+    def start(self) -> dict[str, Any]:
+        """Reports what this process runs on, or why it can't."""
+        if self.name in ON_TORCH:
+            import torch
+
+            return {
+                'device': 'cuda' if torch.cuda.is_available() else 'cpu',
+                'threads': torch.get_num_threads(),
+            }
+        import jax
+
+        from jaxrnn import environment
+
+        if self.name == 'cudnn' and jax.default_backend() != 'gpu':
+            return {'missing': 'no GPU'}
+        return {'device': jax.devices()[0].device_kind, 'threads': environment.threads(),
+                'machine': environment.describe()}  # fmt: skip
+
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        """Builds a step, runs the first steps, and settles how many make a measurement."""
+        self.step = None
+        self.step = step = make_step(self.name, Case(**case))
+        start = time.perf_counter()
+        losses = [float(step.advance())]
+        first = time.perf_counter() - start
+        losses += [float(step.advance()) for _ in range(CHECKED - 1)]
+        self.count = 1
+        self.count = max(1, math.ceil(LONG_ENOUGH / self.measure()['seconds']))
+        seconds = step.compile_seconds or first  # nothing is compiled ahead: what the first step takes
+        return {'losses': losses, 'compile_seconds': seconds, 'temp_bytes': step.temp_bytes}
+
+    def losses(self, biases: str, keras: bool, **case: Any) -> dict[str, Any]:
+        """What the equations say that the first losses are."""
+        made = Case(**case)
+        step = jax_step(made, *equations(made, biases), time_major=True, keras=keras)
+        return {'losses': [float(step.advance()) for _ in range(CHECKED)]}
+
+    def measure(self) -> dict[str, Any]:
+        """Mean seconds of a step over one measurement."""
+        start = time.perf_counter()
+        for _ in range(self.count):
+            loss = self.step.advance()
+        self.step.wait(loss)
+        return {'seconds': (time.perf_counter() - start) / self.count}
+
+    def drop(self) -> dict[str, Any]:
+        self.step = None
+        return {}
+
+    def sgemm(self) -> dict[str, Any]:
+        """The best GFLOP/s of a float32 product of squares."""
+        product = self._product
+        product()
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            product()
+            best = min(best, time.perf_counter() - start)
+        return {'rate': 2e-9 * PRODUCT**3 / best}
+
+    @functools.cached_property
+    def _product(self) -> Callable[[], None]:
+        square = np.random.default_rng(2).normal(size=(PRODUCT, PRODUCT)).astype(np.float32)
+        if self.name in ON_TORCH:
+            import torch
+
+            on_device = torch.from_numpy(square).to('cuda' if torch.cuda.is_available() else 'cpu')
+
+            def multiply() -> None:
+                made = on_device @ on_device
+                if made.is_cuda:
+                    torch.cuda.synchronize()
+
+            return multiply
+        import jax
+
+        on_device, compiled = jax.device_put(square), jax.jit(lambda a: a @ a)
+        return lambda: jax.block_until_ready(compiled(on_device))
+
+
+def work(name: str) -> int:
+    """Answers requests until standard input ends."""
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what libraries print doesn't mix with answers
+    worker = Worker(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop('do'))(**request)
+        except Exception:
+            answer = {'error': traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+    return common.HEALTHY
+
+
+# The parent.
+
+
+class Peer:
+    """A worker's process, seen from the parent."""
+
+    def __init__(self, name: str, threads: int):
+        settings = {'OMP_WAIT_POLICY': 'PASSIVE', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+        if name.startswith('keras'):
+            settings['KERAS_BACKEND'] = name.removeprefix('keras-')
+        if name == 'equations':
+            settings['JAX_PLATFORMS'] = 'cpu'
+        command = [sys.executable, str(Path(__file__).resolve()), f'--worker={name}', f'--threads={threads}']
+        pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+        self.name = name
+        self.process = subprocess.Popen(command, text=True, env={**os.environ, **settings}, **pipes)
+        self.about: dict[str, Any] = {}
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        try:
+            print(json.dumps({'do': do, **request}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ''
+        return json.loads(line) if line else {'error': f'the process ended: {self.process.wait()}'}
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def start_peers(names: list[str], threads: int) -> Iterator[Peer]:
+    """Starts those that are installed."""
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            say(f'{name}: skipped, {PACKAGES[name]} is not installed')
+            continue
+        if name == 'keras-torch' and importlib.util.find_spec('torch') is None:
+            say(f'{name}: skipped, torch is not installed')
+            continue
+        peer = Peer(name, threads)
+        peer.about = peer.ask('start')
+        if reason := peer.about.get('missing') or peer.about.get('error'):
+            say(f'{name}: skipped, {reason}')
+            peer.stop()
+        else:
+            yield peer
+
+
+def biases_of(name: str, network: str) -> str:
+    return TRAINED[name][network == 'gru']
+
+
+def same_function(name: str, network: str) -> bool:
+    return biases_of(name, network) != 'before'
+
+
+def prepare(peers: list[Peer], oracle: Peer, case: Case) -> dict[Peer, dict[str, Any]]:
+    """Compiles the case everywhere, one process after the other; returns those whose losses are right."""
+    right = {}
+    expected = functools.cache(
+        lambda biases, keras: oracle.ask('losses', biases=biases, keras=keras, **case._asdict())
+    )
+    for peer in peers:
+        if peer.name == 'cudnn' and case.network == 'gru':
+            continue
+        made = peer.ask('prepare', **case._asdict())
+        wanted = expected(biases_of(peer.name, case.network), peer.name.startswith('keras'))
+        row = f'{peer.name} {case.network} {case.batch}'
+        if problem := made.get('error') or wanted.get('error'):
+            say(f'{row}: refused\n{problem}')
+        elif not np.allclose(made['losses'], wanted['losses'], rtol=TOLERANCE, atol=0):
+            say(f'{row}: refused, losses {made["losses"]} found, {wanted["losses"]} expected')
+        else:
+            right[peer] = made
+            continue
+        peer.ask('drop')
+    return right
+
+
+def measure(peers: list[Peer], meters: list[Peer], rounds: int) -> tuple[dict[str, list], dict[str, list]]:
+    """Takes turns: seconds of a step for each implementation, and rates of the plain product."""
+    times: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    rates: dict[str, list[float]] = {peer.name: [] for peer in meters}
+    for _ in range(rounds):
+        for peer in meters:
+            rates[peer.name].append(peer.ask('sgemm')['rate'])
+        for peer in peers:
+            times[peer.name].append(peer.ask('measure')['seconds'])
+    return times, rates
+
+
+def ratios(name: str, case: Case, medians: dict[str, float]) -> dict[str, float | None]:
+    """How many times as long the others take."""
+    others = [
+        median
+        for other, median in medians.items()
+        if other != 'torch' and other not in ('keras-torch', 'jaxrnn', 'jaxrnn-reference')
+        and same_function(other, case.network)
+    ]  # fmt: skip
+    return {
+        'ratio_to_best_jax_peer': round(min(others) / medians[name], 3) if others else None,
+        'ratio_to_torch': round(medians['torch'] / medians[name], 3) if 'torch' in medians else None,
+    }
+
+
+def rows_of(case: Case, right: dict[Peer, dict], times: dict, rates: dict) -> list[dict[str, Any]]:
+    """One row for each implementation of a case."""
+    sgemm = max(statistics.median(found) for found in rates.values())
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    rows = []
+    for peer, made in right.items():
+        low, high = np.percentile(times[peer.name], [25, 75])
+        rate = gflop(case) / medians[peer.name]
+        rows.append({
+            'implementation': peer.name,
+            **case._asdict(),
+            'median_ms': round(1e3 * medians[peer.name], 3),
+            'spread_ms': round(1e3 * (high - low), 3),
+            'min_ms': round(1e3 * min(times[peer.name]), 3),
+            'gflops': round(rate, 2),
+            'fraction_of_sgemm': round(rate / sgemm, 4),
+            'sgemm_gflops': {name: round(statistics.median(found), 1) for name, found in rates.items()},
+            'temp_bytes': made['temp_bytes'],
+            'compile_seconds': round(made['compile_seconds'], 2),
+            **ratios(peer.name, case, medians),
+            'same_function': same_function(peer.name, case.network),
+            'losses': made['losses'],
+            'threads': peer.about['threads'],
+            'device': peer.about['device'],
+        })  # fmt: skip
+    return rows
+
+
+def surroundings(peers: list[Peer], oracle: Peer) -> dict[str, Any]:
+    """The machine and the versions, for every row."""
+    described = next(
+        (peer.about['machine'] for peer in peers if 'machine' in peer.about), oracle.about['machine']
+    )
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    machine = {'processor': described['processor'], 'cores': os.cpu_count(), 'device': described['device']}
+    return {'matmul_precision': described['matmul_precision'], 'machine': machine, 'versions': versions}
+
+
+SHOWN = {
+    'network': 'network',
+    'batch': 'batch',
+    'median_ms': 'ms',
+    'spread_ms': 'spread',
+    'gflops': 'GF/s',
+    'fraction_of_sgemm': 'of sgemm',
+    'ratio_to_best_jax_peer': 'x best JAX',
+    'ratio_to_torch': 'x torch',
+}
+"""Column of a row -> its heading; all the others are under --json."""
+
+
+def show(rows: list[dict[str, Any]], to_stderr: bool) -> None:
+    table = Table('implementation', *SHOWN.values(), box=None)
+    for row in rows:
+        note = '' if row['same_function'] else ' (another function)'
+        table.add_row(row['implementation'] + note, *(str(row[name]) for name in SHOWN))
+    Console(stderr=to_stderr).print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """A panel for each network: share of the plain product's rate over the batch size."""
+    import matplotlib
+
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+
+    networks = list(dict.fromkeys(row['network'] for row in rows))
+    names = list(dict.fromkeys(row['implementation'] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(networks), figsize=(5 * len(networks), 4), sharey=True, squeeze=False
+    )
+    for network, panel in zip(networks, panels[0], strict=True):
+        for name in names:
+            found = [row for row in rows if (row['network'], row['implementation']) == (network, name)]
+            shares = [100 * row['fraction_of_sgemm'] for row in found]
+            width = 2.5 if name == 'jaxrnn' else 1.2
+            panel.plot([row['batch'] for row in found], shares, 'o-', label=name, linewidth=width)
+        panel.set(title=network, xlabel='words in a batch', xscale='log')
+    panels[0][0].set_ylabel("train step's rate, % of a plain product's")
+    panels[0][-1].legend(fontsize='small')
+    figure.savefig(path, bbox_inches='tight', dpi=150)
+
+
+def chosen(flag: str, known: Any) -> list[str]:
+    """The names in a flag. Raises UserError for one that isn't known."""
+    names = [name for name in flags.FLAGS[flag].value.split(',') if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f'--{flag}: {name!r} found, some of {",".join(known)} expected')
+    return names or list(known)
+
+
+def cases() -> list[Case]:
+    values = flags.FLAGS
+    if not all(batch.isdigit() and int(batch) for batch in values.batches.split(',')):
+        raise UserError(f'--batches: {values.batches!r} found, positive numbers as 32,128 expected')
+    return [
+        Case(network, int(batch), values.hidden or WIDTHS[network])
+        for network in chosen('networks', WIDTHS)
+        for batch in values.batches.split(',')
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    values = flags.FLAGS
+    if values.worker:
+        return work(values.worker)
+    if values.rounds < 1:
+        raise UserError(f'--rounds: {values.rounds} found, at least 1 expected')
+    wanted, names = cases(), chosen('implementations', PACKAGES)
+    oracle = Peer('equations', values.threads)
+    oracle.about = oracle.ask('start')
+    peers = list(start_peers(names, values.threads))
+    try:
+        rows, expected = compare(peers, oracle, wanted, values.rounds)
+    finally:
+        for peer in (*peers, oracle):
+            peer.stop()
+    show(rows, values.json)
+    if values.plot:
+        plot(rows, values.plot)
+    if values.json:
+        for row in rows:
+            common.print_json(row)
+    return common.HEALTHY if len(rows) == expected else common.FAILED
+
+
+def compare(peers: list[Peer], oracle: Peer, wanted: list[Case], rounds: int) -> tuple[list[dict], int]:
+    """The rows of all cases, and how many there should be."""
+    groups = [[p for p in peers if (p.name in ON_TORCH) is on_torch] for on_torch in (False, True)]
+    meters = [group[0] for group in groups if group]
+    everywhere, rows, expected = surroundings(peers, oracle), [], 0
+    for case in wanted:
+        say(f'{case.network}, batch {case.batch}')
+        expected += sum(peer.name != 'cudnn' or case.network != 'gru' for peer in peers)
+        right = prepare(peers, oracle, case)
+        if right:
+            found = rows_of(case, right, *measure(list(right), meters, rounds))
+            rows += [{**row, **everywhere} for row in found]
+        for peer in right:
+            peer.ask('drop')
+    return rows, expected
+
+
+common.define('run', 'networks', ','.join(WIDTHS), 'Networks, as lstm,gru.')
+common.define('run', 'batches', '32,128,512', 'Words in a batch, as 32,128.')
+common.define('run', 'hidden', 0, 'Width; 0: stock.')
+common.define('run', 'implementations', '', f'As jaxrnn,torch; none: all of {",".join(PACKAGES)}.')
+common.define('run', 'rounds', 15, 'Measurements of each.')
+common.define('run', 'threads', 0, 'Processors to use; 0: all.')
+common.define('run', 'plot', '', 'Draw the comparison into this file.')
+common.define('run', 'json', False, 'Print each row as a line of JSON on standard output.')
+common.define('run', 'worker', '', 'Used by the benchmark itself: serve this implementation.')
+
+if __name__ == '__main__':
+    common.main(main, __doc__)
