@@ -19,8 +19,8 @@ from absl import flags
 from scripts import common
 
 # The question's network as Keras 1 made it, at a learning rate at which every seed tried so far collapsed: seeds 0 to 5
-# between steps 1,374 and 4,202, and with another order of summation seed 0 at 1,302 (benchmarks/natural_collapse.py; AMD
-# EPYC, two threads, jax 0.10.2).
+# between steps 1,374 and 4,202, and with another order of summation seed 0 at 1,302 (benchmarks/natural_collapse.py;
+# AMD EPYC, two threads, jax 0.10.2).
 SETTING = (
     '--network=stacked --hidden=128 --preset=keras1 --learning_rate=6e-3 --num_words=256 --pad_to=20'
     ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop'
