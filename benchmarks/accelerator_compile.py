@@ -36,18 +36,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from flax import linen, nnx
-from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import config, environment, models, scan
+from benchmarks import peers
+from jaxrnn import environment, scan
 from jaxrnn.types import Array, Tree, UserError
 from scripts import common
 
-LETTERS, STEPS, SIZE, BATCH = 27, 20, 100, 32  # V, T, E, B: the embedded default
+BATCH = 32
 
 H100 = """
 gpu_device_info {
@@ -84,166 +83,14 @@ TARGETS = {
 }
 
 
-class Network(NamedTuple):
-    """A network as its library's users would write it."""
-
-    init: Callable[[], Tree]  # -> params
-    predict: Callable[[Tree, Array], Array]  # params, letters -> vectors [B, E]
-    time_major: bool  # whether letters come as [T, B] or as [B, T]
-
-
-# The implementations: network, time steps in one iteration of the loop -> Network.
-
-
-def jaxrnn_network(network: str, unroll: int) -> Network:
-    """jaxrnn's own; it chooses its unrolling itself."""
-    del unroll
-    options = config.Model(network=network)
-    build = functools.partial(models.build, options, letters=LETTERS, vector_size=SIZE, key=jax.random.key(0))
-    graph = nnx.graphdef(nnx.eval_shape(build))
-
-    def predict(params: Tree, letters: Array) -> Array:
-        return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))(letters)
-
-    return Network(lambda: nnx.to_pure_dict(nnx.state(build(), nnx.Param)), predict, True)
-
-
-class _NNX(nnx.Module):
-    """Last(recurrent) -> Dense(E), and for 'stacked' the layers of jaxrnn's `Stacked`."""
-
-    def __init__(self, network: str, unroll: int, rngs: nnx.Rngs):
-        hidden = models.WIDTHS[network]
-        cell = nnx.GRUCell if network == 'gru' else nnx.OptimizedLSTMCell
-        self.stacked = network == 'stacked'
-        self.lower = nnx.RNN(cell(LETTERS, hidden, rngs=rngs), unroll=unroll)
-        if self.stacked:
-            self.between = nnx.Linear(hidden, hidden, rngs=rngs)
-            self.upper = nnx.RNN(cell(hidden, hidden, rngs=rngs), unroll=unroll)
-            self.narrow = nnx.Linear(hidden, hidden // 2, rngs=rngs)
-        self.output = nnx.Linear(hidden // 2 if self.stacked else hidden, SIZE, rngs=rngs)
-
-    def __call__(self, letters: Array) -> Array:
-        """letters: [B, T]. Returns vectors [B, E]."""
-        outputs = self.lower(jax.nn.one_hot(letters, LETTERS))
-        if not self.stacked:
-            return self.output(outputs[:, -1])
-        outputs = self.upper(jax.nn.sigmoid(self.between(outputs)))
-        return self.output(jnp.tanh(self.narrow(outputs[:, -1])))
-
-
-def nnx_network(network: str, unroll: int) -> Network:
-    def build() -> nnx.Module:
-        return _NNX(network, unroll, nnx.Rngs(0))
-
-    graph, _, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-
-    def predict(params: Tree, letters: Array) -> Array:
-        # The rest are keys of carries, which start at zero whatever the key.
-        unused = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
-        return nnx.merge(graph, params, unused)(letters)
-
-    return Network(lambda: nnx.state(build(), nnx.Param), predict, False)
-
-
-class _Linen(linen.Module):
-    network: str
-    unroll: int
-
-    @linen.compact
-    def __call__(self, letters: Array) -> Array:
-        """letters: [B, T]. Returns vectors [B, E]."""
-        hidden = models.WIDTHS[self.network]
-        cell = linen.GRUCell if self.network == 'gru' else linen.OptimizedLSTMCell
-        outputs = linen.RNN(cell(hidden), unroll=self.unroll)(jax.nn.one_hot(letters, LETTERS))
-        if self.network != 'stacked':
-            return linen.Dense(SIZE)(outputs[:, -1])
-        outputs = jax.nn.sigmoid(linen.Dense(hidden)(outputs))
-        outputs = linen.RNN(cell(hidden), unroll=self.unroll)(outputs)
-        return linen.Dense(SIZE)(jnp.tanh(linen.Dense(hidden // 2)(outputs[:, -1])))
-
-
-def linen_network(network: str, unroll: int) -> Network:
-    module = _Linen(network, unroll)
-    letters = jnp.zeros((BATCH, STEPS), jnp.int32)
-    return Network(lambda: module.init(jax.random.key(0), letters), module.apply, False)
-
-
-def haiku_network(network: str, unroll: int) -> Network:
-    import haiku
-
-    hidden = models.WIDTHS[network]
-
-    def recur(xs: Array) -> Array:
-        core = (haiku.GRU if network == 'gru' else haiku.LSTM)(hidden)
-        return haiku.dynamic_unroll(core, xs, core.initial_state(xs.shape[1]), unroll=unroll)[0]
-
-    def forward(letters: Array) -> Array:
-        """letters: [T, B]. Returns vectors [B, E]."""
-        outputs = recur(jax.nn.one_hot(letters, LETTERS))
-        if network != 'stacked':
-            return haiku.Linear(SIZE)(outputs[-1])
-        outputs = recur(jax.nn.sigmoid(haiku.Linear(hidden)(outputs)))
-        return haiku.Linear(SIZE)(jnp.tanh(haiku.Linear(hidden // 2)(outputs[-1])))
-
-    module = haiku.without_apply_rng(haiku.transform(forward))
-    letters = jnp.zeros((STEPS, BATCH), jnp.int32)
-    return Network(lambda: module.init(jax.random.key(0), letters), module.apply, True)
-
-
-def equinox_network(network: str, unroll: int) -> Network:
-    import equinox
-
-    hidden = models.WIDTHS[network]
-    cell = equinox.nn.GRUCell if network == 'gru' else equinox.nn.LSTMCell
-
-    def init() -> Tree:
-        keys = jax.random.split(jax.random.key(0), 5)
-        linear = equinox.nn.Linear
-        lower = cell(LETTERS, hidden, key=keys[0])
-        if network != 'stacked':
-            return {'lower': lower, 'output': linear(hidden, SIZE, key=keys[1])}
-        return {
-            'lower': lower,
-            'between': linear(hidden, hidden, key=keys[1]),
-            'upper': cell(hidden, hidden, key=keys[2]),
-            'narrow': linear(hidden, hidden // 2, key=keys[3]),
-            'output': linear(hidden // 2, SIZE, key=keys[4]),
-        }
-
-    def recur(cell: Callable, xs: Array) -> Array:
-        """xs: [T, D]. Returns outputs [T, H]."""
-        zeros = jnp.zeros(hidden)
-
-        def body(carry: Tree, x: Array) -> tuple[Tree, Array]:
-            carry = cell(x, carry)
-            return carry, carry if network == 'gru' else carry[0]  # an LSTM's is (h, c)
-
-        return lax.scan(body, zeros if network == 'gru' else (zeros, zeros), xs, unroll=unroll)[1]
-
-    def of_one(params: Tree, letters: Array) -> Array:
-        """letters: [T]. Returns a vector [E]."""
-        outputs = recur(params['lower'], jax.nn.one_hot(letters, LETTERS))
-        if network != 'stacked':
-            return params['output'](outputs[-1])
-        outputs = recur(params['upper'], jax.nn.sigmoid(jax.vmap(params['between'])(outputs)))
-        return params['output'](jnp.tanh(params['narrow'](outputs[-1])))
-
-    return Network(init, jax.vmap(of_one, in_axes=(None, 0)), False)
-
-
-class Implementation(NamedTuple):
-    module: str
-    distribution: str
-    make: Callable[[str, int], Network]
-
-
 IMPLEMENTATIONS = {
-    'jaxrnn': Implementation('jaxrnn', 'jaxrnn', jaxrnn_network),
-    'nnx': Implementation('flax', 'flax', nnx_network),
-    'linen': Implementation('flax', 'flax', linen_network),
-    'haiku': Implementation('haiku', 'dm-haiku', haiku_network),
-    'equinox': Implementation('equinox', 'equinox', equinox_network),
+    'jaxrnn': 'jaxrnn',
+    'nnx': 'flax',
+    'linen': 'flax',
+    'haiku': 'dm-haiku',
+    'equinox': 'equinox',
 }
+"""Whose networks, and the distribution whose version a row states."""
 
 
 # The step, compiled.
@@ -266,8 +113,9 @@ def make_step(predict: Callable[[Tree, Array], Array], optimiser: optax.Gradient
     return step
 
 
-def compiled(network: Network, target: Target, *, donate: bool) -> tuple[Any, float]:
+def compiled(name: str, case: peers.Case, target: Target, *, donate: bool) -> tuple[Any, float]:
     """The train step's executable, and how many seconds XLA took for it."""
+    params, predict = peers.IN_JAX[name](case)
     devices = np.array(target.topology().devices[: target.devices])
     mesh = Mesh(devices, ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     same = NamedSharding(mesh, PartitionSpec())
@@ -278,20 +126,13 @@ def compiled(network: Network, target: Target, *, donate: bool) -> tuple[Any, fl
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
         )
 
-    def start() -> Tree:
-        params = network.init()
-        return params, optimiser.init(params)
-
-    state = jax.tree.map(like, jax.eval_shape(start))
-    axes = (None, 'data') if network.time_major else ('data', None)
-    shape = (STEPS, BATCH) if network.time_major else (BATCH, STEPS)
-    letters = like(jax.ShapeDtypeStruct(shape, jnp.int32), *axes)
-    targets = like(jax.ShapeDtypeStruct((BATCH, SIZE), jnp.float32), 'data', None)
-    step = jax.jit(
-        make_step(network.predict, optimiser), donate_argnums=0 if donate else (), out_shardings=same
-    )
+    state = jax.tree.map(like, jax.eval_shape(lambda: (params, optimiser.init(params))))
+    time_major = name in peers.TIME_MAJOR
+    letters, targets = peers.examples(case, time_major)
+    batch = like(letters, *((None, 'data') if time_major else ('data', None))), like(targets, 'data', None)
+    step = jax.jit(make_step(predict, optimiser), donate_argnums=0 if donate else (), out_shardings=same)
     with scan.compiled_for(target.platform):
-        lowered = step.lower(state, (letters, targets))
+        lowered = step.lower(state, batch)
     begun = time.perf_counter()
     return lowered.compile(), time.perf_counter() - begun
 
@@ -390,13 +231,13 @@ def collectives(module: Module) -> dict[str, int]:
 # The rows.
 
 
-def versions(implementation: Implementation) -> dict[str, str]:
+def versions(name: str) -> dict[str, str]:
     """Package -> version, the compilers' among them."""
-    wanted = (implementation.distribution, 'jax-cuda12-plugin', 'nvidia-cuda-nvcc-cu12', 'libtpu')
+    wanted = (IMPLEMENTATIONS[name], 'jax-cuda12-plugin', 'nvidia-cuda-nvcc-cu12', 'libtpu')
     found = environment.versions()
-    for name in wanted:
+    for package in wanted:
         try:
-            found[name] = importlib.metadata.version(name)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
@@ -404,9 +245,9 @@ def versions(implementation: Implementation) -> dict[str, str]:
 
 def measure(name: str, network: str, target: str, unroll: int) -> dict[str, Any]:
     """One row: an implementation's step of one network, compiled for one target."""
-    made = IMPLEMENTATIONS[name].make(network, unroll)
-    plain, seconds = compiled(made, TARGETS[target], donate=False)
-    donated, _ = compiled(made, TARGETS[target], donate=True)
+    case = peers.Case(network, BATCH, peers.WIDTHS[network], unroll)
+    plain, seconds = compiled(name, case, TARGETS[target], donate=False)
+    donated, _ = compiled(name, case, TARGETS[target], donate=True)
     module = parse(plain.as_text())
     try:
         count, loops = launches(module, module.entry)
@@ -421,10 +262,10 @@ def measure(name: str, network: str, target: str, unroll: int) -> dict[str, Any]
         'temp_bytes': plain.memory_analysis().temp_size_in_bytes,
         'donated_temp_bytes': donated.memory_analysis().temp_size_in_bytes,
         'collectives': collectives(module),
-        'parameters': len(jax.tree.leaves(jax.eval_shape(made.init))),
+        'parameters': len(jax.tree.leaves(peers.IN_JAX[name](case)[0])),
         'compile_seconds': round(seconds, 2),
         'matmul_precision': str(jax.config.values['jax_default_matmul_precision'] or 'default'),
-        'versions': versions(IMPLEMENTATIONS[name]),
+        'versions': versions(name),
     }
 
 
@@ -471,16 +312,14 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(arguments: list[str]) -> int:
     del arguments
-    names = installed(
-        chosen('implementations', tuple(IMPLEMENTATIONS)), lambda name: IMPLEMENTATIONS[name].module
-    )
+    names = installed(chosen('implementations', tuple(IMPLEMENTATIONS)), lambda name: peers.PACKAGES[name])
     targets = installed(chosen('targets', tuple(TARGETS)), lambda name: TARGETS[name].plugin)
     rows = []
     for target in targets:
-        for network in chosen('networks', tuple(models.WIDTHS)):
+        for network in chosen('networks', tuple(peers.WIDTHS)):
             for name in names:
                 # jaxrnn chooses by itself, so it has one row.
-                for unroll in (1, STEPS) if flags.FLAGS.unroll and name != 'jaxrnn' else (1,):
+                for unroll in (1, peers.STEPS) if flags.FLAGS.unroll and name != 'jaxrnn' else (1,):
                     rows.append(measure(name, network, target, unroll))
                     if flags.FLAGS.json:
                         common.print_json(rows[-1])
@@ -490,7 +329,7 @@ def main(arguments: list[str]) -> int:
 
 
 common.define('run', 'implementations', ','.join(IMPLEMENTATIONS), 'Whose step, with commas between.')
-common.define('run', 'networks', ','.join(models.WIDTHS), 'Which networks, with commas between.')
+common.define('run', 'networks', ','.join(peers.WIDTHS), 'Which networks, with commas between.')
 common.define('run', 'targets', ','.join(TARGETS), 'What to compile for, with commas between.')
 common.define('run', 'unroll', False, 'Compile the peers with their loops unrolled, too.')
 common.define('run', 'json', False, 'Print one object a row, each on a line of standard output.')

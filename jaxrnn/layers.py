@@ -54,7 +54,7 @@ class _Recurrent(nnx.Module):
         self.recurrent_kernel = nnx.Param(
             preset.recurrent_kernel(rngs.params(), (hidden_features, width), gates)
         )
-        self.bias = nnx.Param(jnp.zeros(width))
+        self._make_biases(preset, hidden_features)
         self.time_major = time_major
         self.return_carry = return_carry
         self.reverse = reverse
@@ -76,8 +76,9 @@ class _Recurrent(nnx.Module):
     ) -> Any:
         """Outputs of all time steps; as `nnx.RNN`'s call, whose options these are.
 
-        Differs from nnx.RNN in: 1. beyond a sequence's length outputs repeat its last one, and whatever lies
-        there, NaN too, moves nothing. 2. Carries are named, and float32. 3. Letters may stand for one-hot rows.
+        Differs from nnx.RNN in: 1. beyond a sequence's length outputs repeat its last one (reversed: the initial
+        carry's), and whatever lies there, NaN too, moves nothing. 2. Carries are named, and float32. 3. Letters
+        may stand for one-hot rows.
 
         Args:
             inputs: [B, T, D], or letters int [B, T]; [T, B, ..] if `time_major`.
@@ -118,6 +119,9 @@ class _Recurrent(nnx.Module):
     def _make_cell(self, preset: cells.Preset) -> cells.Cell:
         raise NotImplementedError
 
+    def _make_biases(self, preset: cells.Preset, hidden: int) -> None:
+        raise NotImplementedError
+
 
 def _as_run(outputs: Array, seq_lengths: Array | None) -> Array:
     """Outputs of a reversed run in the order in which they were made; those beyond a length stay. [T, B, H]."""
@@ -132,30 +136,24 @@ def _as_run(outputs: Array, seq_lengths: Array | None) -> Array:
 class LSTM(_Recurrent):
     """An LSTM. Arguments as in `_Recurrent`; parameters in Keras' layout, gates i, f, g, o."""
 
-    def __init__(
-        self, in_features: int, hidden_features: int, *, preset=cells.PRESETS['flax'], **options: Any
-    ):
-        super().__init__(in_features, hidden_features, preset=preset, **options)
-        forget = slice(hidden_features, 2 * hidden_features)
-        self.bias = nnx.Param(self.bias[...].at[forget].set(preset.forget_bias))
-
     def _make_cell(self, preset: cells.Preset) -> cells.Cell:
         return cells.lstm(preset.gate)
+
+    def _make_biases(self, preset: cells.Preset, hidden: int) -> None:
+        self.bias = nnx.Param(jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(preset.forget_bias))
 
 
 class GRU(_Recurrent):
     """A GRU in the preset's variant. Arguments as in `_Recurrent`; parameters in Keras' layout, gates z, r, n."""
 
-    def __init__(
-        self, in_features: int, hidden_features: int, *, preset=cells.PRESETS['flax'], **options: Any
-    ):
-        super().__init__(in_features, hidden_features, preset=preset, **options)
-        if preset.reset_after:
-            widths = {'all': 3 * hidden_features, 'candidate': hidden_features}
-            self.recurrent_bias = nnx.Param(jnp.zeros(widths[preset.recurrent_bias]))
-
     def _make_cell(self, preset: cells.Preset) -> cells.Cell:
         return (cells.gru_reset_after if preset.reset_after else cells.gru_reset_before)(preset.gate)
+
+    def _make_biases(self, preset: cells.Preset, hidden: int) -> None:
+        self.bias = nnx.Param(jnp.zeros(3 * hidden))
+        if preset.reset_after:
+            widths = {'all': 3 * hidden, 'candidate': hidden}
+            self.recurrent_bias = nnx.Param(jnp.zeros(widths[preset.recurrent_bias]))
 
 
 class Dense(nnx.Module):

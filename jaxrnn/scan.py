@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 CPU = Plan(features_first=True, unroll=1, scatter_from=256)
-"""XLA:CPU multiplies [4H, H] by [H, B] up to twice as fast as [B, H] by [H, 4H] and gains nothing from unrolling
+"""XLA:CPU multiplies [4H, H] by [H, B] faster than [B, H] by [H, 4H], the more so the fewer examples there are
 (docs/decisions/0004-recurrence.md)."""
 
 ACCELERATOR = Plan(features_first=False, unroll=32, scatter_from=2**31)
@@ -94,7 +94,7 @@ def run(
         dtype: of the products' operands, and of the outputs; the weights' dtype if not given. Carries, sums and
             everything that isn't a product are in float32, or in the weights' dtype where that is wider.
         reference: whether to take the plain scan, which JAX differentiates: slower, but open to forward mode
-            (`jax.jvp`, Hessian-vector products).
+            (`jax.jvp`). Hessian-vector products as `jax.jvp` of `jax.grad` need it not.
         plan: layout of the loops; the platform's best if not given.
 
     Returns:

@@ -112,6 +112,16 @@ def test_beyond_its_length_a_sequence_repeats_its_last_output(kind):
     assert np.array_equal(last, outputs[:, -1])
 
 
+@pytest.mark.parametrize('keep_order', [False, True])
+@each_kind
+def test_beyond_its_length_a_reversed_sequence_has_not_begun(kind, keep_order):
+    ours, _ = pair(kind, reverse=True, keep_order=keep_order)
+    started, _ = carry(kind)
+    outputs = ours(inputs(), initial_carry=started, seq_lengths=jnp.asarray(LENGTHS))
+    for b, length in enumerate(LENGTHS):
+        assert np.all(np.asarray(outputs[b, length:]) == started.h[b])
+
+
 @each_kind
 def test_flaxs_bidirectional_and_sequential(kind):
     (forward, backward), (their_forward, their_backward) = zip(pair(kind, 0), pair(kind, 1), strict=True)

@@ -231,23 +231,49 @@ def test_last_alone_is_the_last_of_all(cell):
     jax.tree.map(np.testing.assert_array_equal, last, alone)
 
 
-@each_cell
-def test_reference_goes_forward_and_twice(cell):
-    """Forward mode, and a Hessian-vector product: equal to the gradient's own finite difference."""
-    drawn = jax.tree.map(np.float64, draw(cell, SIZES[1]))
+def loss_of(cell: str, drawn: dict, reference: bool) -> Callable:
+    """A weighted sum of the outputs, as a function of the recurrent kernel."""
 
     def loss(kernel):
         weights = drawn['weights']._replace(recurrent_kernel=kernel)
-        outputs, _ = scan.run(CELLS[cell][0], weights, drawn['xs'], reference=True)
+        outputs, _ = scan.run(CELLS[cell][0], weights, drawn['xs'], reference=reference)
         return jnp.sum(drawn['d_outputs'] * outputs)
 
+    return loss
+
+
+def kernel_and_direction(drawn: dict) -> tuple[jax.Array, jax.Array]:
+    kernel = jnp.asarray(drawn['weights'].recurrent_kernel)
+    return kernel, jnp.asarray(np.random.default_rng(3).normal(size=kernel.shape))
+
+
+def difference(f: Callable, kernel: jax.Array, towards: jax.Array) -> jax.Array:
+    """The directional derivative by central differences."""
+    step = 1e-5
+    return (f(kernel + step * towards) - f(kernel - step * towards)) / (2 * step)
+
+
+@each_cell
+def test_reference_goes_forward(cell):
+    drawn = jax.tree.map(np.float64, draw(cell, SIZES[1]))
     with jax.enable_x64(True):
-        kernel = jnp.asarray(drawn['weights'].recurrent_kernel)
-        towards = jnp.asarray(np.random.default_rng(3).normal(size=kernel.shape))
-        _, product = jax.jvp(jax.grad(loss), (kernel,), (towards,))
-        step = 1e-5
-        after, before = (jax.grad(loss)(kernel + sign * step * towards) for sign in (1, -1))
-        assert_close(product, (after - before) / (2 * step), 'float64 differences')
+        kernel, towards = kernel_and_direction(drawn)
+        loss = loss_of(cell, drawn, reference=True)
+        _, slope = jax.jvp(loss, (kernel,), (towards,))
+        assert_close(slope, difference(loss, kernel, towards), 'float64 differences')
+        with pytest.raises(TypeError, match='forward-mode'):
+            jax.jvp(loss_of(cell, drawn, reference=False), (kernel,), (towards,))
+
+
+@pytest.mark.parametrize('reference', [False, True])
+@each_cell
+def test_hessian_vector_products(cell, reference):
+    drawn = jax.tree.map(np.float64, draw(cell, SIZES[1]))
+    with jax.enable_x64(True):
+        kernel, towards = kernel_and_direction(drawn)
+        gradient = jax.grad(loss_of(cell, drawn, reference))
+        _, product = jax.jvp(gradient, (kernel,), (towards,))
+        assert_close(product, difference(gradient, kernel, towards), 'float64 differences')
 
 
 def test_wrong_shapes_are_named():
