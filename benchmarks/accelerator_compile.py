@@ -243,9 +243,9 @@ def versions(name: str) -> dict[str, str]:
     return found
 
 
-def measure(name: str, network: str, target: str, unroll: int) -> dict[str, Any]:
+def measure(name: str, network: str, target: str, unroll: int, steps: int) -> dict[str, Any]:
     """One row: an implementation's step of one network, compiled for one target."""
-    case = peers.Case(network, BATCH, peers.WIDTHS[network], unroll)
+    case = peers.Case(network, BATCH, peers.WIDTHS[network], unroll, steps)
     plain, seconds = compiled(name, case, TARGETS[target], donate=False)
     donated, _ = compiled(name, case, TARGETS[target], donate=True)
     module = parse(plain.as_text())
@@ -314,13 +314,15 @@ def main(arguments: list[str]) -> int:
     del arguments
     names = installed(chosen('implementations', tuple(IMPLEMENTATIONS)), lambda name: peers.PACKAGES[name])
     targets = installed(chosen('targets', tuple(TARGETS)), lambda name: TARGETS[name].plugin)
-    rows = []
+    rows, steps = [], flags.FLAGS.steps
+    if steps < 1:
+        raise UserError(f'--steps: {steps} found, at least 1 expected')
     for target in targets:
         for network in chosen('networks', tuple(peers.WIDTHS)):
             for name in names:
                 # jaxrnn chooses by itself, so it has one row.
-                for unroll in (1, peers.STEPS) if flags.FLAGS.unroll and name != 'jaxrnn' else (1,):
-                    rows.append(measure(name, network, target, unroll))
+                for unroll in (1, steps) if flags.FLAGS.unroll and name != 'jaxrnn' else (1,):
+                    rows.append(measure(name, network, target, unroll, steps))
                     if flags.FLAGS.json:
                         common.print_json(rows[-1])
     if rows and not flags.FLAGS.json:
@@ -331,6 +333,7 @@ def main(arguments: list[str]) -> int:
 common.define('run', 'implementations', ','.join(IMPLEMENTATIONS), 'Whose step, with commas between.')
 common.define('run', 'networks', ','.join(peers.WIDTHS), 'Which networks, with commas between.')
 common.define('run', 'targets', ','.join(TARGETS), 'What to compile for, with commas between.')
+common.define('run', 'steps', peers.STEPS, 'T; from 33 on jaxrnn keeps a loop.')
 common.define('run', 'unroll', False, 'Compile the peers with their loops unrolled, too.')
 common.define('run', 'json', False, 'Print one object a row, each on a line of standard output.')
 

@@ -6,12 +6,18 @@ imported where they are used, so that one that isn't installed is missed by its 
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
+
+from jaxrnn.types import UserError
+from scripts import common
 
 LETTERS, STEPS, SIZE = 27, 20, 100  # V, T, E: the embedded default
+RATE = 1e-3  # of Adam
 WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
 
 PACKAGES = {
@@ -41,6 +47,34 @@ class Case(NamedTuple):
     batch: int
     hidden: int
     unroll: int = 1  # time steps in one iteration of a peer's loop; jaxrnn chooses its own
+    steps: int = STEPS  # T
+
+
+def define_cases() -> None:
+    """The flags that say which cases."""
+    common.define('run', 'networks', ','.join(WIDTHS), 'Networks, as lstm,gru.')
+    common.define('run', 'batches', '32,128,512', 'Words in a batch, as 32,128.')
+    common.define('run', 'hidden', 0, 'Width; 0: stock.')
+
+
+def chosen(flag: str, known: Any) -> list[str]:
+    """The names in a flag. Raises UserError for one that isn't known."""
+    names = [name for name in flags.FLAGS[flag].value.split(',') if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f'--{flag}: {name!r} found, some of {",".join(known)} expected')
+    return names or list(known)
+
+
+def cases() -> list[Case]:
+    values = flags.FLAGS
+    if not all(batch.isdigit() and int(batch) for batch in values.batches.split(',')):
+        raise UserError(f'--batches: {values.batches!r} found, positive numbers as 32,128 expected')
+    return [
+        Case(network, int(batch), values.hidden or WIDTHS[network])
+        for network in chosen('networks', WIDTHS)
+        for batch in values.batches.split(',')
+    ]
 
 
 # The data and the weights, in one layout: kernels [D, G], gates i, f, g, o or z, r, n.
@@ -49,7 +83,7 @@ class Case(NamedTuple):
 def examples(case: Case, time_major: bool) -> tuple[np.ndarray, np.ndarray]:
     """Letters [T, B] or [B, T] and targets [B, E]."""
     rng = np.random.default_rng(1)
-    letters = rng.integers(0, LETTERS, (STEPS, case.batch), np.int32)
+    letters = rng.integers(0, LETTERS, (case.steps, case.batch), np.int32)
     targets = rng.normal(size=(case.batch, SIZE)).astype(np.float32)
     return np.ascontiguousarray(letters if time_major else letters.T), targets
 
@@ -370,7 +404,7 @@ def cudnn(case: Case) -> tuple[Tree, Callable]:
 
     def lstm(weights, xs):
         zeros = jnp.zeros((1, case.batch, case.hidden))
-        lengths = jnp.full(case.batch, STEPS, jnp.int32)
+        lengths = jnp.full(case.batch, case.steps, jnp.int32)
         sizes = {'input_size': xs.shape[-1], 'hidden_size': case.hidden, 'num_layers': 1}
         return rnn.lstm(xs, zeros, zeros, weights, lengths, **sizes, dropout=0.0, bidirectional=False)[0]
 
@@ -394,3 +428,61 @@ IN_JAX = {
     'equinox': equinox,
     'cudnn': cudnn,
 }
+
+
+# The train step around a network.
+
+
+class Step(NamedTuple):
+    """A train step that is ready to run, with its state inside."""
+
+    advance: Callable[[], Any]  # one step; returns its loss, perhaps not yet computed
+    wait: Callable[[Any], None]  # until that loss and the state are there
+    compile_seconds: float
+    temp_bytes: int | None
+
+
+def jax_step(case: Case, params: Tree, predict: Callable, time_major: bool, keras: bool = False) -> Step:
+    """Compiles loss, gradient and optax.adam around a network; `keras`: with Keras' form of Adam."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxrnn import optim
+
+    optimiser = optax.adam(RATE)
+    if keras:
+        scaled = optim.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True)
+        optimiser = optax.chain(scaled, optax.scale_by_learning_rate(RATE))
+
+    def step(state, letters, targets):
+        params, opt_state = state
+
+        def loss_of(params):
+            return jnp.mean(jnp.square(predict(params, letters) - targets))
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    params = jax.tree.map(jnp.array, params)
+    return compiled_step(step, (params, optimiser.init(params)), examples(case, time_major))
+
+
+def compiled_step(step: Callable, state: Tree, batch: tuple[np.ndarray, ...]) -> Step:
+    """Compiles (state, *batch) -> (state, loss), the state donated."""
+    import jax
+
+    device = [jax.device_put(part) for part in batch]
+    start = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, *device).compile()
+    seconds = time.perf_counter() - start
+    kept = [state]
+
+    def advance():
+        kept[0], loss = compiled(kept[0], *device)
+        return loss
+
+    analysis = compiled.memory_analysis()
+    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return Step(advance, lambda loss: jax.block_until_ready((kept, loss)), seconds, temp)

@@ -23,7 +23,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -34,21 +34,25 @@ from benchmarks.peers import (
     IN_JAX,
     LETTERS,
     PACKAGES,
+    RATE,
     SIZE,
-    STEPS,
     TIME_MAJOR,
-    WIDTHS,
     Case,
-    Tree,
+    Step,
+    cases,
+    chosen,
+    compiled_step,
+    define_cases,
     equations,
     examples,
     initial_weights,
+    jax_step,
     reorder,
 )
 from jaxrnn.types import UserError
 from scripts import common
 
-RATE, CHECKED, LONG_ENOUGH, TOLERANCE = 1e-3, 3, 0.2, 1e-4  # the last: of a loss, relative
+CHECKED, LONG_ENOUGH, TOLERANCE = 3, 0.2, 1e-4  # the last: of a loss, relative
 PRODUCT = 2048  # side of the matrices that measure the machine
 
 ON_TORCH = ('torch', 'keras-torch')
@@ -71,15 +75,6 @@ function starts from the same loss, but a bias that is there twice learns twice 
 before the product, another function."""
 
 
-class Step(NamedTuple):
-    """A train step that is ready to run, with its state inside."""
-
-    advance: Callable[[], Any]  # one step; returns its loss, perhaps not yet computed
-    wait: Callable[[Any], None]  # until that loss and the state are there
-    compile_seconds: float
-    temp_bytes: int | None
-
-
 def gflop(case: Case) -> float:
     """Of the matrix products of a train step, taken as three forward passes; letters cost none."""
     width = case.hidden
@@ -87,56 +82,7 @@ def gflop(case: Case) -> float:
         in_time, after = 2 * 4 * width**2 * 3 + 2 * width**2, width * (width // 2) + (width // 2) * SIZE
     else:
         in_time, after = 2 * (4 if case.network == 'lstm' else 3) * width**2, width * SIZE
-    return 3e-9 * case.batch * (STEPS * in_time + 2 * after)
-
-
-# The steps.
-
-
-def jax_step(case: Case, params: Tree, predict: Callable, time_major: bool, keras: bool = False) -> Step:
-    """Compiles loss, gradient and optax.adam around a network; `keras`: with Keras' form of Adam."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from jaxrnn import optim
-
-    optimiser = optax.adam(RATE)
-    if keras:
-        scaled = optim.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True)
-        optimiser = optax.chain(scaled, optax.scale_by_learning_rate(RATE))
-
-    def step(state, letters, targets):
-        params, opt_state = state
-
-        def loss_of(params):
-            return jnp.mean(jnp.square(predict(params, letters) - targets))
-
-        loss, gradients = jax.value_and_grad(loss_of)(params)
-        updates, opt_state = optimiser.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    params = jax.tree.map(jnp.array, params)
-    return compiled_step(step, (params, optimiser.init(params)), examples(case, time_major))
-
-
-def compiled_step(step: Callable, state: Tree, batch: tuple[np.ndarray, ...]) -> Step:
-    """Compiles (state, *batch) -> (state, loss), the state donated."""
-    import jax
-
-    device = [jax.device_put(part) for part in batch]
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, *device).compile()
-    seconds = time.perf_counter() - start
-    kept = [state]
-
-    def advance():
-        kept[0], loss = compiled(kept[0], *device)
-        return loss
-
-    analysis = compiled.memory_analysis()
-    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
-    return Step(advance, lambda loss: jax.block_until_ready((kept, loss)), seconds, temp)
+    return 3e-9 * case.batch * (case.steps * in_time + 2 * after)
 
 
 # PyTorch and Keras.
@@ -197,7 +143,7 @@ def keras_model(case: Case) -> Any:
     import keras
 
     layers, width = keras.layers, case.hidden
-    letters = keras.Input((STEPS,), dtype='int32')
+    letters = keras.Input((case.steps,), dtype='int32')
     xs = keras.ops.one_hot(letters, LETTERS)
     if case.network == 'stacked':
         xs = layers.LSTM(width, return_sequences=True, name='lower')(xs)
@@ -375,6 +321,7 @@ class Peer:
         if name == 'equations':
             settings['JAX_PLATFORMS'] = 'cpu'
         command = [sys.executable, str(Path(__file__).resolve()), f'--worker={name}', f'--threads={threads}']
+        command.append(f'--keep_memory={flags.FLAGS.keep_memory}')
         pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
         self.name = name
         self.process = subprocess.Popen(command, text=True, env={**os.environ, **settings}, **pipes)
@@ -563,26 +510,6 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, bbox_inches='tight', dpi=150)
 
 
-def chosen(flag: str, known: Any) -> list[str]:
-    """The names in a flag. Raises UserError for one that isn't known."""
-    names = [name for name in flags.FLAGS[flag].value.split(',') if name]
-    for name in names:
-        if name not in known:
-            raise UserError(f'--{flag}: {name!r} found, some of {",".join(known)} expected')
-    return names or list(known)
-
-
-def cases() -> list[Case]:
-    values = flags.FLAGS
-    if not all(batch.isdigit() and int(batch) for batch in values.batches.split(',')):
-        raise UserError(f'--batches: {values.batches!r} found, positive numbers as 32,128 expected')
-    return [
-        Case(network, int(batch), values.hidden or WIDTHS[network])
-        for network in chosen('networks', WIDTHS)
-        for batch in values.batches.split(',')
-    ]
-
-
 def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS
@@ -625,12 +552,11 @@ def compare(peers: list[Peer], oracle: Peer, wanted: list[Case], rounds: int) ->
     return rows, expected
 
 
-common.define('run', 'networks', ','.join(WIDTHS), 'Networks, as lstm,gru.')
-common.define('run', 'batches', '32,128,512', 'Words in a batch, as 32,128.')
-common.define('run', 'hidden', 0, 'Width; 0: stock.')
+define_cases()
 common.define('run', 'implementations', '', f'As jaxrnn,torch; none: all of {",".join(PACKAGES)}.')
 common.define('run', 'rounds', 15, 'Measurements of each.')
 common.define('run', 'threads', 0, 'Processors to use; 0: all.')
+common.define('run', 'keep_memory', False, 'Let every process keep freed memory, as the scripts do.')
 common.define('run', 'plot', '', 'Draw the comparison into this file.')
 common.define('run', 'json', False, 'Print each row as a line of JSON on standard output.')
 common.define('run', 'worker', '', 'Used by the benchmark itself: serve this implementation.')

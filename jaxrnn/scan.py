@@ -36,6 +36,9 @@ CPU = Plan(features_first=True, unroll=1, scatter_from=256)
 """XLA:CPU multiplies [4H, H] by [H, B] faster than [B, H] by [H, 4H], the more so the fewer examples there are
 (docs/decisions/0004-recurrence.md)."""
 
+CPU_LARGE_BATCH = CPU._replace(features_first=False)
+"""From 256 examples on both products are as fast, and the transposes after the loop cost more."""
+
 ACCELERATOR = Plan(features_first=False, unroll=32, scatter_from=2**31)
 """A loop's counter and its stores are launches of their own; unrolled, a time step is one product and one fused
 kernel each way. A GPU scatters in no fixed order: a replay would not be bit for bit."""
@@ -53,9 +56,11 @@ def compiled_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
-def best_plan() -> Plan:
-    """The plan that was measured to be fastest on the platform that JAX runs on, or is compiling for."""
-    return CPU if (_platform.get() or jax.default_backend()) == 'cpu' else ACCELERATOR
+def best_plan(examples: int) -> Plan:
+    """The plan that was measured to be fastest for a batch, on the platform that JAX runs on or is compiling for."""
+    if (_platform.get() or jax.default_backend()) != 'cpu':
+        return ACCELERATOR
+    return CPU if examples < 256 else CPU_LARGE_BATCH
 
 
 class Weights(NamedTuple):
@@ -112,7 +117,7 @@ def run(
         xs = jnp.where(mask[:, :, None], xs, 0)
     if reference:
         return _reference(cell, weights, xs, carry, mask, reverse=reverse, sequences=sequences, dtype=dtype)
-    static = _Static(cell, plan or best_plan(), reverse, sequences, dtype)
+    static = _Static(cell, plan or best_plan(xs.shape[1]), reverse, sequences, dtype)
     return _fast(static, weights, xs, carry, mask)
 
 
@@ -169,10 +174,12 @@ def _reference(
     dtype: Any,
 ) -> tuple[Array | None, Tree]:
     layout = _Layout(features_first=False, dtype=dtype, wide=carry.h.dtype)
-    products = layout.products(layout.blocks(cell, weights.recurrent_kernel), _recurrent_bias(cell, weights))
 
     def body(tm1: Tree, x: tuple[Array, Array | None]) -> tuple[Tree, Array | None]:
         x_t, mask_t = x
+        # Narrowed within the loop, the kernel's gradient is summed over time as wide as the kernel is.
+        blocks = layout.blocks(cell, weights.recurrent_kernel)
+        products = layout.products(blocks, _recurrent_bias(cell, weights))
         t, _ = cell.forward(products, layout.split(x_t, sum(cell.blocks)), tm1)
         if mask_t is not None:
             t = jax.tree.map(lambda new, old: jnp.where(mask_t[:, None], new, old), t, tm1)
@@ -184,16 +191,16 @@ def _reference(
 
 
 def project(kernel: Array, bias: Array, xs: Array, *, dtype: Any = None) -> Array:
-    """The input's share of the pre-activations for all time steps at once.
+    """The input's share of the pre-activations for all time steps at once; also a dense layer.
 
     Args:
         kernel: [D, G].
         bias: [G].
-        xs: inputs float [T, B, D], or letters int [T, B], which stand for one-hot rows.
+        xs: inputs float [..., D], or letters int [...], which stand for one-hot rows.
         dtype: of the product's operands; the kernel's if not given.
 
     Returns:
-        xs W + b, [T, B, G], float32 or wider.
+        xs W + b, [..., G], float32 or wider.
     """
     dtype, wide = dtype or kernel.dtype, _wide(kernel.dtype)
     if _are_letters(xs):
@@ -371,7 +378,7 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
     def apart(saved: Any) -> Sequence[Array]:
         return layout.split(saved, saved.shape[layout.axis] // width) if unroll == 1 else saved
 
-    def step(d_t: Tree, at: tuple) -> tuple[Tree, Array]:
+    def step(d_t: Tree, at: tuple) -> tuple[Tree, tuple[Array, ...]]:
         saved, tm1, mask_t, d_output = at
         if d_output is not None:
             d_t = d_t._replace(h=d_t.h + layout.turned(d_output.astype(layout.wide)))
@@ -382,13 +389,14 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
         d, d_tm1 = cell.backward(transposed, apart(saved), tm1, active)
         if mask_t is not None:
             d_tm1 = jax.tree.map(lambda d, stays: jnp.where(valid, d, stays), d_tm1, d_t)
-        return d_tm1, layout.join(d)
+        return d_tm1, tuple(layout.join([d[k] for k in group]) for group in _groups(cell))
 
     at = tuple(zip(saved, tm1, _pieces(mask, unroll), _pieces(d_outputs, unroll), strict=True))
     d_start, d = _scan(step, jax.tree.map(layout.turned, d_last), at, reverse=not static.reverse)
     operands = [cell.operands(apart(s), c) for s, c in zip(saved, tm1, strict=True)]
     stacked = [_stack(of_each) for of_each in zip(*operands, strict=True)]
-    d_weights, d_xs = _gradients(static, layout, weights, xs, _stack(d), stacked)
+    groups = [_stack(of_each) for of_each in zip(*d, strict=True)]
+    d_weights, d_xs = _gradients(static, layout, weights, xs, groups, stacked)
     return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None
 
 
@@ -404,23 +412,32 @@ def _inputs(layout: _Layout, weights: Weights, xs: Array) -> tuple[Array, Callab
     return xs, lambda letters: layout.turned(_look_up(table, weights.bias, letters))
 
 
+def _groups(cell: cells.Cell) -> tuple[tuple[int, ...], ...]:
+    """How the cotangents of the pre-activations are stored: side by side those of each product, which need them so,
+    then those that the inputs alone have."""
+    shared = {k for which in cell.d_products for k in which}
+    rest = tuple(k for k in cell.d_inputs if k not in shared)
+    return (*cell.d_products, rest) if rest else cell.d_products
+
+
 def _gradients(
-    static: _Static, layout: _Layout, weights: Weights, xs: Array, d: Array, operands: Sequence[Array]
+    static: _Static,
+    layout: _Layout,
+    weights: Weights,
+    xs: Array,
+    groups: Sequence[Array],
+    operands: Sequence[Array],
 ) -> tuple[Weights, Array | None]:
     """The products after the loop: gradients of the weights and of the inputs.
 
     Args:
         static, layout, weights, xs: of the layer.
-        d: cotangents of the pre-activations, [T, B, ..] or [T, .., B].
+        groups: cotangents of the pre-activations as `_groups` has them, [T, B, ..] or [T, .., B].
         operands: what each R_k multiplied, [T, B, H] or [T, H, B].
     """
-    cell, width, wide = static.cell, weights.recurrent_kernel.shape[0], layout.wide
-    parts = layout.split(d, d.shape[layout.axis] // width)
-
+    cell, wide = static.cell, layout.wide
     # A plain product of two matrices as they lie in memory is the fast one: hence the barriers.
-    def rows(which: Sequence[int]) -> Array:
-        chosen = layout.turned(d if len(which) == len(parts) else layout.join([parts[k] for k in which]))
-        return lax.optimization_barrier(layout.flat(chosen))
+    rows = [lax.optimization_barrier(layout.flat(layout.turned(group))) for group in groups]
 
     def against(operand: Array, d: Array) -> Array:
         operand = operand.astype(static.dtype)
@@ -429,34 +446,49 @@ def _gradients(
             return _dot(lax.optimization_barrier(columns), d, (1, 0), wide)
         return _over_examples(operand, d, wide)
 
-    d_inputs = rows(cell.d_inputs)
-    d_products = [d_inputs if which == cell.d_inputs else rows(which) for which in cell.d_products]
-    d_kernel, d_xs = _input_gradients(static, layout, weights.kernel, xs, d_inputs)
-    narrow = [d_k.astype(static.dtype) for d_k in d_products]
-    d_recurrent = jnp.concatenate([against(o, d_k) for o, d_k in zip(operands, narrow, strict=True)], axis=1)
-    examples = tuple(range(d_inputs.ndim - 1))
-    d_bias, d_recurrent_bias = jnp.sum(d_inputs, axis=examples), None
+    d_products = [d.astype(static.dtype) for d in rows[: len(operands)]]
+    d_recurrent = jnp.concatenate([against(o, d) for o, d in zip(operands, d_products, strict=True)], axis=1)
+    examples = tuple(range(rows[0].ndim - 1))
+    d_bias = _of_inputs(cell, rows, lambda d: jnp.sum(d, axis=examples))
+    d_recurrent_bias = None
     if weights.recurrent_bias is not None:
-        of_candidate = d_products[0][..., -weights.recurrent_bias.shape[0] :]
+        of_candidate = rows[0][..., -weights.recurrent_bias.shape[0] :]
         d_recurrent_bias = jnp.sum(of_candidate, axis=examples)
+    d_kernel, d_xs = _input_gradients(static, layout, weights.kernel, xs, rows)
     made = Weights(d_kernel, d_bias, d_recurrent, d_recurrent_bias)
     return jax.tree.map(lambda g, w: g.astype(w.dtype), made, weights), d_xs
 
 
+def _of_inputs(cell: cells.Cell, rows: Sequence[Array], make: Callable[[Array], Array]) -> Array:
+    """What `make` makes of the cotangents of x_t's gates, whose last axis it keeps; nothing large is copied for it."""
+    groups = _groups(cell)
+    if groups[0] == cell.d_inputs:
+        return make(rows[0])
+    parts: dict[int, Array] = {}
+    for group, d in zip(groups, rows, strict=True):
+        parts |= zip(group, jnp.split(make(d), len(group), axis=-1), strict=True)
+    return jnp.concatenate([parts[k] for k in cell.d_inputs], axis=-1)
+
+
 def _input_gradients(
-    static: _Static, layout: _Layout, kernel: Array, xs: Array, d: Array
+    static: _Static, layout: _Layout, kernel: Array, xs: Array, rows: Sequence[Array]
 ) -> tuple[Array, Array | None]:
-    """Of the kernel and of the inputs, which letters have none. d: [T B, G] or [T, B, G], see `flat`."""
-    wide, narrow = layout.wide, d.astype(static.dtype)
+    """Of the kernel and of the inputs, which letters have none. rows: [T B, ..] or [T, B, ..], see `flat`."""
+    cell, wide = static.cell, layout.wide
     if not _are_letters(xs):
-        d_xs = _dot(narrow, kernel.astype(static.dtype), (d.ndim - 1, 1), wide)
-        d_kernel = _over_examples(layout.flat(xs.astype(static.dtype)), narrow, wide)
+        d = _of_inputs(cell, rows, lambda d: d.astype(static.dtype))
+        d_xs = _dot(d, kernel.astype(static.dtype), (d.ndim - 1, 1), wide)
+        d_kernel = _over_examples(layout.flat(xs.astype(static.dtype)), d, wide)
         return d_kernel, d_xs.reshape(xs.shape).astype(xs.dtype)
     if kernel.shape[0] < static.plan.scatter_from:
-        one_hot = jax.nn.one_hot(xs, kernel.shape[0], dtype=static.dtype)
-        return _over_examples(layout.flat(one_hot), narrow, wide), None
-    known = jnp.where(xs < 0, kernel.shape[0], xs).reshape(d.shape[:-1])
-    return jnp.zeros(kernel.shape, wide).at[known].add(d, mode='drop'), None
+        one_hot = layout.flat(jax.nn.one_hot(xs, kernel.shape[0], dtype=static.dtype))
+        return _of_inputs(cell, rows, lambda d: _over_examples(one_hot, d.astype(static.dtype), wide)), None
+    known = jnp.where(xs < 0, kernel.shape[0], xs).reshape(rows[0].shape[:-1])
+
+    def scatter(d: Array) -> Array:
+        return jnp.zeros((kernel.shape[0], d.shape[-1]), wide).at[known].add(d, mode='drop')
+
+    return _of_inputs(cell, rows, scatter), None
 
 
 # Time in pieces: a tree of [T, ...] as a tuple of U trees of [T / U, ...], one for each place in an iteration.

@@ -77,6 +77,8 @@ def start() -> None:
 
     if 'threads' not in flags.FLAGS:
         return
+    if 'keep_memory' not in flags.FLAGS or flags.FLAGS.keep_memory:
+        environment.keep_memory()
     if flags.FLAGS.threads < 0:
         raise UserError(f'--threads: {flags.FLAGS.threads} found, at least 0 expected')
     if flags.FLAGS.threads:

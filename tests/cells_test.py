@@ -19,6 +19,7 @@ GATES = {'sigmoid': cells.SIGMOID, 'hard_sigmoid': cells.HARD_SIGMOID}
 
 HOW = {
     'cpu': {'plan': scan.CPU},
+    'large batch': {'plan': scan.CPU_LARGE_BATCH},
     'accelerator': {'plan': scan.ACCELERATOR},
     'some unrolled': {'plan': scan.Plan(features_first=True, unroll=4, scatter_from=0)},
     'reference': {'reference': True},
@@ -118,17 +119,23 @@ def outputs_and_slopes(cell: str, gate: str, how: str):
     return jax.jit(run)
 
 
+@functools.cache
+def their_outputs_and_slopes(cell: str, gate: str, sizes: tuple[int, int, int, int]):
+    """The oracle's, as `outputs_and_slopes` of what `draw` draws."""
+    values = draw(cell, sizes)
+    outputs = theirs(cell, gate, values)
+    weights = drawn_like(outputs)
+    return outputs, oracle.gradients(lambda v: np.sum(weights * theirs(cell, gate, v)), values)
+
+
 @each_how
 @each_gate
 @each_cell
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
 def test_values_and_gradients(cell, gate, sizes, how):
-    values = draw(cell, sizes)
-    expected = theirs(cell, gate, values)
-    weights = drawn_like(expected)
-    outputs, found = outputs_and_slopes(cell, gate, how)(values, weights)
+    expected, slopes = their_outputs_and_slopes(cell, gate, sizes)
+    outputs, found = outputs_and_slopes(cell, gate, how)(draw(cell, sizes), drawn_like(expected))
     assert_close(outputs, expected, 'float32 forward')
-    slopes = oracle.gradients(lambda v: np.sum(weights * theirs(cell, gate, v)), values)
     assert found.keys() == slopes.keys()
     for name, slope in slopes.items():
         assert_close(found[name], slope, 'float32 gradient')

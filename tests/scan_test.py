@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import oracle
 import pytest
@@ -20,6 +21,7 @@ CELLS = {
 }
 PLANS = {
     'cpu': scan.CPU,
+    'large batch': scan.CPU_LARGE_BATCH,
     'accelerator': scan.ACCELERATOR,
     'partly unrolled': scan.Plan(features_first=False, unroll=3, scatter_from=0),
 }
@@ -155,7 +157,7 @@ def test_letters(cell, plan):
         rows = np.where((letters >= 0) & (letters < alphabet), letters, alphabet)
         one_hot = np.eye(alphabet + 1, alphabet, dtype=np.float32)[rows]
         outputs, (weights, carry) = compiled(cell, plan)(drawn | {'xs': letters}, None)
-        wanted, (of_weights, _, of_carry) = compiled(cell, plan)(drawn | {'xs': one_hot}, None)
+        wanted, (of_weights, _, of_carry) = compiled(cell, 'cpu')(drawn | {'xs': one_hot}, None)
         jax.tree.map(lambda a, b: assert_close(a, b, 'float32 forward'), outputs, wanted)
         jax.tree.map(
             lambda a, b: assert_close(a, b, 'float32 gradient'), (weights, carry), (of_weights, of_carry)
@@ -169,6 +171,43 @@ def test_a_bad_row_of_the_table_strikes_its_letter_alone(cell):
     letters = np.array([[0, 1, 2], [1, 1, 0], [3, 4, 0], [0, 0, 0]], np.int32)
     (outputs, _), _ = compiled(cell, 'cpu')(drawn | {'xs': letters}, None)
     assert np.all(np.isfinite(outputs[:, :2])) and np.all(np.isnan(outputs[:, 2, :]))
+
+
+@each_plan
+@each_cell
+def test_a_bad_input_stays_in_its_example(cell, plan):
+    drawn, bad = draw(cell, (6, 3, 2, 4)), np.zeros((6, 3), bool)
+    drawn['xs'][2, 1, 0] = np.nan
+    bad[2:, 1] = True
+    (outputs, _), _ = compiled(cell, plan)(drawn, None)
+    assert np.array_equal(np.isnan(outputs), np.broadcast_to(bad[:, :, None], outputs.shape))
+
+
+@each_plan
+@each_cell
+def test_every_product_is_of_the_type_and_precision_that_were_asked_for(cell, plan):
+    drawn = draw(cell, (6, 3, 2, 4))
+    with jax.default_matmul_precision('highest'):
+        traced = jax.make_jaxpr(compiled(cell, plan, dtype='bfloat16'))(drawn, None)
+    products = jaxprs.named(traced, 'dot_general')
+    # x W, and its two gradients; for each R_k the forward product, the backward one and the gradient
+    assert len(products) >= 3 + 3 * len(CELLS[cell][0].blocks)
+    for product in products:
+        assert {operand.aval.dtype.name for operand in product.invars} == {'bfloat16'}
+        assert product.outvars[0].aval.dtype == jnp.float32
+        assert set(product.params['precision']) == {jax.lax.Precision.HIGHEST}
+
+
+@pytest.mark.parametrize('plan', [None, *PLANS])
+@each_cell
+def test_sums_over_time_are_wide(cell, plan):
+    drawn = draw(cell, (7, 3, 2, 4))
+    traced = jax.make_jaxpr(compiled(cell, plan, dtype='bfloat16'))(drawn, None)
+    loops = jaxprs.named(traced, 'scan')
+    assert len(loops) == (0 if plan == 'accelerator' else 2)
+    for loop in loops:
+        carries = loop.outvars[: loop.params['num_carry']]
+        assert {carry.aval.dtype.name for carry in carries} == {'float32'}
 
 
 @each_plan
@@ -188,6 +227,36 @@ def test_bfloat16(cell, plan):
         for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact), strict=True)
     )
     assert rough > 2 * TOLERANCES['float32 gradient'].scaled  # it is bfloat16 that multiplies
+
+
+BFLOAT16_SIZES = (21, 5, 6, 33)
+"""T, B, D, H."""
+
+BFLOAT16_MASKS = {
+    'all': MASKS['all'],
+    'ragged': lambda rng, shape: np.arange(shape[0])[:, None] < rng.integers(1, shape[0] + 1, shape[1]),
+    'a row': MASKS['a row'],
+}
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+@each_cell
+def test_bfloat16_masks_and_directions(cell, reverse):
+    """Against the plain scan of the same operands, and against float64: the oracle, and its gradient in float64."""
+    for make in BFLOAT16_MASKS.values():
+        drawn, mask = draw(cell, BFLOAT16_SIZES), make(np.random.default_rng(1), BFLOAT16_SIZES[:2])
+        with jax.enable_x64(True):
+            _, exact = compiled(cell, None, reverse=reverse)(jax.tree.map(np.float64, drawn), mask)
+        of_oracle = expected(cell, drawn, mask, reverse=reverse)
+        drawn['xs'] = np.where(mask[:, :, None], drawn['xs'], np.float32(np.nan))
+        reference, of_reference = compiled(cell, None, reverse=reverse, dtype='bfloat16')(drawn, mask)
+        for plan in ('cpu', 'partly unrolled'):
+            results, slopes = compiled(cell, plan, reverse=reverse, dtype='bfloat16')(drawn, mask)
+            assert [result.dtype for result in results] == [jnp.bfloat16, jnp.float32]
+            for wanted in (reference, of_oracle):
+                jax.tree.map(lambda a, b: assert_close(a, b, 'bfloat16 forward'), results, wanted)
+            for wanted in (of_reference, exact):
+                jax.tree.map(lambda a, b: assert_close(a, b, 'bfloat16 gradient'), slopes, wanted)
 
 
 @each_cell
@@ -295,7 +364,8 @@ def test_wrong_shapes_are_named():
 
 
 def test_the_plan_is_the_platforms():
-    assert scan.best_plan() == scan.CPU
+    assert scan.best_plan(255) == scan.CPU
+    assert scan.best_plan(256) == scan.CPU_LARGE_BATCH
     with scan.compiled_for('gpu'):
-        assert scan.best_plan() == scan.ACCELERATOR
-    assert scan.best_plan() == scan.CPU
+        assert scan.best_plan(32) == scan.best_plan(512) == scan.ACCELERATOR
+    assert scan.best_plan(32) == scan.CPU
