@@ -101,6 +101,10 @@ class Model(Options):
         'fast', "The recurrence with a hand-written backward pass, or the plain scan that JAX differentiates.",
         choices=('fast', 'reference'),
     )  # fmt: skip
+    dtype: str = option(
+        'float32', 'What products multiply; weights, sums and carries stay float32.',
+        choices=('float32', 'bfloat16'),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,13 +157,15 @@ class GRU(_Recurrent):
 
 
 class Dense(nnx.Module):
-    """x W + b on the last axis, bias starting at 0."""
+    """x W + b on the last axis, bias starting at 0. dtype: of the product's operands; float32 if not given."""
 
-    def __init__(self, in_features: int, features: int, *, preset: cells.Preset, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, features: int, *, preset: cells.Preset, dtype: Any = None, rngs: nnx.Rngs
+    ):
         self.kernel = nnx.Param(preset.dense_kernel(rngs.params(), (in_features, features), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(features))
+        self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        """x: [..., D]. Returns [..., features]."""
-        y = x @ self.kernel[...]
-        return y + jnp.broadcast_to(self.bias[...], y.shape)
+        """x: [..., D]. Returns [..., features], float32."""
+        return scan.project(self.kernel[...], self.bias[...], x, dtype=self.dtype)

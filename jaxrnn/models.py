@@ -1,6 +1,10 @@
-"""The networks of the question: a word's letters to the word's vector (design, section 5)."""
+"""The networks of the question: a word's letters to the word's vector (design, section 5).
+
+Scopes name the layers to whoever reads a compiled step, `trace` among them.
+"""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxrnn import cells, config, layers
@@ -13,37 +17,48 @@ WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
 class Last(nnx.Module):
     """LSTM(H) or GRU(H), last output -> Dense(E)."""
 
-    def __init__(self, recurrent, letters, hidden, vector_size, *, preset, rngs, reference):
-        self.recurrent = recurrent(letters, hidden, preset=preset, rngs=rngs, reference=reference)
-        self.output = layers.Dense(hidden, vector_size, preset=preset, rngs=rngs)
+    def __init__(self, recurrent, letters, hidden, vector_size, *, reference, **made):
+        self.recurrent = recurrent(letters, hidden, reference=reference, **made)
+        self.output = layers.Dense(hidden, vector_size, **made)
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
-        return self.output(self.recurrent.last(letters))
+        with jax.named_scope('recurrent'):
+            h = self.recurrent.last(letters)
+        with jax.named_scope('output'):
+            return self.output(h)
 
 
 class Stacked(nnx.Module):
     """LSTM(H, sequences) -> Dense(H, sigmoid) at each time step -> LSTM(H) -> Dense(H/2, tanh) -> Dense(E)."""
 
-    def __init__(self, letters, hidden, vector_size, *, preset, rngs, reference):
+    def __init__(self, letters, hidden, vector_size, *, reference, **made):
         narrow = max(hidden // 2, 1)
-        self.lower = layers.LSTM(letters, hidden, preset=preset, rngs=rngs, reference=reference)
-        self.between = layers.Dense(hidden, hidden, preset=preset, rngs=rngs)
-        self.upper = layers.LSTM(hidden, hidden, preset=preset, rngs=rngs, reference=reference)
-        self.narrow = layers.Dense(hidden, narrow, preset=preset, rngs=rngs)
-        self.output = layers.Dense(narrow, vector_size, preset=preset, rngs=rngs)
+        self.lower = layers.LSTM(letters, hidden, reference=reference, **made)
+        self.between = layers.Dense(hidden, hidden, **made)
+        self.upper = layers.LSTM(hidden, hidden, reference=reference, **made)
+        self.narrow = layers.Dense(hidden, narrow, **made)
+        self.output = layers.Dense(narrow, vector_size, **made)
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
-        between = jax.nn.sigmoid(self.between(self.lower(letters, time_major=True)))
-        return self.output(jax.numpy.tanh(self.narrow(self.upper.last(between))))
+        with jax.named_scope('lower'):
+            x = self.lower(letters, time_major=True)
+        with jax.named_scope('between'):
+            x = jax.nn.sigmoid(self.between(x))
+        with jax.named_scope('upper'):
+            x = self.upper.last(x)
+        with jax.named_scope('narrow'):
+            x = jnp.tanh(self.narrow(x))
+        with jax.named_scope('output'):
+            return self.output(x)
 
 
 def build(options: config.Model, *, letters: int, vector_size: int, key: Array) -> nnx.Module:
     """The network of a configuration, with the initial weights that `key` decides.
 
     Args:
-        options: network, preset and width.
+        options: network, preset, width, recurrence and dtype.
         letters: V, size of the alphabet.
         vector_size: E.
         key: PRNG key.
@@ -51,6 +66,7 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
     hidden = options.hidden or WIDTHS[options.network]
     made = {
         'preset': cells.PRESETS[options.preset],
+        'dtype': options.dtype,
         'rngs': nnx.Rngs(key),
         'reference': options.recurrence == 'reference',
     }

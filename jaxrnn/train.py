@@ -71,7 +71,8 @@ def make_step(
 
     def loss_of(params: Tree, batch: Batch) -> tuple[Array, Array]:
         predictions = predict(params, batch.letters)
-        return mean_squared_error(predictions, batch.targets), predictions
+        with jax.named_scope('loss'):
+            return mean_squared_error(predictions, batch.targets), predictions
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Record]:
         (loss, predictions), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)

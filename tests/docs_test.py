@@ -1,18 +1,22 @@
-"""What README shows is what happens."""
+"""What README and docs show is what happens."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_readme_example(tmp_path, monkeypatch, capsys):
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    code = re.search(r'```python\n(.*?)```', text, re.DOTALL)[1]
+@pytest.mark.parametrize('name', ['README.md', 'docs/recurrence.md'])
+def test_examples(name, tmp_path, monkeypatch, capsys):
+    """A page's blocks are one program; its lines that begin with # are what it prints."""
+    text = (ROOT / name).read_text(encoding='utf-8')
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.DOTALL))
     promised = ' '.join(line.removeprefix('# ') for line in code.splitlines() if line.startswith('# '))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, 'README.md', 'exec'), {})
-    assert capsys.readouterr().out.split() == promised.split()
+    exec(compile(code, name, 'exec'), {})
+    assert promised and capsys.readouterr().out.split() == promised.split()
 
 
 def test_links_lead_somewhere():
