@@ -1,6 +1,7 @@
 """What a person reads: a diagnosis, the records around the step, what to type next."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -8,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxrnn import detect
+from jaxrnn import detect, replay, trace
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.telemetry import Row
 
@@ -28,6 +29,8 @@ def bisected(diagnosis: Diagnosis, rows: Sequence[Row], words: Sequence[str] = (
         words: of the first bad step's batch.
     """
     parts: list[RenderableType] = [_verdict(diagnosis), _proof(diagnosis)]
+    if diagnosis.where is not None:
+        parts.append(_where(diagnosis.where))
     if diagnosis.symptom is not None:
         parts += [Text(), _around(diagnosis.symptom.step, rows)]
     if words:
@@ -75,6 +78,98 @@ def _proof(diagnosis: Diagnosis) -> Text:
     if replay.bit_identical:
         return Text(f'proven: {effort}, bit for bit as recorded', style='green')
     return Text(f'{effort}; there was no record to hold them against', style='yellow')
+
+
+def told(story: trace.Story, step: int, words: Sequence[str] = ()) -> RenderableType:
+    """What the trace of one step found.
+
+    Args:
+        story: of trace.first_bad.
+        step: its number.
+        words: of its batch.
+    """
+    parts: list[RenderableType] = []
+    finding = story.finding
+    if finding is None:
+        parts.append(Text(f'step {step}: every output is finite', style='bold green'))
+    else:
+        named = [words[place] for place in finding.examples if place < len(words)]
+        parts.append(Text(f'step {step}: {finding.kind}', style='bold red'))
+        parts.append(Text(trace.KINDS[finding.kind], style='dim'))
+        parts.append(_where(replay.where(finding) | {'words': named}))
+        if finding.code:
+            parts.append(Text(f'  {finding.code}', style='cyan'))
+        parts.append(_ranges(finding))
+    for kind, findings in _grouped(story.harmless):
+        parts.append(
+            Text(f'harmless, since no output has it: {kind} ({_count(findings, "element")})', style='dim')
+        )
+    parts.append(Text(f'{_count(story.equations, "equation")} evaluated', style='dim'))
+    return Group(*parts)
+
+
+def story_json(story: trace.Story, step: int, words: Sequence[str] = ()) -> dict[str, Any]:
+    """The machine-readable form of `told`."""
+
+    def plain(finding: trace.Finding) -> dict[str, Any]:
+        named = [words[place] for place in finding.examples if place < len(words)]
+        said = {**replay.where(finding), 'words': named, 'kind': finding.kind, 'code': finding.code}
+        ranges = {name: [one._asdict() for one in getattr(finding, name)] for name in ('operands', 'results')}
+        return {
+            **said,
+            'library': finding.library,
+            'iterations': finding.iterations,
+            'elements': finding.elements,
+            **ranges,
+        }
+
+    return {
+        'step': step,
+        'finding': None if story.finding is None else plain(story.finding),
+        'harmless': [plain(finding) for finding in story.harmless],
+        'equations': story.equations,
+    }
+
+
+def _grouped(findings: Sequence[trace.Finding]) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for finding in findings:
+        name = f'{finding.op} at {_short(finding.source)}'
+        counts[name] = counts.get(name, 0) + finding.elements
+    return list(counts.items())
+
+
+def _ranges(finding: trace.Finding) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ('', 'from', 'shape', 'type', 'lowest', 'highest', 'NaN', 'infinite'):
+        table.add_column(name, justify='left' if name in ('', 'from', 'shape', 'type') else 'right')
+    for title, ranges in (('operand', finding.operands), ('result', finding.results)):
+        for one in ranges:
+            shape = 'x'.join(map(str, one.shape)) or 'scalar'
+            numbers = (one.low, one.high, one.nans or None, one.infinities or None)
+            table.add_row(title, one.name, shape, one.dtype, *(_number(number) for number in numbers))
+    return table
+
+
+def _where(where: Mapping[str, Any]) -> Text:
+    place = f'{where["op"]} at {_short(where["source"])}' if where['op'] != 'input' else where['source']
+    lines = Text.assemble(f'{where["pass"]} pass: ' if where['pass'] != 'data' else 'data: ', (place, 'bold'))
+    if where['layer'] and where['op'] != 'input':
+        lines.append(f', layer {where["layer"]}')
+    if where['time_step'] is not None:
+        lines.append(f', time step {where["time_step"]}')
+    if where['examples']:
+        words = f' ({_some(where["words"])})' if where['words'] else ''
+        many = 'examples' if len(where['examples']) > 1 else 'example'
+        lines.append(f', {many} {", ".join(map(str, where["examples"]))}{words}')
+    return lines
+
+
+def _short(source: str) -> str:
+    """A path from the working directory, where it lies below."""
+    file, _, line = source.rpartition(':')
+    path = Path(file)
+    return f'{path.relative_to(Path.cwd())}:{line}' if path.is_relative_to(Path.cwd()) else source
 
 
 def _around(step: int, rows: Sequence[Row]) -> Table:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrnn import data, detect, loop, optim, replay, telemetry, train
+from jaxrnn import data, detect, loop, optim, replay, telemetry, trace, train
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
@@ -133,11 +133,37 @@ def bisect_run(
     )
     with jax.debug_nans(options.debug_nans):
         diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad)
+    diagnosis = _with_words(diagnosis, opened)
     rows = {row['step']: row for row in opened.records if use_records} | {
         row['step']: row for row in replayed
     }
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return diagnosis, [rows[step] for step in sorted(rows)], opened
+
+
+def trace_run(directory: str | os.PathLike, step: int) -> tuple[trace.Story, list[str]]:
+    """Evaluates one step of a run equation by equation.
+
+    Returns:
+        What was found, and the words of the step's batch.
+
+    Raises:
+        UserError: no run, or no checkpoint before the step.
+    """
+    opened = open_run(directory)
+    if step < 0:
+        raise UserError(f'--step: {step} found, at least 0 expected')
+    subject = replay.subject(opened.program.step, opened.program.batch_at, opened.checkpoints)
+    return replay.trace_step(subject, step), words_of(opened, step)
+
+
+def _with_words(diagnosis: Diagnosis, opened: Opened) -> Diagnosis:
+    """Says whose examples they are."""
+    if diagnosis.where is None or diagnosis.first_bad_step is None:
+        return diagnosis
+    words = words_of(opened, diagnosis.first_bad_step)
+    named = [words[place] for place in diagnosis.where['examples'] if place < len(words)]
+    return dataclasses.replace(diagnosis, where={**diagnosis.where, 'words': named})
 
 
 def words_of(opened: Opened, step: int) -> list[str]:

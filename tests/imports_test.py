@@ -4,15 +4,15 @@ import ast
 from pathlib import Path
 
 FLOORS = {
-    0: ('types', 'tree', 'config', 'environment', 'diagnosis'),
-    1: ('cells', 'scan', 'optim', 'data', 'telemetry', 'checkpoint', 'predicate'),
+    0: ('types', 'tree', 'axes', 'config', 'environment', 'diagnosis'),
+    1: ('cells', 'scan', 'optim', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate'),
     2: ('layers', 'detect'),
     3: ('models', 'loop'),
     4: ('train', 'replay'),
     5: ('run', 'debug'),
     6: ('report',),
 }
-DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'absl': None}
+DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'jax.extend': 'trace', 'absl': None}
 """The one module that may import a library; None: scripts alone."""
 
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

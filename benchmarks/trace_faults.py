@@ -1,0 +1,153 @@
+"""How often does a trace name the operation, line, layer, pass, time step and example of a planted fault, and what
+do jax_debug_nans and checkify name of it?
+
+    python benchmarks/trace_faults.py --json
+
+Every kind of fault in every place of eight train steps (tests/faulty.py): five written around the cells of plain JAX,
+nnx, linen, haiku and equinox, and jaxrnn's three networks. Time step and example go round, so that each has its turn.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[0] = str(ROOT)
+sys.path.insert(1, str(ROOT / 'tests'))
+
+import collections
+import os
+import re
+import time
+import traceback
+from typing import Any
+
+import faulty
+import jax
+from absl import flags
+from jax.experimental import checkify
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jaxrnn import environment
+from jaxrnn.types import UserError
+from scripts import common
+
+ASKED = ('finding', 'op', 'source', 'kind', 'pass_', 'layer', 'time_step', 'examples')
+
+
+def faults(repeats: int) -> list[faulty.Fault]:
+    """All of them, `repeats` times at different places."""
+    kinds = [
+        (network, place, kind)
+        for network in faulty.SUBJECTS
+        for place in faulty.PLACES
+        for kind in faulty.KINDS
+        if faulty.applies(network, place, kind)
+    ]
+    return [
+        faulty.Fault(*which, number % faulty.T, number * 3 % faulty.B)
+        for number, which in enumerate(kinds * repeats)
+    ]
+
+
+def by_debug_nans(fault: faulty.Fault) -> dict[str, bool]:
+    """Whether jax_debug_nans names the primitive and the line."""
+    subject, kind = faulty.SUBJECTS[fault.network](), faulty.KINDS[fault.kind]
+    state, batch = subject.init(), subject.batch(fault.time_step, fault.example)
+    with faulty.strike_at(fault.place, fault.kind), jax.debug_nans(True), jax.debug_infs(True):
+        try:
+            jax.block_until_ready(jax.jit(subject.step)(state, batch))
+        except FloatingPointError as error:
+            named = re.search(r'encountered in (\S+?)\.?\s', f'{error} ')
+            lines = {
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if _is_ours(frame.filename)
+            }
+            return {'finding': True, 'op': bool(named) and named[1] in kind.ops, 'source': kind.line in lines}
+    return {'finding': False, 'op': False, 'source': False}
+
+
+def by_checkify(fault: faulty.Fault) -> dict[str, bool]:
+    """Whether checkify.float_checks names the primitive and, when thrown, the line."""
+    subject, kind = faulty.SUBJECTS[fault.network](), faulty.KINDS[fault.kind]
+    state, batch = subject.init(), subject.batch(fault.time_step, fault.example)
+    with faulty.strike_at(fault.place, fault.kind):
+        error, _ = jax.jit(checkify.checkify(subject.step, errors=checkify.float_checks))(state, batch)
+    said = error.get()
+    if said is None:
+        return {'finding': False, 'op': False, 'source': False}
+    named = re.search(r'primitive: (\w+)', said)
+    op = (bool(named) and named[1] in kind.ops) or ('division by zero' in said and 'div' in kind.ops)
+    try:
+        error.throw()
+    except Exception as thrown:
+        lines, cause = set(), thrown
+        while cause is not None:
+            lines |= {f.lineno for f in traceback.extract_tb(cause.__traceback__) if _is_ours(f.filename)}
+            cause = cause.__cause__ or cause.__context__
+        return {'finding': True, 'op': op, 'source': kind.line in lines}
+    raise AssertionError('an error that does not throw')
+
+
+def _is_ours(path: str) -> bool:
+    return os.path.basename(path) == 'faulty.py'
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    values = flags.FLAGS
+    if values.repeats < 1 or values.others_every < 0:
+        raise UserError('--repeats: at least 1 expected; --others_every: at least 0')
+    planted = faults(values.repeats)
+    wrong: list[dict[str, Any]] = []
+    right = collections.Counter[str]()
+    others = {'jax_debug_nans': by_debug_nans, 'checkify': by_checkify}
+    counts = {name: collections.Counter[str]() for name in others}
+    seconds, compared = 0.0, 0
+    for number, fault in enumerate(track(planted, console=Console(stderr=True), description='faults')):
+        start = time.perf_counter()
+        missed = faulty.missed(fault)
+        seconds += time.perf_counter() - start
+        if 'finding' not in missed:
+            right.update(name for name in ASKED if name not in missed)
+        if missed:
+            wrong.append({**fault._asdict(), 'missed': {name: str(pair) for name, pair in missed.items()}})
+        if values.others_every and number % values.others_every == 0:
+            compared += 1
+            for name, ask in others.items():
+                counts[name].update(what for what, is_right in ask(fault).items() if is_right)
+    table = Table(
+        'names', 'jaxrnn', *others, title=f'{len(planted)} faults, {compared} of them given to the others'
+    )
+    for what in ASKED:
+        shares = [f'{counter[what] / compared:.1%}' if compared else '' for counter in counts.values()]
+        table.add_row(what.rstrip('_'), f'{right[what] / len(planted):.1%}', *shares)
+    console = Console(stderr=values.json)
+    console.print(table)
+    for one in wrong:
+        console.print(one)
+    if values.json:
+        common.print_json(
+            {
+                'machine': environment.describe(),
+                'faults': len(planted),
+                'right': {name: right[name] for name in ASKED},
+                'compared': compared,
+                **{name: dict(counter) for name, counter in counts.items()},
+                'seconds': round(seconds, 1),
+                'wrong': wrong,
+            }
+        )
+    return common.HEALTHY
+
+
+common.define(
+    'run', 'repeats', 1, 'How often to plant each kind in each place, at other time steps and examples.'
+)
+common.define('run', 'others_every', 8, "Give every n-th fault to JAX's own tools; 0: none.")
+common.define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
+
+if __name__ == '__main__':
+    common.main(main, __doc__)

@@ -1,0 +1,137 @@
+"""Which elements of a result were born bad, and of what kind."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrnn.trace.equations import inner
+from jaxrnn.trace.values import Value, is_float, look
+
+ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
+
+
+def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) -> np.ndarray | None:
+    """Which elements are bad without an operand's being bad there, or NaN where operands were only infinite."""
+    bad, nan = ~np.isfinite(array), np.isnan(array)
+    struck = [operand for operand in operands if operand.node.bad or is_meant(operand)]
+    if equation.primitive.name in MOVERS:
+        return None if struck else bad
+    if not struck:
+        return bad
+    floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
+    if elementwise(floats, array):
+        was_bad = functools.reduce(np.logical_or, (~np.isfinite(value) for value in floats))
+        was_nan = functools.reduce(np.logical_or, (np.isnan(value) for value in floats))
+        return (bad & ~was_bad) | (nan & ~was_nan)
+    if nan.any() and not any(np.isnan(value).any() for value in floats):
+        return nan
+    return None
+
+
+MOVERS = frozenset(
+    (
+        *(
+            'broadcast_in_dim',
+            'reshape',
+            'transpose',
+            'squeeze',
+            'expand_dims',
+            'rev',
+            'copy',
+            'copy_p',
+            'pad',
+        ),
+        *(
+            'slice',
+            'dynamic_slice',
+            'dynamic_update_slice',
+            'split',
+            'concatenate',
+            'stack',
+            'unstack',
+            'gather',
+        ),
+        *('scatter', 'sort', 'select_n', 'clamp', 'max', 'min', 'reduce_max', 'reduce_min', 'neg', 'abs'),
+        *('convert_element_type', 'optimization_barrier', 'stop_gradient', 'device_put'),
+    )
+)
+"""What they give was given to them; a narrower type is the one way in which something may go bad."""
+
+
+def elementwise(operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
+    """Whether each operand has an element for each of the result's."""
+    try:
+        return bool(operands) and all(
+            np.broadcast_shapes(o.shape, result.shape) == result.shape for o in operands
+        )
+    except ValueError:
+        return False
+
+
+def is_meant(operand: Value) -> bool:
+    """Whether somebody wrote down an infinity or a NaN."""
+    return not operand.node.parents and bool(
+        look(np.asarray(operand.array)) if is_float(operand.array) else False
+    )
+
+
+def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np.ndarray) -> str:
+    name = equation.primitive.name
+    floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
+    alike = elementwise(floats, array)
+    at = [np.broadcast_to(value, array.shape)[new] if alike else value for value in floats]
+    if any(np.isinf(value).any() for value in at):
+        return 'infinities'
+    if name in ZERO_IS_A_POLE and alike and at:
+        divisor = at[1] if name in ('div', 'rem') else at[0]
+        if (divisor == 0).any() or (name in ('atanh', 'log1p') and (np.abs(divisor) == 1).any()):
+            return (
+                'invalid argument'
+                if name == 'div' and (at[0][divisor == 0] == 0).all()
+                else 'division by zero'
+            )
+    return 'invalid argument' if np.isnan(array[new]).any() else 'overflow'
+
+
+def discarded(operands: Sequence[Value], new: np.ndarray) -> bool:
+    """Whether an operand is zero there, and a where may have put it there, a few equations before."""
+    for operand in operands:
+        array = np.asarray(operand.array)
+        if not elementwise([array], new) or not (np.broadcast_to(array, new.shape)[new] == 0).any():
+            continue
+        nodes, depth = [operand.node], 0
+        while nodes and depth < 6:
+            if any(_selects(node.equation) for node in nodes):
+                return True
+            nodes = [parent for node in nodes for parent in node.parents][:32]
+            depth += 1
+    return False
+
+
+def _selects(equation: Any) -> bool:
+    if equation is None:
+        return False
+    if equation.primitive.name == 'select_n':
+        return True
+    held = inner(equation)
+    return held is not None and any(e.primitive.name == 'select_n' for e in held[0].eqns)
+
+
+def largest(values: Sequence[Value], examples: set[str]) -> tuple[int, ...]:
+    """The example of the largest element of an operand, for a result that has no examples any more."""
+    best = -1.0
+    found: tuple[int, ...] = ()
+    for value in values:
+        names = value.axes.names() & examples
+        if not names or not is_float(value.array):
+            continue
+        sizes = np.abs(np.asarray(value.array, np.float64))
+        sizes[np.isnan(sizes)] = np.inf
+        if sizes.size and sizes.max() > best:
+            best = float(sizes.max())
+            index = np.unravel_index(int(sizes.argmax()), sizes.shape)
+            places = value.axes.places([int(n) for n in index])
+            found = tuple(sorted({place for name, place in places.items() if name in examples}))
+    return found

@@ -1,0 +1,74 @@
+"""Equations of a jaxpr: what is inside of one, and one as a function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+OPENED = ('scan', 'while', 'cond')
+"""Primitives that are opened by their own rules."""
+
+
+def holds(equation: Any) -> str:
+    """What is inside of an equation: one of OPENED, 'call', or nothing."""
+    name = equation.primitive.name
+    return name if name in OPENED else 'call' if inner(equation) is not None else ''
+
+
+def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The one jaxpr of a call, whose arguments and results are the equation's own."""
+    if equation.primitive.name in (*OPENED, 'shard_map', 'pallas_call'):
+        return None
+    held = [value for value in equation.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+    if len(held) != 1:
+        return None
+    jaxpr, consts = (
+        (held[0].jaxpr, held[0].consts) if isinstance(held[0], core.ClosedJaxpr) else (held[0], ())
+    )
+    same = len(jaxpr.invars) == len(equation.invars) and len(jaxpr.outvars) == len(equation.outvars)
+    return (jaxpr, consts) if same else None
+
+
+def alone(equation: Any) -> Callable[..., list[Any]]:
+    """An equation as a function of its operands that aren't written down."""
+    if equation.primitive.name not in OPENED and (held := inner(equation)) is not None:
+        # Compiled by itself, a call doesn't consume what it was to be donated.
+        called = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(*held)))
+        values = [v.val if isinstance(v, core.Literal) else None for v in equation.invars]
+
+        def call(*arrays: Any) -> list[Any]:
+            left = iter(arrays)
+            return called(*(next(left) if value is None else value for value in values))
+
+        return call
+    new = core.gensym()
+    results = [new(variable.aval) for variable in equation.outvars]  # some may be dropped
+    operands = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, core.Literal)))
+    about = core.DebugInfo('trace', 'one equation', ('',) * len(operands), ('',) * len(results))
+    jaxpr = core.Jaxpr((), operands, results, [equation.replace(outvars=results)], equation.effects, about)
+    function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    places = [equation.invars.index(variable) for variable in operands]
+    given = [n for n, v in enumerate(equation.invars) if not isinstance(v, core.Literal)]
+
+    def run(*arrays: Any) -> list[Any]:
+        by_place = dict(zip(given, arrays, strict=True))
+        return list(function(*(by_place[place] for place in places)))
+
+    return run
+
+
+def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """Equation number -> variables that nobody reads after it."""
+    last: dict[Any, int] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        for variable in (*equation.invars, *equation.outvars):
+            if not isinstance(variable, core.Literal):
+                last[variable] = number
+    for variable in jaxpr.outvars:
+        if not isinstance(variable, core.Literal):
+            last.pop(variable, None)
+    uses: dict[int, list[Any]] = {}
+    for variable, number in last.items():
+        uses.setdefault(number, []).append(variable)
+    return uses

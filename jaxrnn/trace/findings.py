@@ -1,0 +1,69 @@
+"""What a trace tells."""
+
+from typing import NamedTuple
+
+MOST_EXAMPLES = 16
+"""Examples named of one finding."""
+
+CHAIN = 8
+"""Equations told of the way to a finding."""
+
+
+class Range(NamedTuple):
+    """What an array holds."""
+
+    name: str  # where it came from: an argument's path, or a primitive
+    shape: tuple[int, ...]
+    dtype: str
+    low: float | None  # of its finite elements; None if there are none
+    high: float | None
+    nans: int
+    infinities: int
+
+
+class Link(NamedTuple):
+    """An equation on the way to a finding."""
+
+    op: str
+    source: str
+
+
+class Finding(NamedTuple):
+    """Where a bad value was born."""
+
+    kind: str  # of KINDS
+    pass_: str  # data, forward, backward or update
+    op: str  # the primitive; 'input' where an argument was bad
+    source: str  # file:line of the user's code, else of jaxrnn's
+    code: str  # that line
+    library: str  # file:line within a library, where the operation stands in one
+    layer: str  # named scopes, else the nearest parameter's path
+    iterations: tuple[int, ...]  # of each loop around it, the outermost first
+    time_step: int | None
+    examples: tuple[int, ...]  # the first MOST_EXAMPLES
+    elements: int  # elements born bad
+    operands: tuple[Range, ...]
+    results: tuple[Range, ...]
+    chain: tuple[Link, ...]  # what led there, the latest first
+    harmless: bool = False  # whether it reached no output
+
+
+LEAK = 'gradient through where'
+
+KINDS = {
+    'input': 'an argument of the step was bad',
+    'overflow': 'finite operands, infinite result',
+    'division by zero': 'a pole: a divisor, or the argument of a logarithm or a root, was 0',
+    'invalid argument': 'finite operands for which the operation is not defined',
+    'infinities': 'infinite operands that cancel, or meet a 0',
+    LEAK: 'a where discarded this value, but its gradient is 0 times an infinity',
+    'loop': 'came out of a loop whose iterations, computed one by one, are finite',
+}
+
+
+class Story(NamedTuple):
+    """What a trace found."""
+
+    finding: Finding | None  # the first value that was born bad and reached an output
+    harmless: tuple[Finding, ...]
+    equations: int  # evaluated

@@ -1,0 +1,198 @@
+"""Names of what happened: pass, layer, line of code, and what led there."""
+
+import contextlib
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxrnn.trace.births import MOVERS
+from jaxrnn.trace.findings import CHAIN, Link
+from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
+
+
+def pass_of(node: Node, primal: set[Node]) -> str:
+    if node.equation is None:
+        return 'data'
+    if node.is_backward():
+        return 'backward'
+    before = ancestors([node], lambda _: True)
+    if not any(parent.is_model for parent in before):
+        return 'data'
+    if 'jvp(' in stack(node.equation, node.place):
+        return 'forward' if node in primal else 'backward'
+    return 'update' if any(parent.is_backward() for parent in before) else 'forward'
+
+
+_TRANSFORM = re.compile(r'^(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\((.*)\)$')
+
+
+def _scopes(stack: str) -> list[str]:
+    """Named scopes without the transformations around them."""
+    found = []
+    for part in _split(stack):
+        if part.startswith(('jit(', 'pjit(')):
+            continue
+        while match := _TRANSFORM.match(part):
+            part = match[1]
+        within = _split(part)
+        if len(within) > 1:
+            found += _scopes(part)
+        elif (
+            part
+            and not part.startswith(MARK)
+            and part
+            not in ('rematted_computation', 'checkpoint', 'while', 'body', 'cond', 'scan', 'closed_call')
+        ):
+            found.append(part)
+    return found
+
+
+def _split(stack: str) -> list[str]:
+    """At slashes outside of parentheses."""
+    parts, depth = [''], 0
+    for letter in stack:
+        depth += (letter == '(') - (letter == ')')
+        if letter == '/' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part]
+
+
+def layer_of(node: Node) -> str:
+    """The named scopes of an equation, else the nearest parameter's path without its own name."""
+    if node.equation is not None and (scopes := _scopes(stack(node.equation, node.place))):
+        return '/'.join(scopes)
+    seen, level = {node}, [node]
+    while level:
+        paths = sorted(n.input for n in level if n.is_model)
+        if paths:
+            return paths[0]
+        level = list({parent for n in level for parent in n.parents} - seen)
+        seen |= set(level)
+    return ''
+
+
+_LIBRARIES = tuple(
+    os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ('stdlib', 'purelib', 'platlib')
+)
+_CALLER = str(Path(__file__).with_name('evaluate.py'))
+_OURS = str(Path(__file__).parent.parent) + os.sep
+
+
+def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
+    """The user's line, and the library's if the operation stands in one."""
+    ours = library = ''
+    for at in (equation, *(outer.equation for outer in outwards(place))):
+        for named, whose in (*_mark(at), *_frames(at)):
+            if whose == 'user':
+                return named, ours or library
+            ours, library = ours or named * (whose == 'ours'), library or named * (whose == 'library')
+    return (ours, library) if ours else (library, '')
+
+
+MARK, MARK_AND, SLASH = '@', '|', chr(0x2215)
+"""Of the scopes that hold lines of code; slashes part scopes."""
+
+WHOSE = ('ours', 'library', 'user')
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """While it lasts, every equation is put into a scope that names its line, where Python itself stands in one.
+
+    JAX names the line of the call for all that a backward pass written by hand (custom_vjp) does.
+    """
+    bind = core.Primitive.bind
+
+    def bind_marked(primitive: Any, *arguments: Any, **params: Any) -> Any:
+        mark = _line_of(sys._getframe(1))
+        if mark is None:
+            return bind(primitive, *arguments, **params)
+        with jax.named_scope(mark):
+            return bind(primitive, *arguments, **params)
+
+    core.Primitive.bind = bind_marked  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        core.Primitive.bind = bind  # type: ignore[method-assign]
+
+
+def _line_of(frame: Any) -> str | None:
+    """The innermost line of the user's, of ours and of another library's code, as a mark; None where JAX alone is at
+    work, as in a rule of differentiation."""
+    found = dict.fromkeys(WHOSE, '')
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.endswith(_DERIVING) or file == _CALLER:
+            break
+        whose = _whose(file)
+        if whose in found:
+            found[whose] = found[whose] or f'{file}:{frame.f_lineno}'
+        if found['user']:
+            break
+        frame = frame.f_back
+    if not any(found.values()):
+        return None
+    return MARK + MARK_AND.join(found.values()).replace('/', SLASH)
+
+
+def _whose(file: str) -> str:
+    if file.startswith(_OURS):
+        return 'ours'
+    if file.startswith(_JAX):
+        return 'jax'
+    return 'library' if file.startswith((*_LIBRARIES, '<frozen', '<string')) else 'user'
+
+
+_JAX = str(Path(jax.__file__).parent) + os.sep
+_DERIVING = tuple(os.path.join('interpreters', name) for name in ('ad.py', 'partial_eval.py', 'batching.py'))
+
+
+def _mark(equation: Any) -> Iterator[tuple[str, str]]:
+    """What `marked` wrote down, as `_frames`."""
+    marks = re.findall(f'{MARK}([^/()]+)', str(equation.source_info.name_stack))
+    for whose, named in zip(WHOSE, marks[-1].split(MARK_AND) if marks else (), strict=False):
+        if named:
+            yield named.replace(SLASH, '/'), whose
+
+
+def _frames(equation: Any) -> Iterator[tuple[str, str]]:
+    """Lines and whose they are, the innermost first, up to the call that traced the jaxpr: what called that is of
+    the first call of all, not of this one, since jit traces a function once."""
+    traceback = equation.source_info.traceback
+    for frame in [] if traceback is None else traceback.frames:
+        if frame.file_name == _CALLER:
+            return
+        if not frame.file_name.startswith(_JAX):
+            yield f'{frame.file_name}:{frame.line_num}', _whose(frame.file_name)
+
+
+def code_at(source: str) -> str:
+    file, _, line = source.rpartition(':')
+    try:
+        return Path(file).read_text().splitlines()[int(line) - 1].strip()
+    except (OSError, ValueError, IndexError):
+        return ''
+
+
+def chain(node: Node) -> tuple[Link, ...]:
+    """What was computed just before, the latest first; what only moved values is left out."""
+    before = ancestors([node], lambda parent: parent.equation is not None and node.order - parent.order < 64)
+    told = sorted((n for n in before if n is not node and n.equation is not None), key=lambda n: -n.order)
+    computed = [n for n in told if n.equation.primitive.name not in MOVERS]
+    return tuple(Link(n.equation.primitive.name, source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
+
+
+def origin(node: Node) -> str:
+    if node.input:
+        return node.input
+    return node.equation.primitive.name if node.equation is not None else 'constant'

@@ -1,0 +1,127 @@
+"""Values and where they came from: what is kept of each while a function is evaluated."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.axes import Axes
+from jaxrnn.trace.findings import Range
+
+
+class Bad(NamedTuple):
+    nan: bool = False
+    infinite: bool = False
+
+    def __bool__(self) -> bool:
+        return self.nan or self.infinite
+
+    def also(self, other: 'Bad') -> bool:
+        """Whether other has what this has not."""
+        return (other.nan and not self.nan) or (other.infinite and not self.infinite)
+
+
+class Place(NamedTuple):
+    """Where in the program an equation stands: what it is inside of."""
+
+    equation: Any
+    iteration: int | None
+    outer: 'Place | None'
+
+
+class Node:
+    """How a value was made. Holds no array."""
+
+    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'order', 'parents', 'place')
+
+    def __init__(self, order: int, equation: Any, place: Place | None, parents: 'tuple[Node, ...]', bad: Bad):
+        self.order = order
+        self.equation = equation
+        self.place = place
+        self.parents = parents
+        self.bad = bad
+        self.birth: Birth | None = None
+        self.input = ''  # path of an argument, or what was written down
+        self.is_model = False  # whether it is an argument that isn't data
+
+    def is_backward(self) -> bool:
+        return self.equation is not None and is_backward(self.equation, self.place)
+
+
+class Birth(NamedTuple):
+    """Bad elements of a result whose operands were not bad there."""
+
+    kind: str
+    places: tuple[dict[str, int], ...]  # axis name -> place, of the first elements
+    examples: tuple[int, ...]
+    elements: int
+    operands: tuple[Range, ...]
+    results: tuple[Range, ...]
+
+
+class Value(NamedTuple):
+    array: Any
+    axes: Axes
+    node: Node
+
+
+def look(array: Any) -> Bad:
+    if not is_float(array):
+        return Bad()
+    host = np.asarray(array)
+    if np.isfinite(host).all():
+        return Bad()
+    return Bad(bool(np.isnan(host).any()), bool(np.isinf(host).any()))
+
+
+def is_float(array: Any) -> bool:
+    return jnp.issubdtype(getattr(array, 'dtype', np.result_type(type(array))), jnp.inexact)
+
+
+def range_of(name: str, array: Any) -> Range:
+    host = np.asarray(array)
+    dtype = str(host.dtype)
+    if not host.size or not (is_float(host) or host.dtype.kind in 'iub'):
+        return Range(name, host.shape, dtype, None, None, 0, 0)
+    if is_float(host):
+        finite = host[np.isfinite(host)]
+        nans, infinities = int(np.isnan(host).sum()), int(np.isinf(host).sum())
+    else:
+        finite, nans, infinities = host, 0, 0
+    if np.iscomplexobj(finite):
+        finite = np.abs(finite)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (None, None)
+    return Range(name, host.shape, dtype, low, high, nans, infinities)
+
+
+def is_key(array: Any) -> bool:
+    return jnp.issubdtype(getattr(array, 'dtype', np.float32), jax.dtypes.prng_key)
+
+
+def outwards(place: Place | None) -> Iterator[Place]:
+    while place is not None:
+        yield place
+        place = place.outer
+
+
+def ancestors(nodes: Sequence[Node], wanted: Callable[[Node], bool]) -> set[Node]:
+    found, left = set(nodes), list(nodes)
+    while left:
+        for parent in left.pop().parents:
+            if parent not in found and wanted(parent):
+                found.add(parent)
+                left.append(parent)
+    return found
+
+
+def stack(equation: Any, place: Place | None) -> str:
+    """The named scopes around an equation, the outermost first, as JAX writes them."""
+    stacks = [equation] if equation is not None else []
+    stacks += [outer.equation for outer in outwards(place)]
+    return '/'.join(filter(None, (str(e.source_info.name_stack) for e in reversed(stacks))))
+
+
+def is_backward(equation: Any, place: Place | None) -> bool:
+    return 'transpose(' in stack(equation, place)
