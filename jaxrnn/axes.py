@@ -92,6 +92,7 @@ def follow(
             made = None  # a parameter that another version of JAX names otherwise: nothing is known
     if made is None:
         made = _elementwise(params, list(ins), tuple(shapes[0]))
+    made = _without_halves(made, ins)
     fixed = made.fixed if name in _FIX else fix([axes.fixed for axes in ins], late)
     results = []
     for shape in shapes:
@@ -141,6 +142,25 @@ def _nameless(size: int) -> Axis:
 
 def _is_named(axis: Axis) -> bool:
     return any(factor.name for factor in axis)
+
+
+def _without_halves(made: Axes, ins: Sequence[Axes]) -> Axes:
+    """Without the names of axes that were split and of which a part was lost: the rest would name a wrong place."""
+    lost = set()
+    for operand in ins:
+        for name in operand.names():
+            before = _parts(operand, name)
+            fixed = name in dict(made.fixed) and name not in dict(operand.fixed)
+            if before > 1 and _parts(made, name) + fixed < before:
+                lost.add(name)
+    if not lost:
+        return made
+    axes = [tuple(f._replace(name='') if f.name in lost else f for f in axis) for axis in made.axes]
+    return Axes(tuple(axes), tuple(item for item in made.fixed if item[0] not in lost))
+
+
+def _parts(axes: Axes, name: str) -> int:
+    return sum(factor.name == name for axis in axes.axes for factor in axis)
 
 
 def _elementwise(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:

@@ -142,7 +142,8 @@ def _grouped(findings: Sequence[trace.Finding]) -> list[tuple[str, int]]:
 def _ranges(finding: trace.Finding) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ('', 'from', 'shape', 'type', 'lowest', 'highest', 'NaN', 'infinite'):
-        table.add_column(name, justify='left' if name in ('', 'from', 'shape', 'type') else 'right')
+        justify: Any = 'left' if name in ('', 'from', 'shape', 'type') else 'right'
+        table.add_column(name, justify=justify, overflow='fold')
     for title, ranges in (('operand', finding.operands), ('result', finding.results)):
         for one in ranges:
             shape = 'x'.join(map(str, one.shape)) or 'scalar'

@@ -153,6 +153,8 @@ def trace_run(directory: str | os.PathLike, step: int) -> tuple[trace.Story, lis
     opened = open_run(directory)
     if step < 0:
         raise UserError(f'--step: {step} found, at least 0 expected')
+    if opened.records and step > opened.records[-1]['step']:
+        raise UserError(f'--step: {step} found, but the run has steps 0 to {opened.records[-1]["step"]}')
     subject = replay.subject(opened.program.step, opened.program.batch_at, opened.checkpoints)
     return replay.trace_step(subject, step), words_of(opened, step)
 

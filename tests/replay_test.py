@@ -62,10 +62,27 @@ def test_bisect_names_the_step_of_every_planted_fault(network, tmp_path):
         run = step, batch_at, program.init, tmp_path / str(number)
         train(*run, checkpoint_every=int(rng.integers(7, 30)))
         for records in (True, False):
-            found, _ = replay.bisect(subject(*run, records=records), planted.detectors(fault))
+            found, _ = replay.bisect(
+                subject(*run, records=records), planted.detectors(fault), look_inside=False
+            )
             if found.first_bad_step != fault.step or not found.replay.bit_identical:
                 missed.append((fault, records, found.symptom, found.replay))
     assert not missed
+
+
+@pytest.mark.parametrize('network', small.NETWORKS)
+def test_bisect_looks_into_the_step(network, tmp_path):
+    """Of 8 examples the NaN is in the target of number 5."""
+    program = small.program(network)
+    fault = planted.Fault('NaN in a target', 40, 5)
+    run = planted.plant(program.step), planted.batches(program.batch_at, fault), program.init, tmp_path
+    train(*run, checkpoint_every=15)
+    found, _ = replay.bisect(subject(*run))
+    assert found.first_bad_step == 40
+    assert found.where is not None
+    assert found.where['source'].startswith(planted.__file__)
+    said = {name: found.where[name] for name in ('pass', 'op', 'time_step', 'examples')}
+    assert said == {'pass': 'data', 'op': 'mul', 'time_step': None, 'examples': [5]}
 
 
 def test_nonfinite_takes_few_probes_without_records(tmp_path):

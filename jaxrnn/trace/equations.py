@@ -1,5 +1,6 @@
 """Equations of a jaxpr: what is inside of one, and one as a function."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,10 +43,9 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
             return called(*(next(left) if value is None else value for value in values))
 
         return call
-    new = core.gensym()
-    results = [new(variable.aval) for variable in equation.outvars]  # some may be dropped
+    results = [core.Var(variable.aval) for variable in equation.outvars]  # some may be dropped
     operands = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, core.Literal)))
-    about = core.DebugInfo('trace', 'one equation', ('',) * len(operands), ('',) * len(results))
+    about = _about()('trace', 'one equation', ('',) * len(operands), ('',) * len(results))
     jaxpr = core.Jaxpr((), operands, results, [equation.replace(outvars=results)], equation.effects, about)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
     places = [equation.invars.index(variable) for variable in operands]
@@ -72,3 +72,17 @@ def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     for variable, number in last.items():
         uses.setdefault(number, []).append(variable)
     return uses
+
+
+@functools.cache
+def _about() -> Any:
+    """The class of a jaxpr's debug_info, which jax.extend doesn't name in every version."""
+    return type(jax.make_jaxpr(lambda: ())().jaxpr.debug_info)
+
+
+def scan_counts(equation_params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many its carry."""
+    if 'num_consts' in equation_params:
+        return equation_params['num_consts'], equation_params['num_carry']
+    consts, carry, _ = equation_params['ft_in'].unpack()  # from jax 0.11 on
+    return len(list(consts.vals)), len(list(carry.vals))

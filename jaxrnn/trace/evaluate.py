@@ -10,9 +10,9 @@ from jax.extend import core
 
 from jaxrnn import axes
 from jaxrnn.axes import Axes
-from jaxrnn.trace.births import discarded, kind_of, largest, new_elements
-from jaxrnn.trace.equations import alone, holds, inner, last_uses
-from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, Finding, Story
+from jaxrnn.trace.births import discarded, is_meant, kind_of, largest, new_elements
+from jaxrnn.trace.equations import alone, holds, inner, last_uses, scan_counts
+from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, Story
 from jaxrnn.trace.naming import chain, code_at, layer_of, marked, origin, pass_of, source_of
 from jaxrnn.trace.values import (
     Bad,
@@ -119,8 +119,7 @@ class Run:
             operands = [self.read(values, variable) for variable in equation.invars]
             results = self.equation(equation, operands, place)
             for variable, result in zip(equation.outvars, results, strict=True):
-                if not isinstance(variable, core.DropVar):
-                    values[variable] = result
+                values[variable] = result
             for variable in last.get(number, ()):
                 values.pop(variable, None)
         return [self.read(values, variable) for variable in jaxpr.outvars]
@@ -206,7 +205,7 @@ class Run:
         return [read(variable) for variable in jaxpr.outvars]
 
     def through_scan(self, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
-        consts, carried = params['num_consts'], params['num_carry']
+        consts, carried = scan_counts(params)
         xs = ins[consts + carried :]
         over = next((a.axes[0] for a in xs if any(f.name for f in a.axes[0])), None)
         for factor in (f for a in xs for f in a.axes[0] if f.name):
@@ -239,8 +238,11 @@ class Run:
                 continue
             new = new_elements(equation, operands, np.asarray(array))
             if new is None or not new.any():
-                continue
-            kind = kind_of(equation, operands, np.asarray(array), new)
+                if not node.bad.nan or not any(is_meant(operand) for operand in operands):
+                    continue
+                new, kind = np.isnan(np.asarray(array)), WRITTEN
+            else:
+                kind = kind_of(equation, operands, np.asarray(array), new)
             if kind in ('infinities', 'invalid argument') and discarded(operands, new):
                 kind = LEAK
             self.note(node, kind, new, meaning, operands, array)
@@ -324,7 +326,7 @@ class Run:
 
     def open_scan(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Node | None]:
         params = equation.params
-        consts, carried, length = params['num_consts'], params['num_carry'], params['length']
+        (consts, carried), length = scan_counts(params), params['length']
         fixed, carry, xs = (
             operands[:consts],
             list(operands[consts : consts + carried]),

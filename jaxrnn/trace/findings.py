@@ -48,7 +48,7 @@ class Finding(NamedTuple):
     harmless: bool = False  # whether it reached no output
 
 
-LEAK = 'gradient through where'
+LEAK, WRITTEN = 'gradient through where', 'written down'
 
 KINDS = {
     'input': 'an argument of the step was bad',
@@ -57,6 +57,7 @@ KINDS = {
     'invalid argument': 'finite operands for which the operation is not defined',
     'infinities': 'infinite operands that cancel, or meet a 0',
     LEAK: 'a where discarded this value, but its gradient is 0 times an infinity',
+    WRITTEN: 'the program itself holds this NaN',
     'loop': 'came out of a loop whose iterations, computed one by one, are finite',
 }
 

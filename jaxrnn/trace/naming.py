@@ -1,6 +1,7 @@
 """Names of what happened: pass, layer, line of code, and what led there."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -90,8 +91,9 @@ _OURS = str(Path(__file__).parent.parent) + os.sep
 def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
     """The user's line, and the library's if the operation stands in one."""
     ours = library = ''
-    for at in (equation, *(outer.equation for outer in outwards(place))):
-        for named, whose in (*_mark(at), *_frames(at)):
+    around = (equation, *(outer.equation for outer in outwards(place)))
+    for at in around:
+        for named, whose in (*_mark(at), *(_frames(at) if at is around[-1] or _frames_end() else ())):
             if whose == 'user':
                 return named, ours or library
             ours, library = ours or named * (whose == 'ours'), library or named * (whose == 'library')
@@ -174,6 +176,15 @@ def _frames(equation: Any) -> Iterator[tuple[str, str]]:
             return
         if not frame.file_name.startswith(_JAX):
             yield f'{frame.file_name}:{frame.line_num}', _whose(frame.file_name)
+
+
+@functools.cache
+def _frames_end() -> bool:
+    """Whether this version of JAX ends the frames of an inner jaxpr at the function that was traced."""
+    inner = jax.jit(lambda x: -x)
+    (outer,) = jax.make_jaxpr(lambda x: inner(x))(0.0).jaxpr.eqns
+    (equation,) = outer.params['jaxpr'].eqns
+    return all(frame.function_name != '_frames_end' for frame in equation.source_info.traceback.frames)
 
 
 def code_at(source: str) -> str:
