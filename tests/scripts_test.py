@@ -143,6 +143,18 @@ def test_bisect_of_a_run_that_does_not_come_out_the_same(trained, tmp_path):
     assert last_json(done)['first_bad_step'] is None
 
 
+def test_trace_of_a_healthy_step(trained):
+    done = call('trace', f'--run_dir={trained[0]}', '--step=7')
+    assert done.returncode == 0 and 'every output is finite' in done.stdout
+
+
+@pytest.mark.parametrize('step', ['', '--step=-1', '--step=100000'])
+def test_trace_needs_a_step_of_the_run(trained, step):
+    done = call('trace', f'--run_dir={trained[0]}', *step.split())
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and '--step' in done.stderr
+
+
 def test_embed(trained, vectors, tmp_path):
     directory, _ = trained
     known = read(vectors).words[0]
@@ -172,8 +184,16 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     again = call('train', *flags, f'--run_dir={tmp_path / "run"}', '--json')
     assert again.returncode == 3
     assert len((tmp_path / 'run' / 'records.jsonl').read_text().splitlines()) == steps
-    found = call('bisect', f'--run_dir={tmp_path / "run"}', '--json')
-    assert last_json(found)['first_bad_step'] == last_json(done)['symptom']['step']
+    found = last_json(call('bisect', f'--run_dir={tmp_path / "run"}', '--json'))
+    step = found['first_bad_step']
+    assert step == last_json(done)['symptom']['step']
+    assert found['where'].keys() == {'pass', 'op', 'source', 'layer', 'time_step', 'examples', 'words'}
+    traced = call('trace', f'--run_dir={tmp_path / "run"}', f'--step={step}', '--json')
+    assert traced.returncode == 3
+    told = last_json(traced)['finding']
+    assert {name: told[name] for name in found['where']} == found['where']
+    screen = call('trace', f'--run_dir={tmp_path / "run"}', f'--step={step}').stdout
+    assert f'step {step}: {told["kind"]}' in screen and 'operand' in screen
 
 
 @pytest.mark.parametrize('check', ['--debug_nans', '--checkify'])
@@ -193,7 +213,7 @@ def test_jax_own_checks(check, vectors, tmp_path):
     assert last_json(found)['replay']['bit_identical'] is True
 
 
-@pytest.mark.parametrize('script', ['train', 'bisect', 'embed', 'demo'])
+@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'embed', 'demo'])
 def test_help_is_complete_and_grouped(script):
     done = call(script, '--help')
     assert done.returncode == 0
@@ -292,9 +312,9 @@ def test_run_directory_of_another_config(trained, vectors):
     assert content(trained[0]) == before
 
 
-@pytest.mark.parametrize('script', ['bisect', 'embed'])
+@pytest.mark.parametrize('script', ['bisect', 'trace', 'embed'])
 def test_directory_without_a_run(script, tmp_path):
-    words = ['word'] if script == 'embed' else []
+    words = {'embed': ['word'], 'trace': ['--step=3'], 'bisect': []}[script]
     for directory in (tmp_path, tmp_path / 'none'):
         done = call(script, f'--run_dir={directory}', *words)
         assert done.returncode == 2 and 'holds no run' in done.stderr
