@@ -51,16 +51,17 @@ def first_bad(
     with marked():
         closed = jax.make_jaxpr(function)(*arguments)
     run = Run()
-    leaves = _leaves(arguments, names)
+    leaves = named_arguments(arguments, names)
     data = f'{names[len(arguments) - 1]}'
-    run.examples = _example_names([pair for pair in leaves if pair[0].split('/')[0] == data], example_axes)
+    run.examples = example_names([pair for pair in leaves if pair[0].split('/')[0] == data], example_axes)
     values = [run.argument(path, leaf, is_data=path.split('/')[0] == data) for path, leaf in leaves]
     consts = [run.constant(const) for const in closed.consts]
     outputs = run.evaluate(closed.jaxpr, consts, values, None)
     return run.story([value.node for value in outputs])
 
 
-def _leaves(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
+def named_arguments(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The leaves of arguments by path, as `state/params/kernel`."""
     found = []
     for name, argument in zip(names, arguments, strict=False):
         for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
@@ -69,8 +70,8 @@ def _leaves(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, 
     return found
 
 
-def _example_names(data: Sequence[tuple[str, Any]], example_axes: Tree) -> set[str]:
-    """The names of the axes that run over examples."""
+def example_names(data: Sequence[tuple[str, Any]], example_axes: Tree) -> set[str]:
+    """The names of the axes that run over examples, of the leaves of the data."""
     shapes = [np.shape(leaf) for _, leaf in data]
     if example_axes is not None:
         chosen = jax.tree.leaves(example_axes)
@@ -205,22 +206,28 @@ class Run:
         return [read(variable) for variable in jaxpr.outvars]
 
     def through_scan(self, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
+        _, carried = scan_counts(params)
+        inside, over = self.inside_scan(params, ins, late)
+        made = self.through(params['jaxpr'].jaxpr, inside, late)
+        over = over or (axes.Factor('', params['length']),)
+        return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
+
+    def inside_scan(
+        self, params: dict, ins: Sequence[Axes], late: bool
+    ) -> tuple[list[Axes], axes.Axis | None]:
+        """Of the arguments of a loop's body, and what the loop runs over, if that is known."""
         consts, carried = scan_counts(params)
         xs = ins[consts + carried :]
         over = next((a.axes[0] for a in xs if any(f.name for f in a.axes[0])), None)
         for factor in (f for a in xs for f in a.axes[0] if f.name):
             self.scanned.add(factor.name)
-        body = params['jaxpr'].jaxpr
         inner = [*ins[: consts + carried], *(axes.along(a) for a in xs)]
-        made = self.through(body, inner, late)
+        made = self.through(params['jaxpr'].jaxpr, inner, late)
         if any(old.names() != new.names() for old, new in zip(ins[consts:], made[:carried], strict=False)):
-            carry = [
+            inner[consts : consts + carried] = [
                 new if new.names() else old for old, new in zip(ins[consts:], made[:carried], strict=False)
             ]
-            made = self.through(body, [*ins[:consts], *carry, *inner[consts + carried :]], late)
-        length = params['length']
-        over = over or (axes.Factor('', length),)
-        return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
+        return inner, over
 
     # What is bad, and since when.
 
