@@ -11,6 +11,7 @@ The one module that reads jaxprs, through `jax.extend.core` alone. A file each:
 findings    what a trace tells            values      values and where they came from
 equations   what is inside of one         births      what was born bad, and of what kind
 naming      pass, layer, line of code     evaluate    the evaluation
+sharded     values that differ by device
 """
 
 from jaxrnn.trace.evaluate import first_bad

@@ -14,6 +14,7 @@ import jax
 from jax.extend import core
 
 from jaxrnn.trace.births import MOVERS
+from jaxrnn.trace.equations import name_of
 from jaxrnn.trace.findings import CHAIN, Link
 from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
 
@@ -200,10 +201,10 @@ def chain(node: Node) -> tuple[Link, ...]:
     before = ancestors([node], lambda parent: parent.equation is not None and node.order - parent.order < 64)
     told = sorted((n for n in before if n is not node and n.equation is not None), key=lambda n: -n.order)
     computed = [n for n in told if n.equation.primitive.name not in MOVERS]
-    return tuple(Link(n.equation.primitive.name, source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
+    return tuple(Link(name_of(n.equation), source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
 
 
 def origin(node: Node) -> str:
     if node.input:
         return node.input
-    return node.equation.primitive.name if node.equation is not None else 'constant'
+    return name_of(node.equation) if node.equation is not None else 'constant'
