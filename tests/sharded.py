@@ -234,12 +234,69 @@ def one_example_each():
     return shards(local, (P(), P('data')), P()), weights(), x
 
 
+def joined_of_one_each():
+    def step(w, x):
+        joined = shards(lambda w, x: jnp.sum(x * jnp.sum(w), 1), (P(), P('data')), P('data'))(w, x)
+        return jnp.log(joined)  # here
+
+    x = np.ones((DEVICES, H), np.float32)
+    x[1] = -9
+    return step, weights(), x
+
+
+def sum_of_the_joined():
+    def step(w, x):
+        joined = shards(lambda w, x: jnp.sum(x * jnp.sum(w), 1), (P(), P('data')), P('data'))(w, x)
+        return jnp.log(jnp.sum(joined))  # here
+
+    return step, weights(), -np.ones((DEVICES, H), np.float32)
+
+
+def branch_on_two_axes():
+    """What one axis of the mesh shares, its devices decide together."""
+
+    def local(w, x):
+        y = x * jnp.sum(w)
+        return lax.cond(jnp.min(x) < 0, lambda x, y: jnp.log(y), lambda x, y: x + y, x, y)  # here
+
+    over = mesh(data=2, model=2)
+    return shards(local, (P('model'), P('data')), P('data', 'model'), over), np.ones(2, np.float32), rows()
+
+
+def within_another():
+    """A shard_map within another is named as a whole."""
+    over = mesh(data=2, model=2)
+
+    def local(w, x):
+        @jax.shard_map(in_specs=(P('model'), P(None, 'model')), out_specs=P(), axis_names={'model'})
+        def inner(w, x):
+            return lax.psum(jnp.log(x @ w), 'model')
+
+        return inner(w, x)  # here
+
+    step = shards(local, (P(), P('data')), P('data'), over, axis_names={'data'})
+    x = np.ones((B, 4), np.float32)
+    x[BAD] = -9
+    return jax.jit(step), np.ones((4, 2), np.float32), x
+
+
 def mapped():
     def local(w, x):
         return lax.psum(jnp.log(x @ w), 'i')  # here
 
     step = jax.pmap(local, axis_name='i', in_axes=(None, 0))
     return step, weights(), rows().reshape(DEVICES, 2, H)
+
+
+def of_the_arguments():
+    """A shard_map that leaves open which devices it runs on."""
+
+    def local(w, x):
+        return jnp.log(x @ w)  # here
+
+    step = shards(local, (P(), P('data')), P('data'), mesh().abstract_mesh)
+    w, x = (jax.device_put(a, NamedSharding(mesh(), P())) for a in (weights(), rows()))
+    return jax.jit(step), w, x
 
 
 def partly_manual():
@@ -369,7 +426,14 @@ CASES = {
     'gathered': Case(gathered, 'log', devices=tuple({'data': n} for n in range(DEVICES))),
     'after': Case(after, 'log', devices=NOWHERE),
     'one example each': Case(one_example_each, 'log', (1,), ({'data': 1},)),
+    'joined of one each': Case(joined_of_one_each, 'log', (1,), NOWHERE),
+    'sum of the joined': Case(sum_of_the_joined, 'log', (), NOWHERE),
+    'branch on two axes': Case(
+        branch_on_two_axes, 'log', devices=({'data': 1, 'model': 0}, {'data': 1, 'model': 1})
+    ),
+    'within another': Case(within_another, 'shard_map', devices=({'data': 1},)),
     'mapped': Case(mapped, 'log', (2,), ({'i': 2},)),
+    'of the arguments': Case(of_the_arguments, 'log'),
     'partly manual': Case(partly_manual, 'log', devices=({'data': 1},)),
     'explicit': Case(explicit, 'log'),
     'no shard_map': Case(no_shard_map, 'log', devices=NOWHERE),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import Mesh, NamedSharding
 
 from jaxrnn import axes
 from jaxrnn.axes import Axes
@@ -99,6 +100,7 @@ class Run:
         self.compiled: dict[tuple, tuple[Any, Callable]] = {}  # by the identity of the jaxpr, which is kept
         self.equations: dict[tuple, tuple[Any, Callable]] = {}
         self.layout = Layout()  # of the shard_map that is open
+        self.meshes: list[Mesh] = []  # on which the arguments lie
 
     @contextlib.contextmanager
     def within(self, layout: Layout) -> Iterator[None]:
@@ -110,6 +112,8 @@ class Run:
 
     def argument(self, path: str, array: Any, *, is_data: bool) -> Value:
         array = array if isinstance(array, jax.Array) else jnp.asarray(array)
+        if isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh):
+            self.meshes.append(array.sharding.mesh)
         node = Node(0, None, None, (), Bad() if is_key(array) else look(array))
         node.input, node.is_model = path, not is_data
         meaning = axes.named(path, array.shape) if is_data else axes.unknown(array.shape)
@@ -241,7 +245,7 @@ class Run:
         return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
 
     def through_shards(self, equation: Any, ins: Sequence[Axes], late: bool) -> list[Axes]:
-        params, layout = equation.params, layout_of(equation)
+        params, layout = equation.params, layout_of(equation, self.meshes)
         shapes = [np.shape(variable.aval) for variable in equation.outvars]
         if layout is None:
             return [axes.unknown(shape) for shape in shapes]
@@ -358,7 +362,7 @@ class Run:
     def open_shards(
         self, equation: Any, operands: Sequence[Value], place: Place | None
     ) -> list[Node | None] | None:
-        params, layout = equation.params, layout_of(equation)
+        params, layout = equation.params, layout_of(equation, self.meshes)
         if layout is None or self.layout.names:
             return None
         given = [
@@ -372,8 +376,9 @@ class Run:
     def open_cond(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Node | None]:
         branches = equation.params['branches']
         chosen = np.clip(np.asarray(operands[0].array, int), 0, len(branches) - 1)
+        chosen = np.broadcast_to(chosen, self.layout.sizes)
         nodes: list[Node] = []
-        for number in np.unique(chosen[self.layout.where(True)] if chosen.size > 1 else chosen):
+        for number in np.unique(chosen[self.layout.where(True)]):
             branch = branches[int(number)]
             with self.apart(chosen == number) as layout:
                 given = [layout.fill(operand) for operand in operands[1:]]

@@ -178,14 +178,15 @@ class Layout(NamedTuple):
         return tuple({self.names[n]: int(at[n]) for n in over} for at in found) if over else ()
 
 
-def layout_of(equation: Any) -> Layout | None:
-    """Of a shard_map; None if it can't be opened: where the mesh isn't known, or another shard_map is around it."""
+def layout_of(equation: Any, known: Sequence[Mesh] = ()) -> Layout | None:
+    """Of a shard_map; None if it can't be opened. `known` are meshes that it may run on, if it doesn't say."""
     params = equation.params
-    mesh = params['mesh']
     manual = params.get('newly_manual_axes', params.get('manual_axes', frozenset()))
-    if not isinstance(mesh, Mesh):
-        mesh = jax.sharding.get_mesh() if hasattr(jax.sharding, 'get_mesh') else None
-    if not isinstance(mesh, Mesh) or mesh.empty or not manual <= set(mesh.axis_names) or not manual:
+    if hasattr(jax.sharding, 'get_mesh'):
+        known = (jax.sharding.get_mesh(), *known)
+    fit = (m for m in (params['mesh'], *known) if isinstance(m, Mesh) and m.shape == params['mesh'].shape)
+    mesh = next(fit, None)
+    if mesh is None or not manual:
         return None
     names = tuple(name for name in mesh.axis_names if name in manual)
     specs = [spec for key in ('in_specs', 'out_specs') for spec in params.get(key, (None,))]
@@ -250,9 +251,9 @@ def _split(axis: list[Factor], size: int, number: int) -> tuple[list[Factor], Sh
 
 def left(axes: Axes, spec: P, shape: Sequence[int], layout: Layout) -> Axes:
     """Of what the devices' results are joined to."""
-    lost: set[str] = set()
     mentioned = {name for over in dims(spec, len(shape)) for name in over}
-    lost |= {s.name for s in axes.shards if layout.names[s.axis] not in mentioned}
+    lost = {s.name for s in axes.shards if layout.names[s.axis] not in mentioned}
+    found = set()  # names whose places the joined axes tell
     made = []
     for axis, over in zip(axes.axes, dims(spec, len(shape)), strict=True):
         factors = list(axis)
@@ -262,9 +263,10 @@ def left(axes: Axes, spec: P, shape: Sequence[int], layout: Layout) -> Axes:
             among = sorted((s for s in axes.shards if s.axis == number), key=lambda s: s.name not in here)
             lost |= {s.name for s in among[1:]}
             shard = among[0] if among else Shard('', number, 1)
+            found.add(shard.name)
             factors.insert(0, Factor(shard.name, layout.mesh.shape[name], shard.stride))
         made.append(_joined(factors))
-    return without(Axes(tuple(made), axes.fixed), lost)
+    return without(_unfixed(Axes(tuple(made), axes.fixed), found), lost)
 
 
 def _joined(factors: list[Factor]) -> Axis:
@@ -278,6 +280,21 @@ def _joined(factors: list[Factor]) -> Axis:
         else:
             made.append(factor)
     return tuple(made)
+
+
+def _unfixed(axes: Axes, names: set[str]) -> Axes:
+    """Each device's only place is one of several where they are together: it moves from the whole to an axis."""
+    fixed = dict(axes.fixed)
+    if not names & set(fixed):
+        return axes
+    made = []
+    for axis in axes.axes:
+        factors = []
+        for factor in axis:
+            start = fixed.pop(factor.name, 0) if factor.name in names else 0
+            factors.append(factor._replace(start=factor.start + start))
+        made.append(tuple(factors))
+    return axes._replace(axes=tuple(made), fixed=tuple(sorted(fixed.items())))
 
 
 def without(axes: Axes, names: set[str]) -> Axes:
@@ -315,7 +332,8 @@ def _gathered(axes: Axes, params: dict[str, Any], numbers: set[int], layout: Lay
     axis = _joined([Factor(shard.name, size, shard.stride), *before])
     made = (*axes.axes[:at], axis, *axes.axes[at + len(before[:1]) :])
     kept = tuple(s for s in axes.shards if s.axis != number)
-    return without(Axes(made, axes.fixed, kept), {s.name for s in among[1:]})
+    joined = _unfixed(Axes(made, axes.fixed, kept), {shard.name})
+    return without(joined, {s.name for s in among[1:]})
 
 
 def starts(operands: Sequence[Any], shape: Sequence[int], sizes: Sequence[int], layout: Layout) -> list[Any]:
