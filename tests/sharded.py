@@ -386,6 +386,30 @@ def masked():
     return shards(local, (P(), P('data')), P()), weights(), rows()
 
 
+def written_down():
+    """An infinity that is meant comes by a sum to devices that had none."""
+
+    def local(w, x):
+        return lax.psum(jnp.where(x > 0, x * jnp.sum(w), -jnp.inf), 'data')
+
+    return shards(local, (P(), P('data')), P(), check_vma=False), weights(), rows()
+
+
+def loop_around():
+    """A shard_map in each iteration."""
+
+    def step(w, xs):
+        def local(h, x, w):
+            return jnp.log(2 + 0.1 * h + x @ w)  # here
+
+        def body(h, x):
+            return shards(local, (P('data'), P('data'), P()), P('data'))(h, x, w), None
+
+        return lax.scan(body, jnp.zeros((B, 2)), xs)[0]
+
+    return step, weights(), sequences()
+
+
 def masked_beside_a_fault():
     """A NaN that is thrown away, and travelled before, isn't blamed for another."""
 
@@ -443,6 +467,8 @@ CASES = {
     'context': Case(context, 'log'),
     'healthy': Case(healthy, ''),
     'masked': Case(masked, ''),
+    'written down': Case(written_down, ''),
+    'loop around': Case(loop_around, 'log', time_step=3, example_axes=1),
     'masked beside a fault': Case(masked_beside_a_fault, 'sqrt'),
 }
 

@@ -300,7 +300,7 @@ class Run:
     ) -> Birth:
         new = self.layout.seen(new)
         places = (
-            [meaning.places(index) for index in np.argwhere(new)[:4096]]
+            [meaning.places(index) for index in np.argwhere(new)[:4096].tolist()]
             if new.ndim
             else [dict(meaning.fixed)]
         )

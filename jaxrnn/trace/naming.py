@@ -94,7 +94,9 @@ def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
     ours = library = ''
     around = (equation, *(outer.equation for outer in outwards(place)))
     for at in around:
-        for named, whose in (*_mark(at), *(_frames(at) if at is around[-1] or _frames_end() else ())):
+        # In JAX 0.8 a shard_map isn't bound as other primitives are, and has no mark.
+        framed = at is around[-1] or _frames_end() or at.primitive.name == 'shard_map'
+        for named, whose in (*_mark(at), *(_frames(at) if framed else ())):
             if whose == 'user':
                 return named, ours or library
             ours, library = ours or named * (whose == 'ours'), library or named * (whose == 'library')
@@ -149,10 +151,10 @@ def _line_of(frame: Any) -> str | None:
 
 
 def _whose(file: str) -> str:
+    if file.startswith(_JAX) or file == __file__:
+        return 'jax'
     if file.startswith(_OURS):
         return 'ours'
-    if file.startswith(_JAX):
-        return 'jax'
     return 'library' if file.startswith((*_LIBRARIES, '<frozen', '<string')) else 'user'
 
 
