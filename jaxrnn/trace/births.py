@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrnn.trace.equations import inner
+from jaxrnn.trace.sharded import COLLECTIVES
 from jaxrnn.trace.values import Value, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
@@ -21,7 +22,7 @@ def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) ->
     if not struck:
         return bad
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
-    if elementwise(floats, array):
+    if equation.primitive.name not in COLLECTIVES and elementwise(floats, array):
         was_bad = functools.reduce(np.logical_or, (~np.isfinite(value) for value in floats))
         was_nan = functools.reduce(np.logical_or, (np.isnan(value) for value in floats))
         return (bad & ~was_bad) | (nan & ~was_nan)
@@ -54,7 +55,9 @@ MOVERS = frozenset(
             'gather',
         ),
         *('scatter', 'sort', 'select_n', 'clamp', 'max', 'min', 'reduce_max', 'reduce_min', 'neg', 'abs'),
-        *('convert_element_type', 'optimization_barrier', 'stop_gradient', 'device_put'),
+        *('convert_element_type', 'optimization_barrier', 'stop_gradient', 'device_put', 'reshard'),
+        *('pvary', 'pcast', 'pbroadcast', 'ppermute', 'all_to_all', 'pmax', 'pmin'),
+        *('all_gather', 'all_gather_invariant'),
     )
 )
 """What they give was given to them; a narrower type is the one way in which something may go bad."""
@@ -124,7 +127,7 @@ def largest(values: Sequence[Value], examples: set[str]) -> tuple[int, ...]:
     best = -1.0
     found: tuple[int, ...] = ()
     for value in values:
-        names = value.axes.names() & examples
+        names = (value.axes.names() | dict(value.axes.fixed).keys()) & examples
         if not names or not is_float(value.array):
             continue
         sizes = np.abs(np.asarray(value.array, np.float64))

@@ -59,6 +59,7 @@ class Birth(NamedTuple):
     elements: int
     operands: tuple[Range, ...]
     results: tuple[Range, ...]
+    devices: tuple[dict[str, int], ...] = ()
 
 
 class Value(NamedTuple):
