@@ -14,6 +14,6 @@ naming      pass, layer, line of code     evaluate    the evaluation
 """
 
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, Finding, Link, Range, Story
+from jaxrnn.trace.findings import KINDS, LEAK, WRITTEN, Finding, Link, Range, Story
 
-__all__ = ['KINDS', 'LEAK', 'Finding', 'Link', 'Range', 'Story', 'first_bad']
+__all__ = ['KINDS', 'LEAK', 'WRITTEN', 'Finding', 'Link', 'Range', 'Story', 'first_bad']

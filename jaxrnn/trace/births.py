@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrnn.trace.equations import inner
-from jaxrnn.trace.values import Value, is_float, look
+from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
 
@@ -68,6 +68,36 @@ def elementwise(operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
         )
     except ValueError:
         return False
+
+
+def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Cause, ...]:
+    """Which operands made a result bad: as `inherited`, but place by place where that explains all of it, and of a
+    select what it selects."""
+    anyhow = inherited([operand.node for operand in operands], look(array))
+    floats = [operand for operand in operands if is_float(operand.array)]
+    values = [np.asarray(operand.array) for operand in floats]
+    if not elementwise(values, array):
+        return anyhow
+    taken: list[Any] = [np.True_] * len(floats)
+    if equation.primitive.name == 'select_n':
+        taken = [np.asarray(operands[0].array) == n for n in range(len(floats))]
+    nans = [np.isnan(value) & at for value, at in zip(values, taken, strict=True)]
+    infinities = [np.isinf(value) & at for value, at in zip(values, taken, strict=True)]
+    some_nan = functools.reduce(np.logical_or, nans)
+    some_infinity = functools.reduce(np.logical_or, infinities)
+    nan, infinite = np.isnan(array), np.isinf(array)
+    if ((nan | infinite) & ~(some_nan | some_infinity)).any():  # as where a square matrix is transposed
+        return anyhow
+    found = []
+    for operand, is_nan, is_infinite in zip(floats, nans, infinities, strict=True):
+        ways = {
+            (True, True): is_nan & nan,
+            (True, False): is_infinite & nan & ~some_nan,
+            (False, False): is_infinite & infinite,
+            (False, True): is_nan & infinite & ~some_infinity,
+        }
+        found += [Cause(of, operand.node, way) for (of, way), at in ways.items() if at.any()]
+    return tuple(found)
 
 
 def is_meant(operand: Value) -> bool:
