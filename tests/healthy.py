@@ -986,14 +986,20 @@ LATER = {
 backward pass, or the update."""
 
 
+ONCE = (nan_in_padding, nan_in_targets, best_loss_from_infinity, average_from_nan, step_skipped_if_bad)
+"""What is around a step that is done once."""
+
+
 def faults_beside(steps: dict[str, Healthy]) -> dict[str, faulty.Fault]:
-    """For each step with one ingredient, a fault that must be named although the ingredient looks alarming."""
+    """For each step with one ingredient, or one thing around it, a fault that must be named although that looks
+    alarming."""
     turn, found = itertools.count(), {}
     for name, healthy in steps.items():
-        if len(healthy.strikes) != 1 or healthy.optimiser is not None:
+        is_around = name.split(' ')[0] in {around.__name__ for around in ONCE}
+        if not is_around and (len(healthy.strikes) != 1 or healthy.optimiser is not None):
             continue
         network, number = name.rsplit(' ', 1)[-1], next(turn)
-        places = LATER[healthy.strikes[0][0]]
+        places = ('loss',) if is_around else LATER[healthy.strikes[0][0]]
         place = places[number % len(places)]
         kinds = [kind for kind in faulty.KINDS if faulty.applies(network, place, kind)]
         found[name] = faulty.Fault(network, place, kinds[number % len(kinds)], TIME_STEP, EXAMPLE)
@@ -1002,5 +1008,6 @@ def faults_beside(steps: dict[str, Healthy]) -> dict[str, faulty.Fault]:
 
 def missed_beside(healthy: Healthy, fault: faulty.Fault) -> dict[str, tuple[Any, Any]]:
     """What a trace says otherwise than it should of the fault."""
-    with made(healthy):
+    with made(healthy) as subject, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(faulty.SUBJECTS, fault.network, lambda: subject)
         return faulty.missed(fault)
