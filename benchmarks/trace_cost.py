@@ -4,7 +4,8 @@
 
 LSTM(1024), T=20, batch 32, by plain jit, jax_debug_nans, checkify, jax_disable_jit (with jax_debug_nans) and jaxrnn's
 trace. A process each. Time and memory are those of a healthy step; then one with a fault: at time step 7 example 11's
-output is the logarithm of a negative number (tests/faulty.py).
+output is the logarithm of a negative number (tests/faulty.py). The comparison with an earlier step, for what is
+finite, is given a batch in which example 11's targets are a hundred times as large.
 """
 
 import sys
@@ -80,12 +81,29 @@ def traced(step: Callable) -> Callable:
     return run
 
 
+def compared(step: Callable) -> Callable:
+    earlier: list[Any] = []
+
+    def run(state: Any, batch: Any) -> str:
+        before = earlier[0] if earlier else (state, batch)
+        earlier[:] = [(state, batch)]
+        change = trace.compare(step, before, (state, batch))
+        if change.scores['loss'][0] == change.scores['loss'][2]:
+            return 'nothing'
+        first, layer = change.examples[0], change.layers[0]
+        brought = 'batch' if change.by_batch else 'state'
+        return f'by the {brought}, example {first.place} ({first.share:.0%}), layer {layer.path} ({layer.share:.0%})'
+
+    return run
+
+
 TOOLS = {
     'plain jit': plain,
     'jax_debug_nans': debug_nans,
     'checkify': checked,
     'jax_disable_jit': disable_jit,
     'jaxrnn trace': traced,
+    'jaxrnn comparison': compared,
 }
 
 
@@ -97,6 +115,10 @@ def work(tool: str, rounds: int) -> dict[str, Any]:
         (subject.init(), subject.batch(0, 0), subject.batch(TIME_STEP, EXAMPLE))
     )
     healthy = healthy._replace(letters=healthy.letters % faulty.V)  # without the letter that marks the fault
+    if tool == 'jaxrnn comparison':
+        targets = healthy.targets.copy()
+        targets[EXAMPLE] *= 100
+        bad = healthy._replace(targets=targets)
     times = []
     with faulty.strike_at('cell', 'log of a negative'):
         run = TOOLS[tool](subject.step)
@@ -107,7 +129,10 @@ def work(tool: str, rounds: int) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Compiled anew: jax_debug_nans overlooks a NaN in a function whose first calls were healthy.
-        named = TOOLS[tool](lambda state, batch: subject.step(state, batch))(state, bad)
+        anew = TOOLS[tool](lambda state, batch: subject.step(state, batch))
+        if tool == 'jaxrnn comparison':
+            anew(state, healthy)  # what it is held against
+        named = anew(state, bad)
     return {
         'tool': tool,
         'first_seconds': round(times[0], 2),

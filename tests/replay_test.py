@@ -10,7 +10,7 @@ import planted
 import pytest
 import small
 
-from jaxrnn import checkpoint, detect, loop, replay, telemetry
+from jaxrnn import checkpoint, detect, inside, loop, replay, telemetry
 from jaxrnn.types import UserError
 
 FAULTS = 200
@@ -75,9 +75,9 @@ def test_bisect_looks_into_the_step(network, tmp_path):
     fault = planted.Fault('NaN in a target', 40, 5)
     run = planted.plant(program.step), planted.batches(program.batch_at, fault), program.init, tmp_path
     train(*run, checkpoint_every=15)
-    found, _ = replay.bisect(subject(*run))
+    found, look = inside.into(subject(*run), replay.bisect(subject(*run))[0])
     assert found.first_bad_step == 40
-    assert found.where is not None
+    assert found.where is not None and look.where() == found.where
     assert found.where['source'].startswith(planted.__file__)
     said = {name: found.where[name] for name in ('pass', 'op', 'time_step', 'examples')}
     assert said == {'pass': 'data', 'op': 'mul', 'time_step': None, 'examples': [5]}
