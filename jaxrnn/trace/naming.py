@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -18,7 +18,37 @@ from jaxrnn.trace.findings import CHAIN, Link
 from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
 
 
-def pass_of(node: Node, primal: set[Node]) -> str:
+class Flow(NamedTuple):
+    """Which nodes lead where."""
+
+    primal: set[Node]  # to what the function itself needs, not its derivative alone
+    backward: set[Node]  # to a backward pass
+    update: set[Node]  # to what follows a backward pass
+
+
+def flow_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> Flow:
+    """Of all nodes, in the order in which they were made.
+
+    Primal are those from which a way leads to an output, or to a value that nobody uses, and meets no equation of a
+    backward pass.
+    """
+    used = {parent for node in nodes for parent in node.parents}
+    backward = {node for node in nodes if node.is_backward()}
+    ends = [node for node in {*(n for n in nodes if n not in used), *outputs} if node not in backward]
+    after: set[Node] = set()
+    for node in nodes:
+        if node not in backward and any(parent in after or parent in backward for parent in node.parents):
+            after.add(node)
+
+    def is_ahead(node: Node) -> bool:
+        return node not in backward
+
+    return Flow(
+        ancestors(ends, is_ahead), ancestors(list(backward), lambda _: True), ancestors(list(after), is_ahead)
+    )
+
+
+def pass_of(node: Node, flow: Flow) -> str:
     if node.equation is None:
         return 'data'
     if node.is_backward():
@@ -27,8 +57,10 @@ def pass_of(node: Node, primal: set[Node]) -> str:
     if not any(parent.is_model for parent in before):
         return 'data'
     if 'jvp(' in stack(node.equation, node.place):
-        return 'forward' if node in primal else 'backward'
-    return 'update' if any(parent.is_backward() for parent in before) else 'forward'
+        return 'forward' if node in flow.primal else 'backward'
+    # A learning rate depends on no gradient, but is met by one.
+    follows = any(parent.is_backward() for parent in before)
+    return 'update' if follows or (node in flow.update and node not in flow.backward) else 'forward'
 
 
 _TRANSFORM = re.compile(r'^(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\((.*)\)$')
@@ -72,13 +104,15 @@ def layer_of(node: Node) -> str:
     if node.equation is not None and (scopes := _scopes(stack(node.equation, node.place))):
         return '/'.join(scopes)
     seen, level = {node}, [node]
+    numbers: list[str] = []
     while level:
-        paths = sorted(n.input for n in level if n.is_model)
+        paths = sorted(n.input for n in level if n.is_weight)
         if paths:
             return paths[0]
+        numbers += sorted(n.input for n in level if n.is_model)
         level = list({parent for n in level for parent in n.parents} - seen)
         seen |= set(level)
-    return ''
+    return numbers[0] if numbers else ''
 
 
 _LIBRARIES = tuple(

@@ -34,7 +34,7 @@ class Place(NamedTuple):
 class Node:
     """How a value was made. Holds no array."""
 
-    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'order', 'parents', 'place')
+    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'is_weight', 'order', 'parents', 'place')
 
     def __init__(self, order: int, equation: Any, place: Place | None, parents: 'tuple[Node, ...]', bad: Bad):
         self.order = order
@@ -45,6 +45,7 @@ class Node:
         self.birth: Birth | None = None
         self.input = ''  # path of an argument, or what was written down
         self.is_model = False  # whether it is an argument that isn't data
+        self.is_weight = False  # whether it is a model's array, not a number such as a count of steps
 
     def is_backward(self) -> bool:
         return self.equation is not None and is_backward(self.equation, self.place)
@@ -55,6 +56,7 @@ class Birth(NamedTuple):
 
     kind: str
     places: tuple[dict[str, int], ...]  # axis name -> place, of the first elements
+    along: frozenset[str]  # names of the axes that the array has, not of those it is one place of
     examples: tuple[int, ...]
     elements: int
     operands: tuple[Range, ...]
