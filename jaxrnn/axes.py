@@ -91,7 +91,8 @@ def follow(
             made = None  # a parameter that another version of JAX names otherwise: nothing is known
     if made is None:
         made = _elementwise(params, list(ins), tuple(shapes[0]))
-    made = _without_halves(made, ins)
+    if name != 'squeeze':  # which fixes the place in what it drops
+        made = _without_halves(made, ins)
     fixed = made.fixed if name in _FIX else fix([_fixed_of(axes, made) for axes in ins], late)
     results = []
     for shape in shapes:
@@ -130,9 +131,10 @@ def unfixed(axes: Axes, names: Set[str]) -> Axes:
 
 
 def stacked(axes: Axes, over: Axis) -> Axes:
-    """Of values stacked along a new first axis."""
-    names = {factor.name for factor in over}
-    return Axes((over, *axes.axes), tuple((name, place) for name, place in axes.fixed if name not in names))
+    """Of values stacked along a new first axis. Of a loop over chunks, the place within the chunk stays."""
+    stride = {factor.name: factor.stride for factor in over}
+    kept = tuple((name, place) for name, place in axes.fixed if 0 <= place < stride.get(name, place + 1))
+    return Axes((over, *axes.axes), kept if max(stride.values()) > 1 else unfixed(axes, stride.keys()).fixed)
 
 
 def _fixed_too(axes: Axes, axis: Axis, place: int) -> tuple[tuple[str, int], ...]:

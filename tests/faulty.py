@@ -7,7 +7,8 @@ the fault of the moment, one of `breaks.KINDS`, strikes in one of them.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -402,6 +403,22 @@ def sample() -> list[tuple[str, str, str]]:
         fits = [fault for fault in fits if times[fault[0]] + times[fault[1]] == fewest]
         chosen.append(fits[number % len(fits)])
     return chosen
+
+
+def spread(faults: Iterable[tuple[str, str, str]], seed: int = 0) -> list[Fault]:
+    """At random time steps and examples, one or two; each has its turn."""
+    rng = np.random.default_rng(seed)
+    singles = [(example,) for example in range(B)]
+    times = _turns(rng, range(T))
+    examples = _turns(rng, [*singles, *singles, *itertools.combinations(range(B), 2)])
+    return [Fault(*fault, next(times), next(examples)) for fault in faults]
+
+
+def _turns(rng: np.random.Generator, items: Sequence[Any]) -> Iterator[Any]:
+    """All items in a random order, again and again."""
+    while True:
+        for n in rng.permutation(len(items)):
+            yield items[n]
 
 
 def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:

@@ -114,7 +114,8 @@ class Run:
             array = array if isinstance(array, jax.Array) else jnp.asarray(array)
         node = Node(0, None, None, (), Bad() if is_key(array) else look(array))
         node.input, node.is_model = path, not is_data
-        node.is_weight = node.is_model and array.ndim > 0 and is_float(array)
+        if node.is_model and is_float(array):
+            node.shape = array.shape
         meaning = axes.named(path, array.shape) if is_data else axes.unknown(array.shape)
         self.times.sizes |= {f'{path}:{n}': size for n, size in enumerate(array.shape)}
         value = Value(array, meaning, node)
@@ -238,8 +239,10 @@ class Run:
         inner = [*ins[: consts + carried], *(axes.along(a) for a in xs)]
         made = self.through(body, inner, late)
         if any(old.names() != new.names() for old, new in zip(ins[consts:], made[:carried], strict=False)):
+            names = self.times.over(equation)
             carry = [
-                new if new.names() else old for old, new in zip(ins[consts:], made[:carried], strict=False)
+                axes.unfixed(new if new.names() else old, names)
+                for old, new in zip(ins[consts:], made[:carried], strict=False)
             ]
             made = self.through(body, [*ins[:consts], *carry, *inner[consts + carried :]], late)
         length = params['length']
@@ -453,7 +456,7 @@ class Run:
             source=source,
             code=code_at(source),
             library=library,
-            layer=layer_of(node),
+            layer=layer_of(node, in_pass),
             iterations=iterations,
             # An update is of all time steps, whichever of them its gradients were summed of last.
             time_step=None if in_pass == 'update' else self.times.of(node, self.examples),

@@ -99,20 +99,26 @@ def _split(stack: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def layer_of(node: Node) -> str:
-    """The named scopes of an equation, else the nearest parameter's path without its own name."""
+def layer_of(node: Node, in_pass: str) -> str:
+    """The named scopes of an equation, else the path of the nearest parameter; of an update, which has its parameter's
+    shape, of the nearest that has it."""
     if node.equation is not None and (scopes := _scopes(stack(node.equation, node.place))):
         return '/'.join(scopes)
-    seen, level = {node}, [node]
-    numbers: list[str] = []
+    found = sorted(_parameters(node), key=lambda pair: (not pair[1].shape, pair[0], pair[1].input))
+    if in_pass == 'update' and node.equation is not None:
+        shape = node.equation.outvars[0].aval.shape
+        found.sort(key=lambda pair: not shape or pair[1].shape != shape)
+    return found[0][1].input if found else ''
+
+
+def _parameters(node: Node) -> Iterator[tuple[int, Node]]:
+    """Arguments of the model that a value was computed of, and how many equations before."""
+    seen, level, distance = {node}, [node], 0
     while level:
-        paths = sorted(n.input for n in level if n.is_weight)
-        if paths:
-            return paths[0]
-        numbers += sorted(n.input for n in level if n.is_model)
-        level = list({parent for n in level for parent in n.parents} - seen)
+        yield from ((distance, one) for one in level if one.is_model)
+        level = list({parent for one in level for parent in one.parents} - seen)
         seen |= set(level)
-    return numbers[0] if numbers else ''
+        distance += 1
 
 
 _LIBRARIES = tuple(

@@ -72,7 +72,9 @@ class Times:
     def _unrolled(self) -> set[str]:
         """Names of axes at each place of which the same code computes something."""
         found = set()
-        for at in self.by_code.values():
+        for (primitive, *_), at in self.by_code.items():
+            if primitive in MOVERS:  # taken apart, to be put together otherwise perhaps
+                continue
             found |= {name for name, places in at.items() if len(places) == self.sizes[name] > 1}
         return found
 
@@ -87,9 +89,8 @@ class Times:
     def by_code(self) -> dict[Any, dict[str, set[int]]]:
         found: dict[Any, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for equation, at in self.places.values():
-            if equation.primitive.name not in MOVERS:
-                for name, places in at.items():
-                    found[code_of(equation)][name] |= places
+            for name, places in at.items():
+                found[code_of(equation)][name] |= places
         return found
 
 
@@ -98,6 +99,6 @@ def code_of(equation: Any) -> Any:
     line are two codes, the iterations of a loop are one."""
     traceback = equation.source_info.traceback
     if traceback is None:
-        return id(equation)
+        return equation.primitive.name, id(equation)
     codes, instructions = traceback.raw_frames()
     return equation.primitive.name, tuple(codes), tuple(instructions)

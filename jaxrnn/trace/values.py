@@ -34,7 +34,7 @@ class Place(NamedTuple):
 class Node:
     """How a value was made. Holds no array."""
 
-    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'is_weight', 'order', 'parents', 'place')
+    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'order', 'parents', 'place', 'shape')
 
     def __init__(self, order: int, equation: Any, place: Place | None, parents: 'tuple[Node, ...]', bad: Bad):
         self.order = order
@@ -45,7 +45,7 @@ class Node:
         self.birth: Birth | None = None
         self.input = ''  # path of an argument, or what was written down
         self.is_model = False  # whether it is an argument that isn't data
-        self.is_weight = False  # whether it is a model's array, not a number such as a count of steps
+        self.shape: tuple[int, ...] = ()  # of a model's array of weights; a count of steps is none
 
     def is_backward(self) -> bool:
         return self.equation is not None and is_backward(self.equation, self.place)
