@@ -26,11 +26,20 @@ Axis = tuple[Factor, ...]
 """Row-major: the last factor varies fastest. An axis made by merging two has two."""
 
 
+class Shard(NamedTuple):
+    """A named axis that is divided among devices: that at c on the mesh's axis has the places from stride c on."""
+
+    name: str
+    axis: int  # of the mesh
+    stride: int
+
+
 class Axes(NamedTuple):
-    """Of one value."""
+    """Of one value. Where its array leads with the mesh's axes, those have no entry in `axes`."""
 
     axes: tuple[Axis, ...]
     fixed: tuple[tuple[str, int], ...] = ()  # name -> place, where the value is of one place, as x[3] is
+    shards: tuple[Shard, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,12 +51,15 @@ class Axes(NamedTuple):
     def places(self, index: Sequence[int]) -> dict[str, int]:
         """Name -> place of the element at `index`."""
         found = dict(self.fixed)
-        for axis, place in zip(self.axes, index, strict=True):
+        for axis, place in zip(self.axes, index[len(index) - len(self.axes) :], strict=True):
             for factor in reversed(axis):
                 place, within = divmod(place, factor.size)
                 if factor.name:
                     found[factor.name] = found.get(factor.name, 0) + factor.stride * within
                     found[factor.name] += factor.start
+        for shard in self.shards:
+            if shard.name in found:
+                found[shard.name] += shard.stride * index[shard.axis]
         return found
 
 
@@ -79,7 +91,7 @@ def follow(
     """
     if name in _SEVERAL:
         try:
-            return _SEVERAL[name](params, ins[0], shapes)
+            return [_sharded(part, ins) for part in _SEVERAL[name](params, ins[0], shapes)]
         except (KeyError, TypeError, ValueError):
             return [unknown(shape) for shape in shapes]
     rule = _RULES.get(name)
@@ -97,7 +109,7 @@ def follow(
     results = []
     for shape in shapes:
         same = made.shape == tuple(shape)
-        results.append(Axes(made.axes if same else unknown(shape).axes, fixed))
+        results.append(_sharded(Axes(made.axes if same else unknown(shape).axes, fixed), ins))
     return results
 
 
@@ -105,6 +117,16 @@ def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
     """What an operand fixes of a result: not the place in an axis that another operand brings whole, as in x - x[3]."""
     whole = made.names() - operand.names()
     return tuple(item for item in operand.fixed if item[0] not in whole)
+
+
+def _sharded(made: Axes, ins: Sequence[Axes]) -> Axes:
+    """With each name divided among devices as in the first operand that has it."""
+    shards: list[Shard] = []
+    if any(operand.shards for operand in ins):
+        for name in sorted({*made.names(), *dict(made.fixed)}):
+            having = (o for o in ins if name in o.names() or name in dict(o.fixed))
+            shards += [s for s in next(having, made).shards if s.name == name]
+    return made._replace(shards=tuple(shards))
 
 
 def fix(parts: Sequence[tuple[tuple[str, int], ...]], late: bool = True) -> tuple[tuple[str, int], ...]:
@@ -121,8 +143,8 @@ def along(axes: Axes, place: int | None = None) -> Axes:
     """Of x[place], where `axes` are those of x; `place` unknown: of any."""
     first, rest = axes.axes[0], axes.axes[1:]
     if place is None:
-        return Axes(rest, axes.fixed)
-    return Axes(rest, _fixed_too(axes, first, place))
+        return axes._replace(axes=rest)
+    return axes._replace(axes=rest, fixed=_fixed_too(axes, first, place))
 
 
 def unfixed(axes: Axes, names: Set[str]) -> Axes:
@@ -134,7 +156,8 @@ def stacked(axes: Axes, over: Axis) -> Axes:
     """Of values stacked along a new first axis. Of a loop over chunks, the place within the chunk stays."""
     stride = {factor.name: factor.stride for factor in over}
     kept = tuple((name, place) for name, place in axes.fixed if 0 <= place < stride.get(name, place + 1))
-    return Axes((over, *axes.axes), kept if max(stride.values()) > 1 else unfixed(axes, stride.keys()).fixed)
+    fixed = kept if max(stride.values()) > 1 else unfixed(axes, stride.keys()).fixed
+    return axes._replace(axes=(over, *axes.axes), fixed=fixed)
 
 
 def _fixed_too(axes: Axes, axis: Axis, place: int) -> tuple[tuple[str, int], ...]:

@@ -3,7 +3,7 @@
 A cell is the equations of one time step and of its backward pass, both without the loop and without the layout:
 gates come and go as lists of arrays, one a gate, and the products with the recurrent kernel are functions. So
 `scan` may hold states as [B, H] or as [H, B]. Gates lie in Keras' order: i, f, g, o for the LSTM, z, r, n for
-the GRU.
+the GRU. Scopes name the gates to whoever reads a compiled step, `trace` among them.
 """
 
 import functools
@@ -56,6 +56,11 @@ SIGMOID = Gate(jax.nn.sigmoid, lambda y: y * (1 - y))
 HARD_SIGMOID = Gate(hard_sigmoid, lambda y: jnp.where((y > 0) & (y < 1), 0.2, 0.0))
 
 
+INPUT, FORGET, OUTPUT = 'input gate', 'forget gate', 'output gate'
+UPDATE, RESET, CANDIDATE = 'update gate', 'reset gate', 'candidate'
+"""Scopes of what is computed for one gate, forward and backward."""
+
+
 class Cell(NamedTuple):
     """One time step, forward and backward.
 
@@ -88,8 +93,16 @@ def lstm(gate: Gate) -> Cell:
     """
 
     def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: LSTMCarry) -> tuple[LSTMCarry, tuple]:
-        i, f, g, o = (x + u for x, u in zip(x_t, products[0](tm1.h), strict=True))
-        i, f, g, o = gate(i), gate(f), jnp.tanh(g), gate(o)
+        x_i, x_f, x_g, x_o = x_t
+        u_i, u_f, u_g, u_o = products[0](tm1.h)
+        with jax.named_scope(INPUT):
+            i = gate(x_i + u_i)
+        with jax.named_scope(FORGET):
+            f = gate(x_f + u_f)
+        with jax.named_scope(CANDIDATE):
+            g = jnp.tanh(x_g + u_g)
+        with jax.named_scope(OUTPUT):
+            o = gate(x_o + u_o)
         c_t = f * tm1.c + i * g
         return LSTMCarry(c=c_t, h=o * jnp.tanh(c_t)), (i, f, g, o)
 
@@ -97,12 +110,15 @@ def lstm(gate: Gate) -> Cell:
         i, f, g, o = saved
         tanh_c = jnp.tanh(f * tm1.c + i * g)
         d_c = d_t.c + d_t.h * o * (1 - jnp.square(tanh_c))
-        d = (
-            d_c * g * gate.slope(i),
-            d_c * tm1.c * gate.slope(f),
-            d_c * i * (1 - jnp.square(g)),
-            d_t.h * tanh_c * gate.slope(o),
-        )
+        with jax.named_scope(INPUT):
+            d_i = d_c * g * gate.slope(i)
+        with jax.named_scope(FORGET):
+            d_f = d_c * tm1.c * gate.slope(f)
+        with jax.named_scope(CANDIDATE):
+            d_g = d_c * i * (1 - jnp.square(g))
+        with jax.named_scope(OUTPUT):
+            d_o = d_t.h * tanh_c * gate.slope(o)
+        d = (d_i, d_f, d_g, d_o)
         return d, LSTMCarry(c=d_c * f, h=transposed[0](d))
 
     return Cell(
@@ -130,16 +146,23 @@ def gru_reset_after(gate: Gate) -> Cell:
     def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: GRUCarry) -> tuple[GRUCarry, tuple]:
         x_z, x_r, x_n = x_t
         u_z, u_r, u_n = products[0](tm1.h)
-        z, r = gate(x_z + u_z), gate(x_r + u_r)
-        n = jnp.tanh(x_n + r * u_n)
+        with jax.named_scope(UPDATE):
+            z = gate(x_z + u_z)
+        with jax.named_scope(RESET):
+            r = gate(x_r + u_r)
+        with jax.named_scope(CANDIDATE):
+            n = jnp.tanh(x_n + r * u_n)
         return GRUCarry(z * tm1.h + gate(-x_z - u_z) * n), (z, r, n, u_n)
 
     def backward(transposed: Sequence[Transposed], saved: tuple, tm1: GRUCarry, d_t: GRUCarry) -> tuple:
         z, r, n, u_n = saved
-        d_z = d_t.h * (tm1.h - n) * gate.slope(z)
-        d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
-        d_r = d_n * u_n * gate.slope(r)
-        d_u = d_n * r
+        with jax.named_scope(UPDATE):
+            d_z = d_t.h * (tm1.h - n) * gate.slope(z)
+        with jax.named_scope(CANDIDATE):
+            d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
+            d_u = d_n * r
+        with jax.named_scope(RESET):
+            d_r = d_n * u_n * gate.slope(r)
         return (d_z, d_r, d_n, d_u), GRUCarry(d_t.h * z + transposed[0]((d_z, d_r, d_u)))
 
     return Cell(
@@ -164,17 +187,24 @@ def gru_reset_before(gate: Gate) -> Cell:
     def forward(products: Sequence[Product], x_t: Sequence[Array], tm1: GRUCarry) -> tuple[GRUCarry, tuple]:
         x_z, x_r, x_n = x_t
         u_z, u_r = products[0](tm1.h)
-        z, r = gate(x_z + u_z), gate(x_r + u_r)
-        (u_n,) = products[1](r * tm1.h)
-        n = jnp.tanh(x_n + u_n)
+        with jax.named_scope(UPDATE):
+            z = gate(x_z + u_z)
+        with jax.named_scope(RESET):
+            r = gate(x_r + u_r)
+        with jax.named_scope(CANDIDATE):
+            (u_n,) = products[1](r * tm1.h)
+            n = jnp.tanh(x_n + u_n)
         return GRUCarry(z * tm1.h + gate(-x_z - u_z) * n), (z, r, n)
 
     def backward(transposed: Sequence[Transposed], saved: tuple, tm1: GRUCarry, d_t: GRUCarry) -> tuple:
         z, r, n = saved
-        d_z = d_t.h * (tm1.h - n) * gate.slope(z)
-        d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
-        d_rh = transposed[1]((d_n,))
-        d_r = d_rh * tm1.h * gate.slope(r)
+        with jax.named_scope(UPDATE):
+            d_z = d_t.h * (tm1.h - n) * gate.slope(z)
+        with jax.named_scope(CANDIDATE):
+            d_n = d_t.h * (1 - z) * (1 - jnp.square(n))
+            d_rh = transposed[1]((d_n,))
+        with jax.named_scope(RESET):
+            d_r = d_rh * tm1.h * gate.slope(r)
         return (d_z, d_r, d_n), GRUCarry(d_t.h * z + d_rh * r + transposed[0]((d_z, d_r)))
 
     return Cell(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxrnn import detect, loop, replay, telemetry
+from jaxrnn import detect, inside, loop, replay, telemetry
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.telemetry import Row
@@ -48,7 +48,7 @@ def bisect(
     bad: int | None = None,
     digest_every: int = 1,
 ) -> tuple[Diagnosis, list[Row]]:
-    """Names the first bad step of a run, and proves it by replay.
+    """Names the first bad step of a run, proves it by replay, and says where in it.
 
     Args:
         step: as in the run.
@@ -81,4 +81,5 @@ def bisect(
         telemetry.RecordFile(paths.records).read() if ours else (),
         digest_every=digest_every,
     )
-    return replay.bisect(subject, detectors, good=good, bad=bad)
+    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad)
+    return inside.into(subject, diagnosis)[0], rows

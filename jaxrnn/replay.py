@@ -3,14 +3,13 @@
 Knows nothing of networks: it takes a train step, the batch of each step, and checkpoints.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxrnn import detect, environment, loop, predicate, telemetry, trace
+from jaxrnn import detect, environment, loop, predicate, telemetry
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
@@ -145,7 +144,6 @@ def bisect(
     *,
     good: int | None = None,
     bad: int | None = None,
-    look_inside: bool = True,
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the symptom of a run and its first bad step, and proves it by replay.
 
@@ -159,7 +157,6 @@ def bisect(
         detectors: rules, gravest first.
         good: a step before the symptom; the first checkpoint where it isn't given.
         bad: a step after it began; the run's end where it isn't given.
-        look_inside: whether a non-finite step is traced for its first bad equation.
 
     Returns:
         The diagnosis, and the rows that were replayed.
@@ -174,35 +171,7 @@ def bisect(
         if rows:
             log.warning('the records have gaps; bisecting without them')
         symptom = _from_checkpoints(replayer, detectors, good, bad)
-    diagnosis = _diagnosis(replayer, symptom)
-    if look_inside and diagnosis.symptom is not None and diagnosis.symptom.kind == 'nonfinite':
-        told = trace_step(subject, diagnosis.symptom.step)
-        if told.finding is not None:
-            diagnosis = dataclasses.replace(diagnosis, where=where(told.finding))
-    return diagnosis, [replayer.rows[step] for step in sorted(replayer.rows)]
-
-
-def trace_step(subject: Subject, step: int) -> trace.Story:
-    """Evaluates one step equation by equation, on the state that it started from (see `trace.first_bad`).
-
-    Raises UserError when there is no checkpoint before it.
-    """
-    if subject.step is None:
-        raise ValueError('a subject without its step can be replayed, not traced')
-    return trace.first_bad(subject.step, Replayer(subject).state(step), subject.batch_at(step))
-
-
-def where(finding: trace.Finding) -> dict[str, Any]:
-    """A finding as a diagnosis states it."""
-    return {
-        'pass': finding.pass_,
-        'op': finding.op,
-        'source': finding.source,
-        'layer': finding.layer,
-        'time_step': finding.time_step,
-        'examples': list(finding.examples),
-        'words': [],
-    }
+    return _diagnosis(replayer, symptom), [replayer.rows[step] for step in sorted(replayer.rows)]
 
 
 def _from_records(

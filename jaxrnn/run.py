@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrnn import data, detect, loop, optim, replay, telemetry, trace, train
+from jaxrnn import data, detect, inside, loop, optim, replay, telemetry, train
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
@@ -29,6 +29,15 @@ class Trained(NamedTuple):
     ended: loop.Ended
     diagnosis: Diagnosis  # of the records alone; nothing replayed
     evaluation: Mapping[str, Mapping[str, float]]  # split -> score -> value
+
+
+class Bisected(NamedTuple):
+    """What `bisect_run` found."""
+
+    diagnosis: Diagnosis
+    rows: list[Row]  # records around the first bad step
+    look: inside.Look | None  # into that step
+    opened: 'Opened'
 
 
 class Opened(NamedTuple):
@@ -115,48 +124,58 @@ def bisect_run(
     good: int | None = None,
     bad: int | None = None,
     use_records: bool = True,
-) -> tuple[Diagnosis, list[Row], Opened]:
-    """Bisects a run of jaxrnn's own (see `replay.bisect`) and writes its diagnosis.
-
-    Returns:
-        The diagnosis, the records around the first bad step, and the run.
-    """
+) -> Bisected:
+    """Bisects a run of jaxrnn's own (see `replay.bisect`), looks into the step, and writes the diagnosis."""
     opened = open_run(directory)
     options = opened.config.training
-    subject = replay.subject(
-        opened.program.step,
-        opened.program.batch_at,
-        opened.checkpoints,
-        opened.records if use_records else (),
-        digest_every=options.digest_every,
-        checkify=options.checkify,
-    )
+    subject = _subject(opened, opened.records if use_records else ())
     with jax.debug_nans(options.debug_nans):
         diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad)
+    screens = [name for name in inside.SCREENS if getattr(options, name)]
+    diagnosis, look = inside.into(subject, diagnosis, screens=screens)
     diagnosis = _with_words(diagnosis, opened)
     rows = {row['step']: row for row in opened.records if use_records} | {
         row['step']: row for row in replayed
     }
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
-    return diagnosis, [rows[step] for step in sorted(rows)], opened
+    return Bisected(diagnosis, [rows[step] for step in sorted(rows)], look, opened)
 
 
-def trace_run(directory: str | os.PathLike, step: int) -> tuple[trace.Story, list[str]]:
-    """Evaluates one step of a run equation by equation.
+def look_into_run(
+    directory: str | os.PathLike, step: int, *, against: int | None = None, screens: Sequence[str] = ()
+) -> tuple[inside.Look, list[str]]:
+    """Looks into one step of a run (see `inside.look`).
 
     Returns:
         What was found, and the words of the step's batch.
 
     Raises:
-        UserError: no run, or no checkpoint before the step.
+        UserError: no run, no such step, or no checkpoint before it.
     """
     opened = open_run(directory)
-    if step < 0:
-        raise UserError(f'--step: {step} found, at least 0 expected')
-    if opened.records and step > opened.records[-1]['step']:
-        raise UserError(f'--step: {step} found, but the run has steps 0 to {opened.records[-1]["step"]}')
-    subject = replay.subject(opened.program.step, opened.program.batch_at, opened.checkpoints)
-    return replay.trace_step(subject, step), words_of(opened, step)
+    for flag, value in (('--step', step), ('--against', against)):
+        if value is None:
+            continue
+        if value < 0:
+            raise UserError(f'{flag}: {value} found, at least 0 expected')
+        if opened.records and value > opened.records[-1]['step']:
+            raise UserError(f'{flag}: {value} found, but the run has steps 0 to {opened.records[-1]["step"]}')
+    if against == step:
+        raise UserError(f'--against: {against} found, another step than --step expected')
+    look = inside.look(_subject(opened, opened.records), step, against=against, screens=screens)
+    return look, words_of(opened, step)
+
+
+def _subject(opened: Opened, records: Sequence[Row]) -> replay.Subject:
+    options = opened.config.training
+    return replay.subject(
+        opened.program.step,
+        opened.program.batch_at,
+        opened.checkpoints,
+        records,
+        digest_every=options.digest_every,
+        checkify=options.checkify,
+    )
 
 
 def _with_words(diagnosis: Diagnosis, opened: Opened) -> Diagnosis:

@@ -38,14 +38,15 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), _detectors()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
-    diagnosis, rows, opened = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    found = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    diagnosis, opened = found.diagnosis, found.opened
     step = diagnosis.first_bad_step
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
         words = run.words_of(opened, step) if step is not None else ()
         console = Console(soft_wrap=True)
-        console.print(report.bisected(diagnosis, rows, words), soft_wrap=False)
+        console.print(report.bisected(diagnosis, found.rows, words, found.look), soft_wrap=False)
         if step is not None:
             console.print(_next(directory, opened.config), soft_wrap=True, highlight=False)
     if diagnosis.replay.first_mismatch is not None:

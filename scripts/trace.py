@@ -1,9 +1,12 @@
-"""Evaluates one step of a run equation by equation, and tells where in it the first NaN or infinity was born.
+"""Evaluates one step of a run equation by equation: where in it the first NaN or infinity was born, or what changed.
 
     python scripts/trace.py --run_dir=runs/first --step=1302
+    python scripts/trace.py --run_dir=runs/first --step=1302 --against=1200
 
-It names the operation with its source line, the pass, the layer, the time step and the words, and what went in and
-came out. What was bad but reached no output is listed as harmless. bisect.py does the same for the step it names.
+Of a NaN or an infinity it names the operation with its source line, the pass, the layer, the time step and the words,
+and what went in and came out; what was bad but reached no output is listed as harmless. A step in which all is finite
+is held against an earlier one: which parameters, gates, time steps, words and operations have most of the change.
+bisect.py does the same for the step it names.
 """
 
 import sys
@@ -17,7 +20,7 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report, run
+    from jaxrnn import inside, report, run
     from jaxrnn.types import UserError
 
     if arguments:
@@ -27,16 +30,26 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
-    story, words = run.trace_run(directory, step)
+    screens = [name for name in inside.SCREENS if flags.FLAGS[name].value]
+    look, words = run.look_into_run(directory, step, against=flags.FLAGS.against, screens=screens)
     if flags.FLAGS.json:
-        common.print_json(report.story_json(story, step, words))
+        common.print_json(report.look_json(look, words))
     else:
-        Console(soft_wrap=True).print(report.told(story, step, words))
-    return common.HEALTHY if story.finding is None else common.DIVERGED
+        Console().print(report.looked(look, words), soft_wrap=False)
+    assert look.story is not None
+    return common.HEALTHY if look.story.finding is None else common.DIVERGED
 
 
 common.define_run('The directory of the run.')
 common.define('trace', 'step', None, 'The step to look into.')
+common.define(
+    'trace',
+    'against',
+    None,
+    'The earlier step to hold a finite one against; else the last before it whose loss was no more than its median.',
+)
+common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
+common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")
 
 if __name__ == '__main__':
     common.main(main, __doc__)

@@ -60,7 +60,7 @@ class Subject(NamedTuple):
 
     step: Callable
     init: Callable[[], Any]
-    batch: Callable[[int, tuple[int, ...]], Any]  # time step, examples
+    batch: Callable[..., Any]  # of a time step, *examples
     layers: dict[str, tuple[str, ...]]
 
 
@@ -74,12 +74,12 @@ def struck_gradients(gradients: Any, hit: Array) -> Any:
     return strike('update of all', jax.tree_util.tree_map_with_path(of_a_layer, gradients), hit)
 
 
-def batch_of(time_step: int, examples: tuple[int, ...], time_major: bool = False) -> dict[str, np.ndarray]:
+def batch_of(time_step: int, *examples: int, time_major: bool = False) -> dict[str, np.ndarray]:
     """Letters as one-hot rows [B, T, V], and where the fault strikes: of letters [B, T, 1], of examples [B, 1]."""
     rng = np.random.default_rng(0)
     letters = np.eye(V, dtype=np.float32)[rng.integers(0, V, (B, T))]
     hit = np.zeros((B, T, 1), np.float32)
-    hit[list(examples), time_step] = 1
+    hit[examples, time_step] = 1
     if time_major:
         letters, hit = letters.swapaxes(0, 1), hit.swapaxes(0, 1)
     targets = rng.normal(size=(B, E)).astype(np.float32)
@@ -196,7 +196,7 @@ def linen() -> Subject:
     network = Network()
 
     def init():
-        batch = batch_of(0, (0,))
+        batch = batch_of(0, 0)
         xs = jnp.concatenate([batch['letters'], batch['hit']], -1)
         params = network.init(jax.random.key(0), xs, batch)['params']
         return TrainState.create(apply_fn=network.apply, params=params, tx=ADAM)
@@ -228,7 +228,7 @@ def haiku() -> Subject:
     made = hk.without_apply_rng(hk.transform(network))
 
     def init():
-        batch = batch_of(0, (0,), time_major=True)
+        batch = batch_of(0, 0, time_major=True)
         params = made.init(jax.random.key(0), jnp.concatenate([batch['letters'], batch['hit']], -1), batch)
         return params, ADAM.init(params)
 
@@ -308,10 +308,10 @@ def own(network: str, platform: str = 'cpu') -> Subject:
         with struck(hit), scan.compiled_for(platform):
             return inner(state, batch._replace(targets=strike('data', batch.targets, hit)))
 
-    def batch(time_step, examples):
+    def batch(time_step, *examples):
         rng = np.random.default_rng(0)
         letters = rng.integers(0, V, (T, B)).astype(np.int32)
-        letters[time_step, list(examples)] = MARKED
+        letters[time_step, examples] = MARKED
         return Batch(letters, rng.normal(size=(B, E)).astype(np.float32), np.arange(B, dtype=np.int32))
 
     return Subject(step, init, batch, {'cell': (first,), 'dense': ('output',)})
@@ -425,7 +425,7 @@ def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:
     """The step, its state and its batch, to be traced within `strike_at`; and what a trace must name: a line of code,
     or the path of what was given."""
     subject, kind = _subject(fault.network), KINDS[fault.kind]
-    state, batch = _init(fault.network), subject.batch(fault.time_step, fault.examples)
+    state, batch = _init(fault.network), subject.batch(fault.time_step, *fault.examples)
 
     def step(state, batch):  # a new function each time, since JAX remembers what it has traced
         return subject.step(state, batch)

@@ -62,9 +62,7 @@ def test_bisect_names_the_step_of_every_planted_fault(network, tmp_path):
         run = step, batch_at, program.init, tmp_path / str(number)
         train(*run, checkpoint_every=int(rng.integers(7, 30)))
         for records in (True, False):
-            found, _ = replay.bisect(
-                subject(*run, records=records), planted.detectors(fault), look_inside=False
-            )
+            found, _ = replay.bisect(subject(*run, records=records), planted.detectors(fault))
             if found.first_bad_step != fault.step or not found.replay.bit_identical:
                 missed.append((fault, records, found.symptom, found.replay))
     assert not missed

@@ -148,11 +148,28 @@ def test_trace_of_a_healthy_step(trained):
     assert done.returncode == 0 and 'every output is finite' in done.stdout
 
 
-@pytest.mark.parametrize('step', ['', '--step=-1', '--step=100000'])
+def test_trace_holds_a_finite_step_against_an_earlier_one(trained):
+    directory, _ = trained
+    done = call('trace', f'--run_dir={directory}', '--step=9', '--against=4', '--checkify', '--json')
+    assert done.returncode == 0, done.stderr
+    told = last_json(done)
+    assert told['finding'] is None and (told['step'], told['against']) == (9, 4)
+    assert told['checks'] == [{'name': 'checkify', 'ok': True, 'value': 0.0, 'why': 'found nothing'}]
+    rows = [json.loads(line) for line in (directory / 'records.jsonl').read_text().splitlines()]
+    before, _, now = told['change']['scores']['loss']
+    np.testing.assert_allclose([before, now], [rows[4]['loss'], rows[9]['loss']], rtol=1e-5)
+    assert all(example['word'] for example in told['change']['examples'])
+    screen = call('trace', f'--run_dir={directory}', '--step=9', '--against=4').stdout
+    assert 'against step 4' in screen and 'backward through' in screen
+
+
+@pytest.mark.parametrize(
+    'step', ['', '--step=-1', '--step=100000', '--step=9 --against=9', '--step=9 --against=-1']
+)
 def test_trace_needs_a_step_of_the_run(trained, step):
     done = call('trace', f'--run_dir={trained[0]}', *step.split())
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and '--step' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and ('--step' in done.stderr or '--against' in done.stderr)
 
 
 def test_embed(trained, vectors, tmp_path):

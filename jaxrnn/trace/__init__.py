@@ -6,14 +6,37 @@ opened only where something bad comes out of it: of a loop only the iterations i
 bad. Each value knows from which equations it came, and what its axes mean (`axes`). At the end the bad outputs
 are followed back to where the first bad value was born; what was bad but reached no output is harmless.
 
+A step in which all is finite is compared with an earlier one instead: every equation's size in both.
+
 The one module that reads jaxprs, through `jax.extend.core` alone. A file each:
 
 findings    what a trace tells            values      values and where they came from
 equations   what is inside of one         births      what was born bad, and of what kind
 naming      pass, layer, line of code     evaluate    the evaluation
+probe       a step that measures itself   change      what a finite step did otherwise than an earlier one
+sharded     values that differ by device      times       which time step a value is of
 """
 
+from jaxrnn.trace.change import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, Finding, Link, Range, Story
+from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, Finding, Link, Range, Story
 
-__all__ = ['KINDS', 'LEAK', 'Finding', 'Link', 'Range', 'Story', 'first_bad']
+__all__ = [
+    'ABSURD',
+    'KINDS',
+    'LEAK',
+    'MOST_EXAMPLES',
+    'Change',
+    'Example',
+    'Finding',
+    'Gate',
+    'Layer',
+    'Leap',
+    'Link',
+    'Moment',
+    'Pair',
+    'Range',
+    'Story',
+    'compare',
+    'first_bad',
+]

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxrnn.axes import unfixed
 from jaxrnn.trace.equations import inner
+from jaxrnn.trace.sharded import COLLECTIVES
 from jaxrnn.trace.values import Value, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
@@ -21,7 +23,7 @@ def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) ->
     if not struck:
         return bad
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
-    if elementwise(floats, array):
+    if equation.primitive.name not in COLLECTIVES and elementwise(floats, array):
         was_bad = functools.reduce(np.logical_or, (~np.isfinite(value) for value in floats))
         was_nan = functools.reduce(np.logical_or, (np.isnan(value) for value in floats))
         return (bad & ~was_bad) | (nan & ~was_nan)
@@ -54,7 +56,9 @@ MOVERS = frozenset(
             'gather',
         ),
         *('scatter', 'sort', 'select_n', 'clamp', 'max', 'min', 'reduce_max', 'reduce_min', 'neg', 'abs'),
-        *('convert_element_type', 'optimization_barrier', 'stop_gradient', 'device_put'),
+        *('convert_element_type', 'optimization_barrier', 'stop_gradient', 'device_put', 'reshard'),
+        *('pvary', 'pcast', 'pbroadcast', 'ppermute', 'all_to_all', 'pmax', 'pmin'),
+        *('all_gather', 'all_gather_invariant'),
     )
 )
 """What they give was given to them; a narrower type is the one way in which something may go bad."""
@@ -122,14 +126,19 @@ def _selects(equation: Any) -> bool:
 def largest(values: Sequence[Value], examples: set[str]) -> list[dict[str, int]]:
     """Where the largest elements of the operands stand, for a result that has no examples any more: all that are at
     least half as large as the largest, since of two alike neither alone is the cause."""
-    told = [value for value in values if value.axes.names() & examples and is_float(value.array)]
-    sizes = [np.abs(np.asarray(value.array, np.float64)) for value in told]
+    axes = [unfixed(value.axes, dict(value.axes.fixed).keys() - examples) for value in values]
+    told = [
+        (value, meaning)
+        for value, meaning in zip(values, axes, strict=True)
+        if (meaning.names() | dict(meaning.fixed).keys()) & examples and is_float(value.array)
+    ]
+    sizes = [np.abs(np.asarray(value.array, np.float64)) for value, _ in told]
     for size in sizes:
         size[np.isnan(size)] = np.inf
     best = max((size.max() for size in sizes if size.size), default=0.0)
     return [
-        value.axes._replace(fixed=()).places([int(n) for n in index])
-        for value, size in zip(told, sizes, strict=True)
+        meaning.places([int(n) for n in index])
+        for (_, meaning), size in zip(told, sizes, strict=True)
         for index in np.argwhere(size >= best / 2)[:MOST_PLACES]
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-OPENED = ('scan', 'while', 'cond')
+OPENED = ('scan', 'while', 'cond', 'shard_map')
 """Primitives that are opened by their own rules."""
 
 
@@ -17,9 +17,14 @@ def holds(equation: Any) -> str:
     return name if name in OPENED else 'call' if inner(equation) is not None else ''
 
 
+def name_of(equation: Any) -> str:
+    """The primitive, by the name of the function that users call."""
+    return equation.primitive.name.removesuffix('_invariant')  # psum_invariant: a psum in a checked shard_map
+
+
 def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
     """The one jaxpr of a call, whose arguments and results are the equation's own."""
-    if equation.primitive.name in (*OPENED, 'shard_map', 'pallas_call'):
+    if equation.primitive.name in (*OPENED, 'pallas_call'):
         return None
     held = [value for value in equation.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
     if len(held) != 1:
@@ -50,6 +55,8 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
     about = _about()('trace', 'one equation', ('',) * len(operands), ('',) * len(results))
     jaxpr = core.Jaxpr((), operands, results, [equation.replace(outvars=results)], equation.effects, about)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    if equation.primitive.name == 'shard_map':  # which runs operation by operation otherwise
+        function = jax.jit(function)
     places = [equation.invars.index(variable) for variable in operands]
     given = [n for n, v in enumerate(equation.invars) if not isinstance(v, core.Literal)]
 

@@ -1,19 +1,22 @@
 """The evaluation: equation by equation, each whole, and opened where something bad comes out of it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import Mesh, NamedSharding
 
 from jaxrnn import axes
 from jaxrnn.axes import Axes
 from jaxrnn.trace.births import MOST_PLACES, discarded, is_meant, kind_of, largest, new_elements
-from jaxrnn.trace.equations import alone, holds, inner, last_uses, scan_counts
+from jaxrnn.trace.equations import alone, holds, inner, last_uses, name_of, scan_counts
 from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, Story
 from jaxrnn.trace.naming import Flow, chain, code_at, flow_of, layer_of, marked, origin, pass_of, source_of
+from jaxrnn.trace.sharded import Layout, entered, layout_of, left, sliced, starts, through_collective
 from jaxrnn.trace.times import Times
 from jaxrnn.trace.values import (
     Bad,
@@ -53,9 +56,9 @@ def first_bad(
     with marked():
         closed = jax.make_jaxpr(function)(*arguments)
     run = Run()
-    leaves = _leaves(arguments, names)
+    leaves = named_arguments(arguments, names)
     data = f'{names[len(arguments) - 1]}'
-    run.examples = _example_names([pair for pair in leaves if pair[0].split('/')[0] == data], example_axes)
+    run.examples = example_names([pair for pair in leaves if pair[0].split('/')[0] == data], example_axes)
     values = [run.argument(path, leaf, is_data=path.split('/')[0] == data) for path, leaf in leaves]
     consts = [run.constant(const) for const in closed.consts]
     outputs = run.evaluate(closed.jaxpr, consts, values, None)
@@ -70,7 +73,8 @@ def _turn(node: Node, flow: Flow) -> tuple[bool, bool, int]:
     return is_written, pass_of(node, flow) in ('backward', 'update'), node.order
 
 
-def _leaves(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
+def named_arguments(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The leaves of arguments by path, as `state/params/kernel`."""
     found = []
     for name, argument in zip(names, arguments, strict=False):
         for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
@@ -79,8 +83,8 @@ def _leaves(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, 
     return found
 
 
-def _example_names(data: Sequence[tuple[str, Any]], example_axes: Tree) -> set[str]:
-    """The names of the axes that run over examples."""
+def example_names(data: Sequence[tuple[str, Any]], example_axes: Tree) -> set[str]:
+    """The names of the axes that run over examples, of the leaves of the data."""
     shapes = [np.shape(leaf) for _, leaf in data]
     if example_axes is not None:
         chosen = jax.tree.leaves(example_axes)
@@ -104,14 +108,24 @@ class Run:
         self.times = Times()
         self.born: list[Node] = []
         self.nodes: list[Node] = []  # of equations
-        self.compiled: dict[int, tuple[Any, Callable]] = {}  # by the identity of the jaxpr, which is kept
-        self.equations: dict[int, tuple[Any, Callable]] = {}
+        self.compiled: dict[tuple, tuple[Any, Callable]] = {}  # by the identity of the jaxpr, which is kept
+        self.equations: dict[tuple, tuple[Any, Callable]] = {}
+        self.layout = Layout()  # of the shard_map that is open
+        self.meshes: list[Mesh] = []  # on which the arguments lie
+
+    @contextlib.contextmanager
+    def within(self, layout: Layout) -> Iterator[None]:
+        before, self.layout = self.layout, layout
+        try:
+            yield
+        finally:
+            self.layout = before
 
     def argument(self, path: str, array: Any, *, is_data: bool) -> Value:
-        with np.errstate(
-            over='ignore', invalid='ignore'
-        ):  # what float32 can't hold is to be found, not warned of
+        with np.errstate(over='ignore', invalid='ignore'):  # what float32 can't hold is told, not warned of
             array = array if isinstance(array, jax.Array) else jnp.asarray(array)
+        if isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh):
+            self.meshes.append(array.sharding.mesh)
         node = Node(0, None, None, (), Bad() if is_key(array) else look(array))
         node.input, node.is_model = path, not is_data
         if node.is_model and is_float(array):
@@ -178,15 +192,16 @@ class Run:
     # What axes mean.
 
     def meanings(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Axes]:
-        params = equation.params
-        if equation.primitive.name == 'dynamic_slice':
-            params = {**params, 'starts': [int(operand.array) for operand in operands[1:]]}
+        params, ins = equation.params, [operand.axes for operand in operands]
         late = not is_backward(equation, place)
-        ins = [operand.axes for operand in operands]
-        made = self.follow(equation, params, ins, late)
-        if equation.primitive.name == 'dynamic_slice':
-            self.times.take(place, ins[0], made[0])
-        return made
+        if equation.primitive.name != 'dynamic_slice':
+            return self.follow(equation, params, ins, late)
+        shape = np.shape(equation.invars[0].aval)
+        at = starts([operand.array for operand in operands[1:]], shape, params['slice_sizes'], self.layout)
+        params = {**params, 'starts': [0 if start is None else start[0] for start in at]}
+        found = [sliced(made, shape, at) for made in self.follow(equation, params, ins, late)]
+        self.times.take(place, ins[0], found[0])
+        return found
 
     def follow(self, equation: Any, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
         """Through what an equation holds, too."""
@@ -212,8 +227,12 @@ class Run:
             case 'cond':
                 made = [self.through(branch.jaxpr, ins[1:], late) for branch in params['branches']]
                 return [max(of_each, key=lambda a: len(a.names())) for of_each in zip(*made, strict=True)]
+            case 'shard_map':
+                return self.through_shards(equation, ins, late)
         if not shapes:
             return []
+        if (passed := through_collective(equation, ins, shapes, self.layout)) is not None:
+            return passed
         return axes.follow(equation.primitive.name, params, ins, shapes, late)
 
     def through(self, jaxpr: Any, ins: Sequence[Axes], late: bool) -> list[Axes]:
@@ -231,23 +250,41 @@ class Run:
 
     def through_scan(self, equation: Any, ins: Sequence[Axes], late: bool) -> list[Axes]:
         params = equation.params
+        _, carried = scan_counts(params)
+        inside, over = self.inside_scan(equation, ins, late)
+        made = self.through(params['jaxpr'].jaxpr, inside, late)
+        over = over or (axes.Factor('', params['length']),)
+        return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
+
+    def inside_scan(
+        self, equation: Any, ins: Sequence[Axes], late: bool
+    ) -> tuple[list[Axes], axes.Axis | None]:
+        """Of the arguments of a loop's body, and what the loop runs over, if that is known."""
+        params = equation.params
         consts, carried = scan_counts(params)
         xs = ins[consts + carried :]
         over = next((a.axes[0] for a in xs if any(f.name for f in a.axes[0])), None)
-        self.times.run_over(equation, {f.name for a in xs for f in a.axes[0] if f.name})
-        body = params['jaxpr'].jaxpr
+        names = {f.name for a in xs for f in a.axes[0] if f.name}
+        self.times.run_over(equation, names)
         inner = [*ins[: consts + carried], *(axes.along(a) for a in xs)]
-        made = self.through(body, inner, late)
+        made = self.through(params['jaxpr'].jaxpr, inner, late)
         if any(old.names() != new.names() for old, new in zip(ins[consts:], made[:carried], strict=False)):
-            names = self.times.over(equation)
-            carry = [
+            inner[consts : consts + carried] = [
                 axes.unfixed(new if new.names() else old, names)
                 for old, new in zip(ins[consts:], made[:carried], strict=False)
             ]
-            made = self.through(body, [*ins[:consts], *carry, *inner[consts + carried :]], late)
-        length = params['length']
-        over = over or (axes.Factor('', length),)
-        return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
+        return inner, over
+
+    def through_shards(self, equation: Any, ins: Sequence[Axes], late: bool) -> list[Axes]:
+        params, layout = equation.params, layout_of(equation, self.meshes)
+        shapes = [np.shape(variable.aval) for variable in equation.outvars]
+        if layout is None:
+            return [axes.unknown(shape) for shape in shapes]
+        given = [entered(a, spec, layout) for a, spec in zip(ins, params['in_specs'], strict=True)]
+        with self.within(layout):
+            made = self.through(params['jaxpr'], given, late)
+        joined = zip(made, params['out_specs'], shapes, strict=True)
+        return [left(a, spec, shape, layout) for a, spec, shape in joined]
 
     # What is bad, and since when.
 
@@ -263,14 +300,15 @@ class Run:
         for array, meaning, node in zip(arrays, meanings, nodes, strict=True):
             if not node.bad:
                 continue
-            new = new_elements(equation, operands, np.asarray(array))
+            aligned = [self.layout.aligned(operand, np.ndim(array)) for operand in operands]
+            new = new_elements(equation, aligned, np.asarray(array))
             if new is None or not new.any():
                 if not node.bad.nan or not any(is_meant(operand) for operand in operands):
                     continue
                 new, kind = np.isnan(np.asarray(array)), WRITTEN
             else:
-                kind = kind_of(equation, operands, np.asarray(array), new)
-            if kind in ('infinities', 'invalid argument') and node.is_backward() and discarded(operands, new):
+                kind = kind_of(equation, aligned, np.asarray(array), new)
+            if kind in ('infinities', 'invalid argument') and node.is_backward() and discarded(aligned, new):
                 kind = LEAK
             self.note(node, kind, new, meaning, operands, array)
 
@@ -278,7 +316,7 @@ class Run:
         self, node: Node, kind: str, new: np.ndarray, meaning: Axes, operands: Sequence[Value], array: Any
     ) -> None:
         sources = [(origin(operand.node), operand.array) for operand in operands]
-        name = node.equation.primitive.name
+        name = name_of(node.equation)
         node.birth = self.birth(kind, new, meaning, sources, [(name, array)], operands)
         self.born.append(node)
 
@@ -291,8 +329,9 @@ class Run:
         results: Sequence[tuple[str, Any]],
         values: Sequence[Value] = (),
     ) -> Birth:
+        new = self.layout.seen(new)
         places = (
-            [meaning.places(index) for index in np.argwhere(new)[:MOST_PLACES]]
+            [meaning.places(index) for index in np.argwhere(new)[:MOST_PLACES].tolist()]
             if new.ndim
             else [dict(meaning.fixed)]
         )
@@ -301,10 +340,13 @@ class Run:
         if not examples and (found := largest(values, self.examples)):
             examples, along = self.examples_of(found), along | {name for at in found for name in at}
             places = [{**of_operand, **at} for at in places[:1] for of_operand in found]
-        ranges = [
+        went_in, came_out = (
             tuple(range_of(*pair) for pair in pairs if not is_key(pair[1])) for pairs in (operands, results)
-        ]
-        return Birth(kind, tuple(places), frozenset(along), examples, int(new.sum()), *ranges)
+        )
+        devices = self.layout.devices(new)[:MOST_EXAMPLES]
+        return Birth(
+            kind, tuple(places), frozenset(along), examples, int(new.sum()), went_in, came_out, devices
+        )
 
     def examples_of(self, places: Sequence[dict[str, int]]) -> tuple[int, ...]:
         found = {int(place) for at in places for name, place in at.items() if name in self.examples}
@@ -345,15 +387,52 @@ class Run:
             case 'while':
                 return self.open_while(equation, operands, place)
             case 'cond':
-                branches = equation.params['branches']
-                chosen = branches[int(np.clip(int(operands[0].array), 0, len(branches) - 1))]
-                held = [self.constant(const) for const in chosen.consts]
-                made = self.evaluate(chosen.jaxpr, held, operands[1:], Place(equation, None, place))
-                return [value.node for value in made]
+                return self.open_cond(equation, operands, place)
+            case 'shard_map':
+                return self.open_shards(equation, operands, place)
         return None
 
     def constant(self, array: Any) -> Value:
-        return Value(array, axes.unknown(np.shape(array)), Node(0, None, None, (), Bad()))
+        meaning = axes.unknown(np.shape(array))
+        return Value(self.layout.spread(array), meaning, Node(0, None, None, (), Bad()))
+
+    def open_shards(
+        self, equation: Any, operands: Sequence[Value], place: Place | None
+    ) -> list[Node | None] | None:
+        params, layout = equation.params, layout_of(equation, self.meshes)
+        if layout is None or self.layout.names:
+            return None
+        given = [
+            Value(layout.split(value.array, spec), entered(value.axes, spec, layout), value.node)
+            for value, spec in zip(operands, params['in_specs'], strict=True)
+        ]
+        with self.within(layout):
+            made = self.evaluate(params['jaxpr'], (), given, Place(equation, None, place))
+        return [value.node for value in made]
+
+    def open_cond(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Node | None]:
+        branches = equation.params['branches']
+        chosen = np.clip(np.asarray(operands[0].array, int), 0, len(branches) - 1)
+        chosen = np.broadcast_to(chosen, self.layout.sizes)
+        nodes: list[Node] = []
+        for number in np.unique(chosen[self.layout.where(True)]):
+            branch = branches[int(number)]
+            with self.apart(chosen == number) as layout:
+                given = [layout.fill(operand) for operand in operands[1:]]
+                held = [self.constant(const) for const in branch.consts]
+                made = self.evaluate(branch.jaxpr, held, given, Place(equation, None, place))
+            # Where devices take different branches, the first bad value speaks for all.
+            old = nodes or [value.node for value in made]
+            nodes = [b.node if b.node.bad and not a.bad else a for a, b in zip(old, made, strict=True)]
+        return list(nodes)
+
+    @contextlib.contextmanager
+    def apart(self, holds: Any) -> Iterator[Layout]:
+        """Of the devices at hand those for which a condition holds."""
+        active = self.layout.where(holds)
+        layout = self.layout if active.all() else self.layout.only(active)
+        with self.within(layout):
+            yield layout
 
     def open_scan(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Node | None]:
         params = equation.params
@@ -367,7 +446,7 @@ class Run:
         over = self.times.over(equation)
         found: list[Node | None] = [None] * len(equation.outvars)
         for i in order:
-            at = [Value(x.array[i], axes.along(x.axes, i), x.node) for x in xs]
+            at = [Value(self.layout.take(x.array, i), axes.along(x.axes, i), x.node) for x in xs]
             # What is carried is of the iteration now, in whichever direction the loop runs.
             carry = [value._replace(axes=axes.unfixed(value.axes, over)) for value in carry]
             made = self.iterate(params['jaxpr'], [*fixed, *carry, *at], Place(equation, i, place), found)
@@ -383,8 +462,11 @@ class Run:
         found: list[Node | None] = [None] * len(carry)
         more = self.whole(params['cond_jaxpr'])
         i = 0
-        while bool(more(*(value.array for value in (*asked, *carry)))[0]):
-            carry = self.iterate(params['body_jaxpr'], [*fixed, *carry], Place(equation, i, place), found)
+        while (going := self.layout.where(more(*(value.array for value in (*asked, *carry)))[0])).any():
+            with self.apart(going) as layout:
+                given = [layout.fill(value) for value in (*fixed, *carry)]
+                made = self.iterate(params['body_jaxpr'], given, Place(equation, i, place), found)
+            carry = [layout.merge(new, old) for new, old in zip(made, carry, strict=True)]
             found[:] = [value.node for value in carry]
             i += 1
         return found
@@ -412,15 +494,22 @@ class Run:
         return [Value(*made) for made in zip(arrays, meanings, nodes, strict=True)]
 
     def alone(self, equation: Any) -> Callable[..., list[Any]]:
-        if id(equation) not in self.equations:
-            self.equations[id(equation)] = equation, alone(equation)
-        return self.equations[id(equation)][1]
+        key = id(equation), self.layout.key
+        if key not in self.equations:
+            given = [v for v in equation.invars if not isinstance(v, core.Literal)]
+            run = self.layout.each(alone(equation), given, equation.outvars)
+            self.equations[key] = equation, run
+        return self.equations[key][1]
 
     def whole(self, closed: Any) -> Callable:
         """A closed jaxpr, compiled once."""
-        if id(closed) not in self.compiled:
-            self.compiled[id(closed)] = closed, jax.jit(core.jaxpr_as_fun(closed))
-        return self.compiled[id(closed)][1]
+        key = id(closed), self.layout.key
+        if key not in self.compiled:
+            run = self.layout.each(
+                jax.jit(core.jaxpr_as_fun(closed)), closed.jaxpr.invars, closed.jaxpr.outvars
+            )
+            self.compiled[key] = closed, run
+        return self.compiled[key][1]
 
     # What it all means.
 
@@ -452,7 +541,7 @@ class Run:
         return Finding(
             kind=birth.kind,
             pass_=in_pass,
-            op='input' if node.equation is None else node.equation.primitive.name,
+            op='input' if node.equation is None else name_of(node.equation),
             source=source,
             code=code_at(source),
             library=library,
@@ -465,4 +554,5 @@ class Run:
             operands=birth.operands,
             results=birth.results,
             chain=chain(node),
+            devices=birth.devices,
         )

@@ -46,6 +46,9 @@ class Finding(NamedTuple):
     results: tuple[Range, ...]
     chain: tuple[Link, ...]  # what led there, the latest first
     harmless: bool = False  # whether it reached no output
+    devices: tuple[
+        dict[str, int], ...
+    ] = ()  # in a shard_map: their places on the mesh's axes, the first MOST_EXAMPLES
 
 
 LEAK, WRITTEN = 'gradient through where', 'written down'

@@ -14,6 +14,7 @@ import jax
 from jax.extend import core
 
 from jaxrnn.trace.births import MOVERS
+from jaxrnn.trace.equations import name_of
 from jaxrnn.trace.findings import CHAIN, Link
 from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
 
@@ -133,7 +134,9 @@ def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
     ours = library = ''
     around = (equation, *(outer.equation for outer in outwards(place)))
     for at in around:
-        for named, whose in (*_mark(at), *(_frames(at) if at is around[-1] or _frames_end() else ())):
+        # In JAX 0.8 a shard_map isn't bound as other primitives are, and has no mark.
+        framed = at is around[-1] or _frames_end() or at.primitive.name == 'shard_map'
+        for named, whose in (*_mark(at), *(_frames(at) if framed else ())):
             if whose == 'user':
                 return named, ours or library
             ours, library = ours or named * (whose == 'ours'), library or named * (whose == 'library')
@@ -188,10 +191,10 @@ def _line_of(frame: Any) -> str | None:
 
 
 def _whose(file: str) -> str:
+    if file.startswith(_JAX) or file == __file__:
+        return 'jax'
     if file.startswith(_OURS):
         return 'ours'
-    if file.startswith(_JAX):
-        return 'jax'
     return 'library' if file.startswith((*_LIBRARIES, '<frozen', '<string')) else 'user'
 
 
@@ -240,10 +243,10 @@ def chain(node: Node) -> tuple[Link, ...]:
     before = ancestors([node], lambda parent: parent.equation is not None and node.order - parent.order < 64)
     told = sorted((n for n in before if n is not node and n.equation is not None), key=lambda n: -n.order)
     computed = [n for n in told if n.equation.primitive.name not in MOVERS]
-    return tuple(Link(n.equation.primitive.name, source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
+    return tuple(Link(name_of(n.equation), source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
 
 
 def origin(node: Node) -> str:
     if node.input:
         return node.input
-    return node.equation.primitive.name if node.equation is not None else 'constant'
+    return name_of(node.equation) if node.equation is not None else 'constant'

@@ -46,6 +46,10 @@ class Times:
 
     # Afterwards.
 
+    def looped(self) -> set[str]:
+        """Names of the axes that loops run over."""
+        return {name for _, names in self.loops.values() for name in names}
+
     def over(self, equation: Any) -> set[str]:
         return self.loops[id(equation)][1] if id(equation) in self.loops else set()
 
@@ -56,8 +60,7 @@ class Times:
         for place in around:  # the innermost loop over time
             if names := self.over(place.equation) - examples:
                 return self._first(node, names) if self._first(node, names) is not None else place.iteration
-        names = {name for _, over in self.loops.values() for name in over} - examples
-        if names:
+        if names := self.looped() - examples:
             return self._first(node, names & node.birth.along)
         if names := self._unrolled() - examples:
             return self._first(

@@ -61,6 +61,7 @@ class Birth(NamedTuple):
     elements: int
     operands: tuple[Range, ...]
     results: tuple[Range, ...]
+    devices: tuple[dict[str, int], ...] = ()
 
 
 class Value(NamedTuple):

@@ -1,0 +1,9 @@
+"""What a person reads: a diagnosis, one step looked into, the records around it.
+
+runs    of whole runs             steps   of one step             text    numbers, places, tables
+"""
+
+from jaxrnn.report.runs import bisected, trained
+from jaxrnn.report.steps import look_json, looked
+
+__all__ = ['bisected', 'look_json', 'looked', 'trained']

@@ -1,0 +1,94 @@
+"""Of whole runs: what training ended with, what a bisect found, the records around the step."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from jaxrnn import detect, inside
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.report import steps
+from jaxrnn.report.text import count, number, some, table
+from jaxrnn.telemetry import Row
+
+COLUMNS = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'update_norm', 'parameter_norm')
+"""Fields shown of each record, where it has them."""
+
+AROUND = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
+"""Steps shown around the first bad one."""
+
+
+def bisected(
+    diagnosis: Diagnosis, rows: Sequence[Row], words: Sequence[str] = (), look: inside.Look | None = None
+) -> RenderableType:
+    """One screen on what a bisect found.
+
+    Args:
+        diagnosis: of replay.bisect.
+        rows: records of the run, any steps.
+        words: of the first bad step's batch.
+        look: into that step.
+    """
+    parts: list[RenderableType] = [_verdict(diagnosis), _proof(diagnosis)]
+    if look is not None and look.change is not None:
+        parts += [Text(), *steps.in_short(look, words)]
+    elif diagnosis.where is not None:
+        parts.append(steps.place(diagnosis.where))
+    parts += [steps.check(check) for check in diagnosis.checks]
+    if diagnosis.symptom is not None:
+        parts += [Text(), _around(diagnosis.symptom.step, rows)]
+    if words:
+        parts.append(Text(f'words of the batch: {some(words)}', style='dim'))
+    return Group(*parts)
+
+
+def trained(diagnosis: Diagnosis, evaluation: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    """What training ended with."""
+    names = list(next(iter(evaluation.values()), {}))
+    scored = table('split', *names, left=('split',))
+    for split, scores in evaluation.items():
+        scored.add_row(split, *(number(scores[name]) for name in names))
+    return Group(_verdict(diagnosis), scored)
+
+
+def _verdict(diagnosis: Diagnosis) -> Text:
+    symptom, mismatch = diagnosis.symptom, diagnosis.replay.first_mismatch
+    if mismatch is not None:
+        return Text(f'not reproducible: {diagnosis.cause.why}', style='bold yellow')
+    if symptom is None:
+        return Text('healthy: no rule holds at any step', style='bold green')
+    rule = _rule(symptom.kind)
+    lines = Text.assemble((f'{symptom.kind} at step {symptom.step}', 'bold red'), f': {rule[0]}')
+    if rule[1]:
+        lines.append(f'\nrule: {rule[1]}', style='dim')
+    return lines
+
+
+def _rule(kind: str) -> tuple[str, str]:
+    found = [detector for detector in detect.DETECTORS if detector.kind == kind]
+    return (found[0].means, found[0].rule.text) if found else ('your rule holds', '')
+
+
+def _proof(diagnosis: Diagnosis) -> Text:
+    replay = diagnosis.replay
+    effort = f'{count(replay.steps_replayed, "step")} replayed from {count(replay.checkpoints_probed, "checkpoint")}'
+    if not replay.steps_replayed:
+        return Text('nothing replayed', style='dim')
+    if replay.first_mismatch is not None:
+        return Text(f'{effort}; the first to differ from its record is step {replay.first_mismatch}')
+    if replay.bit_identical:
+        return Text(f'proven: {effort}, bit for bit as recorded', style='green')
+    return Text(f'{effort}; there was no record to hold them against', style='yellow')
+
+
+def _around(step: int, rows: Sequence[Row]) -> RenderableType:
+    by_step = {row['step']: row for row in rows}
+    shown = [step + distance for distance in AROUND if step + distance in by_step]
+    names = [name for name in COLUMNS if any(name in by_step[at] for at in shown)]
+    if not names and shown:  # somebody's own step
+        names = [name for name, value in by_step[shown[0]].items() if isinstance(value, float)][:7]
+    made = table('step', *(name.replace('_', ' ') for name in names))
+    for at in shown:
+        style = 'bold red' if at == step else None
+        made.add_row(str(at), *(number(by_step[at].get(name)) for name in names), style=style)
+    return made

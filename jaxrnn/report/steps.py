@@ -1,0 +1,284 @@
+"""Of one step: what broke in it, or what it did otherwise than an earlier one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from jaxrnn import inside, trace
+from jaxrnn.report.text import count, number, pair, percent, short, some, table
+
+MOST = 6
+"""Rows shown of each list."""
+
+SCORES = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'update_norm')
+"""Records shown of a change, where there are such; else the first of those that there are."""
+
+
+def looked(look: inside.Look, words: Sequence[str] = ()) -> RenderableType:
+    """What looking into one step found.
+
+    Args:
+        look: of inside.look.
+        words: of the step's batch.
+    """
+    parts: list[RenderableType] = []
+    if look.story is not None:
+        parts += _told(look.story, look.step, words)
+    if look.change is not None:
+        parts += [Text(), *_changed(look, words)]
+    return Group(*parts, *(check(one) for one in look.screens))
+
+
+def in_short(look: inside.Look, words: Sequence[str] = ()) -> list[RenderableType]:
+    """A change in a few lines."""
+    change = look.change
+    assert change is not None
+    lines: list[RenderableType] = [_heading(look)]
+    if change.absurd is not None:
+        lines.append(_leap(change.absurd, words))
+    if change.layers:
+        lines.append(Text('  parameters: ' + ', '.join(_layer(layer) for layer in change.layers[:2])))
+    lines += [
+        Text(f'  saturated: {_gate(g)}') for g in change.gates[:1] if g.saturated.now > g.saturated.before
+    ]
+    if change.moments:
+        first = change.moments[0]
+        lines.append(
+            Text(f'  backward: {first.layer}, most at time step {first.time_step}, {pair(first.gradient)}')
+        )
+    named = inside.leading(change.examples)
+    if named:
+        told = _named(named, words) or list(map(str, named))
+        many = f'{len(named)} of {count(len(change.examples), "example")}'
+        lines.append(Text(f'  half of it by {many}: {some(told, 6)}'))
+    return lines
+
+
+def look_json(look: inside.Look, words: Sequence[str] = ()) -> dict[str, Any]:
+    """The machine-readable form of `looked`."""
+    story, change = look.story, look.change
+    told = None if story is None or story.finding is None else _finding_json(story.finding, words)
+    return {
+        'step': look.step,
+        'finding': told,
+        'harmless': [] if story is None else [_finding_json(finding, words) for finding in story.harmless],
+        'equations': None if story is None else story.equations,
+        'against': look.against,
+        'change': None if change is None else _change_json(change, words),
+        'checks': list(look.screens),
+    }
+
+
+def check(check: Mapping[str, Any]) -> Text:
+    """One check of a diagnosis, on a line."""
+    style = {True: 'dim', False: 'red'}.get(check['ok'], 'yellow')
+    return Text(f'{check["name"]}: {check["why"]}', style=style)
+
+
+def place(where: Mapping[str, Any]) -> Text:
+    """Where in a step, as a diagnosis states it."""
+    at = f'{where["op"]} at {short(where["source"])}' if where['op'] != 'input' else where['source']
+    lines = Text.assemble(f'{where["pass"]} pass: ' if where['pass'] != 'data' else 'data: ', (at, 'bold'))
+    if where['layer'] and where['op'] != 'input':
+        lines.append(f', layer {where["layer"]}')
+    if where['time_step'] is not None:
+        lines.append(f', time step {where["time_step"]}')
+    if where['examples']:
+        words = f' ({some(where["words"])})' if where['words'] else ''
+        many = 'examples' if len(where['examples']) > 1 else 'example'
+        lines.append(f', {many} {", ".join(map(str, where["examples"]))}{words}')
+    return lines
+
+
+# What isn't finite.
+
+
+def _told(story: trace.Story, step: int, words: Sequence[str]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    finding = story.finding
+    if finding is None:
+        parts.append(Text(f'step {step}: every output is finite', style='bold green'))
+    else:
+        parts.append(Text(f'step {step}: {finding.kind}', style='bold red'))
+        parts.append(Text(trace.KINDS[finding.kind], style='dim'))
+        parts.append(place(inside.of_finding(finding) | {'words': _named(finding.examples, words)}))
+        if finding.code:
+            parts.append(Text(f'  {finding.code}', style='cyan'))
+        parts.append(_ranges(finding))
+    for kind, findings in _grouped(story.harmless):
+        parts.append(
+            Text(f'harmless, since no output has it: {kind} ({count(findings, "element")})', style='dim')
+        )
+    parts.append(Text(f'{count(story.equations, "equation")} evaluated', style='dim'))
+    return parts
+
+
+def _named(examples: Sequence[int], words: Sequence[str]) -> list[str]:
+    return [words[place] for place in examples if place < len(words)]
+
+
+def _finding_json(finding: trace.Finding, words: Sequence[str]) -> dict[str, Any]:
+    said = inside.of_finding(finding) | {'words': _named(finding.examples, words)}
+    ranges = {name: [one._asdict() for one in getattr(finding, name)] for name in ('operands', 'results')}
+    return {
+        **said,
+        'kind': finding.kind,
+        'code': finding.code,
+        'library': finding.library,
+        'iterations': finding.iterations,
+        'elements': finding.elements,
+        **ranges,
+    }
+
+
+def _grouped(findings: Sequence[trace.Finding]) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for finding in findings:
+        name = f'{finding.op} at {short(finding.source)}'
+        counts[name] = counts.get(name, 0) + finding.elements
+    return list(counts.items())
+
+
+def _ranges(finding: trace.Finding) -> RenderableType:
+    left = ('', 'from', 'shape', 'type')
+    made = table(*left, 'lowest', 'highest', 'NaN', 'infinite', left=left)
+    for title, ranges in (('operand', finding.operands), ('result', finding.results)):
+        for one in ranges:
+            shape = 'x'.join(map(str, one.shape)) or 'scalar'
+            numbers = (one.low, one.high, one.nans or None, one.infinities or None)
+            made.add_row(title, one.name, shape, one.dtype, *map(number, numbers))
+    return made
+
+
+# What changed.
+
+
+def _changed(look: inside.Look, words: Sequence[str]) -> list[RenderableType]:
+    change = look.change
+    assert change is not None
+    parts: list[RenderableType] = [_heading(look), _scores(change, look)]
+    if change.absurd is not None:
+        parts.append(_leap(change.absurd, words))
+    if change.layers:
+        parts.append(_layers(change))
+    if change.gates:
+        parts.append(_gates(change))
+    if change.moments:
+        parts.append(_moments(change))
+    if change.examples:
+        parts.append(_examples(change, words))
+        if not change.additive:
+            parts.append(
+                Text(
+                    "the examples' losses don't add up to the batch's: they depend on one another",
+                    style='yellow',
+                )
+            )
+    if change.leaps:
+        parts.append(_leaps(change))
+    return parts
+
+
+def _heading(look: inside.Look) -> Text:
+    change = look.change
+    assert change is not None
+    lines = Text(f'against step {look.against}: ', style='bold')
+    scores = change.scores.get('loss')
+    if scores is None:
+        return lines.append('records without a loss', style='not bold')
+    before, crossed, now = scores
+    parts = abs(crossed - before), abs(now - crossed)
+    whole = sum(parts) or 1
+    shares = f'{percent(parts[0] / whole)} by the batch, {percent(parts[1] / whole)} by the state'
+    return lines.append(f'loss {pair((before, now))}, {shares}', style='not bold')
+
+
+def _scores(change: trace.Change, look: inside.Look) -> RenderableType:
+    names = [name for name in SCORES if name in change.scores] or list(change.scores)[:MOST]
+    made = table('state', 'batch', *(name.replace('_', ' ') for name in names), left=('state', 'batch'))
+    steps = ((look.against, look.against), (look.against, look.step), (look.step, look.step))
+    for number_of, (state, batch) in enumerate(steps):
+        made.add_row(str(state), str(batch), *(number(change.scores[name][number_of]) for name in names))
+    return made
+
+
+def _leap(leap: trace.Leap, words: Sequence[str]) -> Text:
+    where = {
+        'pass': leap.pass_ or 'state',
+        'op': leap.op,
+        'source': leap.source,
+        'layer': leap.layer,
+        'time_step': leap.time_step,
+        'examples': leap.examples,
+        'words': _named(leap.examples, words),
+    }
+    said = Text(f'absurd: largest element {pair(leap.largest)}; ', style='bold red')
+    return said.append_text(place(where))
+
+
+def _layer(layer: trace.Layer) -> str:
+    return f'{layer.path.removeprefix("state/").removeprefix("params/")} {percent(layer.share)}'
+
+
+def _gate(gate: trace.Gate) -> str:
+    at = '' if gate.time_step is None else f' (most at time step {gate.time_step})'
+    return f'{gate.layer} {pair(gate.saturated)}{at}'
+
+
+def _layers(change: trace.Change) -> RenderableType:
+    made = table('parameter', 'share', 'gradient norm', 'update / parameter', left=('parameter',))
+    for layer in change.layers[:MOST]:
+        gradient = '' if layer.gradient is None else pair(layer.gradient)
+        path = layer.path.removeprefix('state/').removeprefix('params/')
+        made.add_row(path, percent(layer.share), gradient, pair(layer.relative_step))
+    return made
+
+
+def _gates(change: trace.Change) -> RenderableType:
+    made = table('gate', 'by', 'saturated', 'most at time step', left=('gate', 'by'))
+    for gate in change.gates[:MOST]:
+        made.add_row(gate.layer, gate.op, pair(gate.saturated), number(gate.time_step))
+    return made
+
+
+def _moments(change: trace.Change) -> RenderableType:
+    made = table('backward through', 'time step', 'share', 'gradient norm', left=('backward through',))
+    for moment in change.moments[:MOST]:
+        made.add_row(moment.layer, str(moment.time_step), percent(moment.share), pair(moment.gradient))
+    return made
+
+
+def _examples(change: trace.Change, words: Sequence[str]) -> RenderableType:
+    made = table('example', 'word', 'share', 'loss', 'of the gradient', left=('word',))
+    for example in change.examples[:MOST]:
+        word = words[example.place] if example.place < len(words) else ''
+        gradient = '' if example.gradient != example.gradient else percent(example.gradient)
+        made.add_row(str(example.place), word, percent(example.share), pair(example.loss), gradient)
+    return made
+
+
+def _leaps(change: trace.Change) -> RenderableType:
+    made = table('grew most', 'at', 'times', 'largest', left=('grew most', 'at'))
+    for leap in change.leaps[:MOST]:
+        at = short(leap.source)
+        made.add_row(f'{leap.pass_} {leap.op}'.strip(), at, number(float(leap.ratio)), pair(leap.largest))
+    return made
+
+
+def _change_json(change: trace.Change, words: Sequence[str]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple) and hasattr(value, '_asdict'):
+            return {name.rstrip('_'): plain(one) for name, one in value._asdict().items()}
+        if isinstance(value, tuple | list):
+            return [plain(one) for one in value]
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        return None if isinstance(value, float) and value - value != 0 else value  # JSON has no NaN
+
+    made = plain(change)
+    for example in made['examples']:
+        example['word'] = words[example['place']] if example['place'] < len(words) else ''
+    made['leaps'] = made['leaps'][: trace.MOST_EXAMPLES]
+    return made

@@ -1,0 +1,143 @@
+"""What a person reads, letter for letter."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from jaxrnn import inside, report, trace
+from jaxrnn.diagnosis import Diagnosis, Replay, Symptom
+from jaxrnn.trace import Pair
+
+WORDS = ['river', 'stone', 'bird']
+
+
+def shown(renderable, width=80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def change(**other) -> trace.Change:
+    return trace.Change(
+        **{
+            'scores': {'loss': (0.5, 0.6, 2.0), 'accuracy': (1.0, 1.0, 0.25)},
+            'by_batch': False,
+            'layers': (trace.Layer('state/params/cell/kernel', Pair(1, 3), Pair(0.1, 0.2), Pair(2, 4), 0.8),),
+            'gates': (trace.Gate('cell/forget gate', 'logistic', 'a.py:7', Pair(0.1, 0.5), 4),),
+            'moments': (trace.Moment('cell', 2, Pair(0.01, 0.2), 0.9),),
+            'examples': (
+                trace.Example(1, Pair(0.5, 5), 0.7, 0.6),
+                trace.Example(0, Pair(0.5, 1.1), 0.3, 0.4),
+            ),
+            'additive': True,
+            'leaps': (trace.Leap('backward', 'mul', 'a.py:9', 'a * b', 'cell', Pair(1, 8), 2, (1,)),),
+            'absurd': None,
+        }
+        | other
+    )
+
+
+LOOK = inside.Look(12, None, change(), 10)
+
+CHANGED = """
+against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+
+ state  batch  loss  accuracy
+ ────────────────────────────
+ 10     10      0.5         1
+ 10     12      0.6         1
+ 12     12        2      0.25
+
+
+ parameter    share  gradient norm  update / parameter
+ ─────────────────────────────────────────────────────
+ cell/kernel   80 %          1 → 3         0.05 → 0.05
+
+
+ gate              by        saturated  most at time step
+ ────────────────────────────────────────────────────────
+ cell/forget gate  logistic  0.1 → 0.5                  4
+
+
+ backward through  time step  share  gradient norm
+ ─────────────────────────────────────────────────
+ cell                      2   90 %     0.01 → 0.2
+
+
+ example  word   share       loss  of the gradient
+ ─────────────────────────────────────────────────
+       1  stone   70 %    0.5 → 5             60 %
+       0  river   30 %  0.5 → 1.1             40 %
+
+
+ grew most     at      times  largest
+ ────────────────────────────────────
+ backward mul  a.py:9      8    1 → 8
+"""
+
+
+def test_a_change():
+    assert shown(report.looked(LOOK, WORDS)).strip() == CHANGED.strip()
+
+
+IN_SHORT = """
+spike at step 12: the loss leapt far above its trailing median
+rule: finite(loss) and loss > 3 * median(loss, 200) and log(loss) >
+median(log(loss), 200) + 6 * spread(log(loss), 200)
+proven: 3 steps replayed from 1 checkpoint, bit for bit as recorded
+
+against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+  parameters: cell/kernel 80 %
+  saturated: cell/forget gate 0.1 → 0.5 (most at time step 4)
+  backward: cell, most at time step 2, 0.01 → 0.2
+  half of it by 1 of 2 examples: stone
+checkify: found nothing
+
+
+ step  loss
+ ──────────
+   12     2
+
+words of the batch: river stone bird
+"""
+
+
+def test_a_bisect_of_a_finite_symptom():
+    diagnosis = Diagnosis(
+        symptom=Symptom('spike', 12),
+        first_bad_step=12,
+        where=LOOK.where(),
+        checks=({'name': 'checkify', 'ok': True, 'value': 0.0, 'why': 'found nothing'},),
+        replay=Replay(True, None, 3, 1),
+    )
+    screen = shown(report.bisected(diagnosis, [{'step': 12, 'loss': 2.0}], WORDS, LOOK))
+    assert screen.strip() == IN_SHORT.strip()
+
+
+def test_what_is_absurd_and_what_depends_on_one_another_is_said():
+    leap = trace.Leap('data', 'input', 'batch/targets', '', 'batch/targets', Pair(1, 1e9), None, (2,))
+    screen = shown(report.looked(LOOK._replace(change=change(absurd=leap, additive=False)), WORDS))
+    assert 'absurd: largest element 1 → 1e+09; data: batch/targets, example 2 (bird)' in screen
+    assert 'depend on one another' in screen
+
+
+def test_a_change_without_a_loss_or_examples():
+    bare = change(scores={'size': (1.0, 1.0, 2.0)}, layers=(), gates=(), moments=(), examples=(), leaps=())
+    screen = shown(report.looked(LOOK._replace(change=bare)))
+    assert 'records without a loss' in screen and 'size' in screen
+
+
+@pytest.mark.parametrize('words', [WORDS, []])
+def test_json_has_no_nan(words):
+    example = trace.Example(1, Pair(0.5, float('inf')), float('nan'), float('nan'))
+    told = report.look_json(LOOK._replace(change=change(examples=(example,))), words)
+    assert told['change']['examples'][0] == {
+        'place': 1,
+        'loss': {'before': 0.5, 'now': None},
+        'share': None,
+        'gradient': None,
+        'word': 'stone' if words else '',
+    }
+    assert told['change']['leaps'][0]['pass'] == 'backward' and told['finding'] is None
+    assert told['against'] == 10 and told['step'] == 12
