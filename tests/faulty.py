@@ -34,24 +34,28 @@ class Fault(NamedTuple):
     examples: tuple[int, ...]
 
 
-_now: list[tuple[str, str]] = []
+_now: list[tuple[str, Callable]] = []
 
 
 @contextlib.contextmanager
-def strike_at(place: str, kind: str) -> Iterator[None]:
-    """What strikes while a step is traced."""
-    _now.append((place, kind))
+def strike_with(place: str, function: Callable) -> Iterator[None]:
+    """What strikes while a step is traced: a function of x and `hit`."""
+    _now.append((place, function))
     try:
         yield
     finally:
         _now.pop()
 
 
+def strike_at(place: str, kind: str) -> contextlib.AbstractContextManager[None]:
+    return strike_with(place, KINDS[kind].function)
+
+
 def strike(place: str, x: Array, hit: Array) -> Array:
     """Breaks x where `hit` is 1, if the fault is of this place."""
-    for at, kind in _now:
+    for at, function in _now:
         if at == place:
-            return KINDS[kind].function(x, hit)
+            return function(x, hit)
     return x
 
 
@@ -102,9 +106,10 @@ def learn(predict: Callable, params: Any, opt_state: Any, batch: Any) -> tuple[A
 
     loss, gradients = jax.value_and_grad(loss_of)(params)
     # As much as a schedule or a correction of bias, it depends on the number of the step.
-    struck = jnp.max(batch['hit']) + 0 * optax.tree.get(opt_state, 'count')
+    counts = optax.tree.get_all_with_path(opt_state, 'count')
+    struck = jnp.max(batch['hit']) + 0 * (counts[0][1] if counts else 0)
     gradients = struck_gradients(gradients, struck)
-    updates, opt_state = ADAM.update(gradients, opt_state)
+    updates, opt_state = ADAM.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, {'loss': loss}
 
 

@@ -213,6 +213,92 @@ def test_a_row_that_is_masked_whole():
     assert (finding.kind, line) == ('infinities', line_of(mask_like_attention, 'softmax'))
 
 
+# Values that are bad, are meant or masked, and stand beside a fault. Their own bad elements come first.
+
+VALID = np.array([[True, True, True], [True, True, False], [True, False, False]])  # [T, B]
+PADDED = np.where(VALID[..., None], np.ones((3, 3, 4), np.float32), np.float32(np.nan))
+BIAS = np.array([0, 0, 0, -np.inf], np.float32)[None]
+
+
+def mask_in_a_loop(w, batch):
+    def body(h, at):
+        x, valid = at
+        h = jnp.tanh(h + jnp.where(valid[:, None], x, 0) @ w)
+        return h + jnp.log(h), None  # here
+
+    h, _ = lax.scan(body, jnp.zeros((3, 4)), (batch['padded'], batch['valid']))
+    return jnp.sum(h)
+
+
+def infinite_bias_in_a_loop(w, batch):
+    def body(h, valid):
+        h = jax.nn.softmax(h + batch['bias']) @ w + 0.5 * valid[:, None]
+        return h + jnp.sqrt(h), None  # here
+
+    return jnp.sum(lax.scan(body, jnp.zeros((3, 4)), batch['valid'])[0])
+
+
+def infinite_bias(w, batch):
+    scores = jnp.log(jnp.sum(w, 0, keepdims=True))  # here
+    return jnp.sum(jax.nn.softmax(scores + batch['bias']))
+
+
+def computed_mask(w, batch):
+    bias = jnp.log(batch['valid'].astype(jnp.float32))
+    scores = jnp.log(jnp.sum(w))  # here
+    return jnp.sum(jax.nn.softmax(scores + bias, 0))
+
+
+def other_case_of_a_where(w, batch):
+    spoilt = batch['padded'][2]
+    scores = jnp.log(jnp.sum(w, 0, keepdims=True) + 0 * batch['padded'][0])  # here
+    return jnp.sum(jnp.where(batch['valid'][0][:, None], scores, spoilt))
+
+
+@pytest.mark.parametrize(
+    'function',
+    [mask_in_a_loop, infinite_bias_in_a_loop, infinite_bias, computed_mask, other_case_of_a_where],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize('differentiated', [False, True])
+def test_what_is_masked_is_not_blamed(function, differentiated):
+    batch = {'padded': PADDED, 'valid': VALID, 'bias': BIAS}
+    step = jax.value_and_grad(function) if differentiated else function
+    finding, line = found(step, -np.ones((4, 4), np.float32), batch)
+    assert (finding.kind, line) == ('invalid argument', line_of(function))
+
+
+def test_an_infinity_of_the_state_that_stays_as_it_was_is_meant():
+    """The best loss so far, before there is one."""
+
+    def step(state, x):
+        w, best = state
+        loss = jnp.sum(jnp.log(x * w))  # here
+        return (w - loss, jnp.minimum(best, loss)), jnp.where(loss < best, loss, best)
+
+    finding, line = found(step, (np.float32(-1), np.float32(np.inf)), X)
+    assert (finding.op, line) == ('log', line_of(step))
+    told = story(lambda state, x: (state[0] * jnp.sum(x), state[1]), (np.float32(1), np.float32(np.inf)), X)
+    assert told.finding is None and [finding.source for finding in told.harmless] == ['state/1']
+    told = story(lambda state, x: state[0] + state[1], (np.float32(1), np.float32(np.inf)), X)
+    assert told.finding is not None
+
+
+@pytest.mark.parametrize('moved', [jnp.transpose, jnp.flip, lambda x: x @ x, lambda x: jnp.cumsum(x, 0)])
+def test_what_keeps_its_shape_and_not_its_places(moved):
+    """Beside a NaN that stays where it is, and comes later."""
+
+    def step(w, x):
+        early = jnp.log(x * w)  # here
+        late = jnp.sqrt(w * jnp.ones((3, 3)).at[2, 2].set(-1))
+        return jnp.sum(moved(early) + 0 * late)
+
+    x = np.ones((3, 3), np.float32)
+    x[0, 1] = -1
+    finding, line = found(step, np.float32(1), x)
+    assert (finding.op, line) == ('log', line_of(step))
+
+
 def test_arguments_stay_as_they_are():
     """Whatever is donated elsewhere, a trace consumes nothing."""
     w = jnp.ones((4, 2))

@@ -19,13 +19,14 @@ sharded     values that differ by device      times       which time step a valu
 
 from jaxrnn.trace.change import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, Finding, Link, Range, Story
+from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, Story
 
 __all__ = [
     'ABSURD',
     'KINDS',
     'LEAK',
     'MOST_EXAMPLES',
+    'WRITTEN',
     'Change',
     'Example',
     'Finding',

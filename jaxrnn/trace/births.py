@@ -9,7 +9,7 @@ import numpy as np
 from jaxrnn.axes import unfixed
 from jaxrnn.trace.equations import inner
 from jaxrnn.trace.sharded import COLLECTIVES
-from jaxrnn.trace.values import Value, is_float, look
+from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
 
@@ -74,6 +74,36 @@ def elementwise(operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
         return False
 
 
+def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Cause, ...]:
+    """Which operands made a result bad: as `inherited`, but place by place where that explains all of it, and of a
+    select what it selects."""
+    anyhow = inherited([operand.node for operand in operands], look(array))
+    floats = [operand for operand in operands if is_float(operand.array)]
+    values = [np.asarray(operand.array) for operand in floats]
+    if not elementwise(values, array):
+        return anyhow
+    taken: list[Any] = [np.True_] * len(floats)
+    if equation.primitive.name == 'select_n':
+        taken = [np.asarray(operands[0].array) == n for n in range(len(floats))]
+    nans = [np.isnan(value) & at for value, at in zip(values, taken, strict=True)]
+    infinities = [np.isinf(value) & at for value, at in zip(values, taken, strict=True)]
+    some_nan = functools.reduce(np.logical_or, nans)
+    some_infinity = functools.reduce(np.logical_or, infinities)
+    nan, infinite = np.isnan(array), np.isinf(array)
+    if ((nan | infinite) & ~(some_nan | some_infinity)).any():  # as where a square matrix is transposed
+        return anyhow
+    found = []
+    for operand, is_nan, is_infinite in zip(floats, nans, infinities, strict=True):
+        ways = {
+            (True, True): is_nan & nan,
+            (True, False): is_infinite & nan & ~some_nan,
+            (False, False): is_infinite & infinite,
+            (False, True): is_nan & infinite & ~some_infinity,
+        }
+        found += [Cause(of, operand.node, way) for (of, way), at in ways.items() if at.any()]
+    return tuple(found)
+
+
 def is_meant(operand: Value) -> bool:
     """Whether somebody wrote down an infinity or a NaN."""
     return not operand.node.parents and bool(
@@ -100,8 +130,10 @@ def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np
 
 
 def discarded(operands: Sequence[Value], new: np.ndarray) -> bool:
-    """Whether an operand is zero there, and a where may have put it there, a few equations before."""
+    """Whether a cotangent is zero there, and a where may have put it there, a few equations before."""
     for operand in operands:
+        if not operand.node.is_backward():
+            continue
         array = np.asarray(operand.array)
         if not elementwise([array], new) or not (np.broadcast_to(array, new.shape)[new] == 0).any():
             continue

@@ -12,7 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxrnn import axes
 from jaxrnn.axes import Axes
-from jaxrnn.trace.births import MOST_PLACES, discarded, is_meant, kind_of, largest, new_elements
+from jaxrnn.trace.births import (
+    MOST_PLACES,
+    MOVERS,
+    causes,
+    discarded,
+    is_meant,
+    kind_of,
+    largest,
+    new_elements,
+)
 from jaxrnn.trace.equations import alone, holds, inner, last_uses, name_of, scan_counts
 from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, Story
 from jaxrnn.trace.naming import Flow, chain, code_at, flow_of, layer_of, marked, origin, pass_of, source_of
@@ -24,7 +33,8 @@ from jaxrnn.trace.values import (
     Node,
     Place,
     Value,
-    ancestors,
+    caused,
+    inherited,
     is_backward,
     is_float,
     is_key,
@@ -301,6 +311,7 @@ class Run:
             if not node.bad:
                 continue
             aligned = [self.layout.aligned(operand, np.ndim(array)) for operand in operands]
+            node.causes = causes(equation, aligned, np.asarray(array))
             new = new_elements(equation, aligned, np.asarray(array))
             if new is None or not new.any():
                 if not node.bad.nan or not any(is_meant(operand) for operand in operands):
@@ -446,7 +457,7 @@ class Run:
         over = self.times.over(equation)
         found: list[Node | None] = [None] * len(equation.outvars)
         for i in order:
-            at = [Value(self.layout.take(x.array, i), axes.along(x.axes, i), x.node) for x in xs]
+            at = [self.at(x, i) for x in xs]
             # What is carried is of the iteration now, in whichever direction the loop runs.
             carry = [value._replace(axes=axes.unfixed(value.axes, over)) for value in carry]
             made = self.iterate(params['jaxpr'], [*fixed, *carry, *at], Place(equation, i, place), found)
@@ -454,6 +465,14 @@ class Run:
             for n in range(carried):
                 found[n] = carry[n].node
         return found
+
+    def at(self, x: Value, i: int) -> Value:
+        """x[i], which may be good where x is bad elsewhere."""
+        array, node = self.layout.take(x.array, i), x.node
+        if node.bad and (bad := look(array)) != node.bad:
+            node = Node(node.order, node.equation, node.place, (x.node,) if x.node.parents else (), bad)
+            node.input, node.is_model, node.causes = x.node.input, x.node.is_model, inherited([x.node], bad)
+        return Value(array, axes.along(x.axes, i), node)
 
     def open_while(self, equation: Any, operands: Sequence[Value], place: Place | None) -> list[Node | None]:
         params = equation.params
@@ -491,6 +510,9 @@ class Run:
         meanings = self.through(body.jaxpr, [operand.axes for operand in operands], late)
         parents = tuple(operand.node for operand in operands)
         nodes = [self.node(place.equation, place, parents, bad) for bad in bads]
+        for node, old in zip(nodes, found, strict=True):
+            if node.bad and old is not None:  # as it was an iteration before
+                node.causes = inherited([old], node.bad)
         return [Value(*made) for made in zip(arrays, meanings, nodes, strict=True)]
 
     def alone(self, equation: Any) -> Callable[..., list[Any]]:
@@ -515,16 +537,14 @@ class Run:
 
     def story(self, outputs: Sequence[Node]) -> Story:
         flow = flow_of(self.nodes, outputs)
-        reaching = ancestors([node for node in outputs if node.bad], lambda node: bool(node.bad))
+        reaching = caused([node for node in outputs if node.bad and not is_kept(node)])
         rest = [node for node in self.born if node not in reaching]
         first = None
         if born := [node for node in self.born if node in reaching]:
             earliest = min(born, key=lambda node: _turn(node, flow))
             first = self.finding(earliest, flow)
             leaks = [node for node in born if node.birth is not None and node.birth.kind == LEAK]
-            if first.pass_ == 'backward' and any(
-                earliest in ancestors([leak], lambda node: bool(node.bad)) for leak in leaks
-            ):
+            if first.pass_ == 'backward' and any(earliest in caused([leak]) for leak in leaks):
                 first = first._replace(kind=LEAK)
         return Story(
             first, tuple(self.finding(node, flow)._replace(harmless=True) for node in rest), self.count
@@ -556,3 +576,12 @@ class Run:
             chain=chain(node),
             devices=birth.devices,
         )
+
+
+def is_kept(output: Node) -> bool:
+    """Whether a bad output is but an infinity of the state, as it was before the step: a mask, or the best loss so far.
+    As one that is written down, it is meant."""
+    return not output.bad.nan and all(
+        node.is_model if node.equation is None else node.equation.primitive.name in MOVERS
+        for node in caused([output])
+    )

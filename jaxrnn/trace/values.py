@@ -34,7 +34,18 @@ class Place(NamedTuple):
 class Node:
     """How a value was made. Holds no array."""
 
-    __slots__ = ('bad', 'birth', 'equation', 'input', 'is_model', 'order', 'parents', 'place', 'shape')
+    __slots__ = (
+        'bad',
+        'birth',
+        'causes',
+        'equation',
+        'input',
+        'is_model',
+        'order',
+        'parents',
+        'place',
+        'shape',
+    )
 
     def __init__(self, order: int, equation: Any, place: Place | None, parents: 'tuple[Node, ...]', bad: Bad):
         self.order = order
@@ -42,6 +53,7 @@ class Node:
         self.place = place
         self.parents = parents
         self.bad = bad
+        self.causes = inherited(parents, bad)
         self.birth: Birth | None = None
         self.input = ''  # path of an argument, or what was written down
         self.is_model = False  # whether it is an argument that isn't data
@@ -49,6 +61,27 @@ class Node:
 
     def is_backward(self) -> bool:
         return self.equation is not None and is_backward(self.equation, self.place)
+
+
+class Cause(NamedTuple):
+    """What made a value's NaNs, or its infinities, for which this is kept apart: a mask of -inf makes no NaN."""
+
+    of_nan: bool
+    node: Node
+    is_nan: bool
+
+
+def inherited(parents: Sequence[Node], bad: Bad) -> tuple[Cause, ...]:
+    """Causes where nothing is known but that parents are bad: a NaN comes of NaNs, an infinity of infinities, unless
+    there are none."""
+    nans = [parent for parent in parents if parent.bad.nan]
+    infinite = [parent for parent in parents if parent.bad.infinite]
+    causes = []
+    if bad.nan:
+        causes += [Cause(True, parent, bool(nans)) for parent in nans or infinite]
+    if bad.infinite:
+        causes += [Cause(False, parent, not infinite) for parent in infinite or nans]
+    return tuple(causes)
 
 
 class Birth(NamedTuple):
@@ -117,6 +150,20 @@ def ancestors(nodes: Sequence[Node], wanted: Callable[[Node], bool]) -> set[Node
                 found.add(parent)
                 left.append(parent)
     return found
+
+
+def caused(nodes: Sequence[Node]) -> set[Node]:
+    """What made the nodes bad, and the nodes."""
+    left = [(node, is_nan) for node in nodes for is_nan in (True, False)]
+    found = set(left)
+    while left:
+        node, nan = left.pop()
+        for cause in node.causes:
+            at = cause.node, cause.is_nan
+            if cause.of_nan == nan and at not in found:
+                found.add(at)
+                left.append(at)
+    return {node for node, _ in found}
 
 
 def stack(equation: Any, place: Place | None) -> str:
