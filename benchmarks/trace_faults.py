@@ -3,8 +3,9 @@ do jax_debug_nans and checkify name of it?
 
     python benchmarks/trace_faults.py --json
 
-Every kind of fault in every place of eight train steps (tests/faulty.py): five written around the cells of plain JAX,
-nnx, linen, haiku and equinox, and jaxrnn's three networks. Time step and example go round, so that each has its turn.
+Every kind of fault (tests/breaks.py) in each of its places in eleven train steps (tests/faulty.py): those written
+around the cells of plain JAX, nnx, linen, haiku and equinox, and jaxrnn's networks, with a loop over time and unrolled.
+Time steps and examples, one or two, are random; each has its turn.
 """
 
 import sys
@@ -15,7 +16,6 @@ sys.path[0] = str(ROOT)
 sys.path.insert(1, str(ROOT / 'tests'))
 
 import collections
-import os
 import re
 import time
 import traceback
@@ -36,45 +36,26 @@ from scripts import common
 ASKED = ('finding', 'op', 'source', 'kind', 'pass_', 'layer', 'time_step', 'examples')
 
 
-def faults(repeats: int) -> list[faulty.Fault]:
-    """All of them, `repeats` times at different places."""
-    kinds = [
-        (network, place, kind)
-        for network in faulty.SUBJECTS
-        for place in faulty.PLACES
-        for kind in faulty.KINDS
-        if faulty.applies(network, place, kind)
-    ]
-    return [
-        faulty.Fault(*which, number % faulty.T, number * 3 % faulty.B)
-        for number, which in enumerate(kinds * repeats)
-    ]
-
-
 def by_debug_nans(fault: faulty.Fault) -> dict[str, bool]:
     """Whether jax_debug_nans names the primitive and the line."""
-    subject, kind = faulty.SUBJECTS[fault.network](), faulty.KINDS[fault.kind]
-    state, batch = subject.init(), subject.batch(fault.time_step, fault.example)
+    kind = faulty.KINDS[fault.kind]
+    step, state, batch, source = faulty.planted(fault)
     with faulty.strike_at(fault.place, fault.kind), jax.debug_nans(True), jax.debug_infs(True):
         try:
-            jax.block_until_ready(jax.jit(subject.step)(state, batch))
+            jax.block_until_ready(jax.jit(step)(state, batch))
         except FloatingPointError as error:
             named = re.search(r'encountered in (\S+?)\.?\s', f'{error} ')
-            lines = {
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if _is_ours(frame.filename)
-            }
-            return {'finding': True, 'op': bool(named) and named[1] in kind.ops, 'source': kind.line in lines}
+            op = bool(named) and named[1] in kind.ops
+            return {'finding': True, 'op': op, 'source': source in _lines(error)}
     return {'finding': False, 'op': False, 'source': False}
 
 
 def by_checkify(fault: faulty.Fault) -> dict[str, bool]:
     """Whether checkify.float_checks names the primitive and, when thrown, the line."""
-    subject, kind = faulty.SUBJECTS[fault.network](), faulty.KINDS[fault.kind]
-    state, batch = subject.init(), subject.batch(fault.time_step, fault.example)
+    kind = faulty.KINDS[fault.kind]
+    step, state, batch, source = faulty.planted(fault)
     with faulty.strike_at(fault.place, fault.kind):
-        error, _ = jax.jit(checkify.checkify(subject.step, errors=checkify.float_checks))(state, batch)
+        error, _ = jax.jit(checkify.checkify(step, errors=checkify.float_checks))(state, batch)
     said = error.get()
     if said is None:
         return {'finding': False, 'op': False, 'source': False}
@@ -83,16 +64,17 @@ def by_checkify(fault: faulty.Fault) -> dict[str, bool]:
     try:
         error.throw()
     except Exception as thrown:
-        lines, cause = set(), thrown
-        while cause is not None:
-            lines |= {f.lineno for f in traceback.extract_tb(cause.__traceback__) if _is_ours(f.filename)}
-            cause = cause.__cause__ or cause.__context__
-        return {'finding': True, 'op': op, 'source': kind.line in lines}
+        return {'finding': True, 'op': op, 'source': source in _lines(thrown)}
     raise AssertionError('an error that does not throw')
 
 
-def _is_ours(path: str) -> bool:
-    return os.path.basename(path) == 'faulty.py'
+def _lines(error: BaseException | None) -> set[str]:
+    """All that the tracebacks of an error, and of what caused it, name."""
+    found: set[str] = set()
+    while error is not None:
+        found |= {f'{frame.filename}:{frame.lineno}' for frame in traceback.extract_tb(error.__traceback__)}
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -100,7 +82,7 @@ def main(arguments: list[str]) -> int:
     values = flags.FLAGS
     if values.repeats < 1 or values.others_every < 0:
         raise UserError('--repeats: at least 1 expected; --others_every: at least 0')
-    planted = faults(values.repeats)
+    planted = faulty.spread(faulty.FAULTS * values.repeats, values.seed)
     wrong: list[dict[str, Any]] = []
     right = collections.Counter[str]()
     others = {'jax_debug_nans': by_debug_nans, 'checkify': by_checkify}
@@ -114,7 +96,8 @@ def main(arguments: list[str]) -> int:
             right.update(name for name in ASKED if name not in missed)
         if missed:
             wrong.append({**fault._asdict(), 'missed': {name: str(pair) for name, pair in missed.items()}})
-        if values.others_every and number % values.others_every == 0:
+        # What is given is no operation of the step: only the trace looks at it.
+        if values.others_every and number % values.others_every == 0 and fault.place != 'input':
             compared += 1
             for name, ask in others.items():
                 counts[name].update(what for what, is_right in ask(fault).items() if is_right)
@@ -146,6 +129,7 @@ def main(arguments: list[str]) -> int:
 common.define(
     'run', 'repeats', 1, 'How often to plant each kind in each place, at other time steps and examples.'
 )
+common.define('run', 'seed', 0, 'Of the time steps and examples.')
 common.define('run', 'others_every', 8, "Give every n-th fault to JAX's own tools; 0: none.")
 common.define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
 

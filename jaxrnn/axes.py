@@ -6,7 +6,7 @@ time step, although no equation says so.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 
@@ -17,7 +17,6 @@ class Factor(NamedTuple):
     size: int
     stride: int = 1
     start: int = 0
-    summed_up: bool = False  # what a loop put out: its place 6 comes of the places before, too
 
     def at(self, place: int) -> int:
         return self.start + self.stride * place
@@ -104,13 +103,20 @@ def follow(
             made = None  # a parameter that another version of JAX names otherwise: nothing is known
     if made is None:
         made = _elementwise(params, list(ins), tuple(shapes[0]))
-    made = _without_halves(made, ins)
-    fixed = made.fixed if name in _FIX else fix([axes.fixed for axes in ins], late)
+    if name != 'squeeze':  # which fixes the place in what it drops
+        made = _without_halves(made, ins)
+    fixed = made.fixed if name in _FIX else fix([_fixed_of(axes, made) for axes in ins], late)
     results = []
     for shape in shapes:
         same = made.shape == tuple(shape)
         results.append(_sharded(Axes(made.axes if same else unknown(shape).axes, fixed), ins))
     return results
+
+
+def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
+    """What an operand fixes of a result: not the place in an axis that another operand brings whole, as in x - x[3]."""
+    whole = made.names() - operand.names()
+    return tuple(item for item in operand.fixed if item[0] not in whole)
 
 
 def _sharded(made: Axes, ins: Sequence[Axes]) -> Axes:
@@ -141,19 +147,23 @@ def along(axes: Axes, place: int | None = None) -> Axes:
     return axes._replace(axes=rest, fixed=_fixed_too(axes, first, place))
 
 
+def unfixed(axes: Axes, names: Set[str]) -> Axes:
+    """Of any place of the axes of these names."""
+    return axes._replace(fixed=tuple(item for item in axes.fixed if item[0] not in names))
+
+
 def stacked(axes: Axes, over: Axis) -> Axes:
-    """Of values stacked along a new first axis."""
-    names = {factor.name for factor in over}
-    over = tuple(factor._replace(summed_up=True) for factor in over)
-    fixed = tuple((name, place) for name, place in axes.fixed if name not in names)
+    """Of values stacked along a new first axis. Of a loop over chunks, the place within the chunk stays."""
+    stride = {factor.name: factor.stride for factor in over}
+    kept = tuple((name, place) for name, place in axes.fixed if 0 <= place < stride.get(name, place + 1))
+    fixed = kept if max(stride.values()) > 1 else unfixed(axes, stride.keys()).fixed
     return axes._replace(axes=(over, *axes.axes), fixed=fixed)
 
 
 def _fixed_too(axes: Axes, axis: Axis, place: int) -> tuple[tuple[str, int], ...]:
     """What is fixed when an axis is left at a place."""
-    if any(factor.summed_up for factor in axis):
-        return axes.fixed
-    return tuple(sorted({**dict(axes.fixed), **Axes((axis,)).places([place])}.items()))
+    # Of an axis in two parts, one is fixed after the other.
+    return tuple(sorted(Axes((axis,), axes.fixed).places([place]).items()))
 
 
 # The rules: (params, axes of the operands, shape of the first result) -> axes, or None where none applies.

@@ -124,3 +124,31 @@ def test_two_values_of_one_time():
 def test_an_operation_that_nobody_knows_has_no_names():
     (found,) = axes.follow('something new', {}, [axes.named('x', (3, 4))], [(4, 3)])
     assert found.names() == set() and found.shape == (4, 3)
+
+
+def test_a_place_that_meets_the_whole_axis():
+    """x - x[3] is of each time, x[3] - x[2] of one."""
+    closed = jax.make_jaxpr(lambda x: x - jnp.broadcast_to(x[3], x.shape))(jnp.zeros(SHAPE))
+    (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', SHAPE)], True)
+    assert found.places((1, 0, 0))['x:0'] == 1
+
+
+def test_a_place_within_a_place():
+    """Of time in chunks, one is taken, and a step of it: in either order."""
+    for take in (lambda x: x.reshape(2, 3, 4)[1, 2], lambda x: x.reshape(2, 3, 4)[:, 2][1]):
+        closed = jax.make_jaxpr(take)(jnp.zeros((6, 4)))
+        (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', (6, 4))], True)
+        assert found.places((0,)) == {'x:0': 5, 'x:1': 0}
+
+
+def test_half_of_an_axis_that_was_split_has_no_name():
+    """Its places would be those of one example among several."""
+    (halves,) = axes.follow('reshape', {}, [axes.named('x', (6,))], [(3, 2)])
+    assert halves.places((2, 1)) == {'x:0': 5}
+    for name, params, shape in (
+        ('reduce_sum', {'axes': (1,)}, (3,)),
+        ('reduce_sum', {'axes': (0,)}, (2,)),
+        ('dynamic_slice', {'slice_sizes': (3, 1)}, (3, 1)),
+    ):
+        (found,) = axes.follow(name, params, [halves], [shape])
+        assert found.names() == set() and found.fixed == ()

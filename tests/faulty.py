@@ -1,13 +1,14 @@
-"""Train steps with a fault in them: an operation that breaks at one time step of one example.
+"""Train steps with a fault in them: an operation that breaks at one time step of one example, or of two.
 
 Five steps as users of plain JAX, nnx, linen, haiku and equinox write them, each around its library's own cell, and
-jaxrnn's three networks. Each calls `strike` in five places; the fault of the moment strikes in one of them.
+jaxrnn's three networks; three of them also with the loop over time unrolled. Each calls `strike` in several places;
+the fault of the moment, one of `breaks.KINDS`, strikes in one of them.
 """
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,123 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breaks import KINDS, PLACES, Places, batch_leaf
 from flax import nnx
 
-from jaxrnn import cells, config, models, train
+from jaxrnn import cells, config, models, scan, train
 from jaxrnn.types import Array, Batch
 
 V, T, B, H, E = 26, 7, 5, 6, 4
 ADAM = optax.adam(1e-2)
-
-
-# What breaks. Each line with a mark breaks where `hit` is 1, and changes nothing where it is 0.
-
-
-def log_of_a_negative(x, hit):
-    hit = hit + 0 * x
-    return x + jnp.log(1 - 2 * hit)  # here
-
-
-def root_of_a_negative(x, hit):
-    hit = hit + 0 * x
-    return x + jnp.sqrt(1 - 2 * hit) - 1  # here
-
-
-def power_of_a_negative(x, hit):
-    hit = hit + 0 * x
-    return x + (1 - 2 * hit) ** (hit + 0.5) - 1  # here
-
-
-def overflowing_exponential(x, hit):
-    hit = hit + 0 * x
-    weight = jnp.exp(200 * hit)  # here
-    return x + (weight - weight)
-
-
-def overflowing_product(x, hit):
-    hit = hit + 0 * x
-    large = 1e30 * hit
-    square = large * large  # here
-    return x + 0 * square
-
-
-def divided_by_zero(x, hit):
-    hit = hit + 0 * x
-    return x / (1 - hit)  # here
-
-
-def zero_by_zero(x, hit):
-    hit = hit + 0 * x
-    rest = 1 - hit
-    return x + (rest / rest - 1)  # here
-
-
-def logarithm_of_zero(x, hit):
-    hit = hit + 0 * x
-    return x + 0 * jnp.log(1 - hit)  # here
-
-
-def root_whose_gradient_is_infinite(x, hit):
-    return x + 1e-3 * jnp.sqrt(0 * x + (1 - hit))  # here
-
-
-def gradient_through_a_where(x, hit):
-    distance = jnp.sqrt(0 * x + (1 - hit))  # here
-    return x + jnp.where(hit > 0, 0.0, 1e-3 * distance)
-
-
-@jax.custom_vjp
-def _backwards(x, hit):
-    return x
-
-
-def _backwards_bwd(hit, d):
-    return d / (1 - hit), None  # here
-
-
-_backwards.defvjp(lambda x, hit: (x, hit), _backwards_bwd)
-
-
-def backward_pass_by_hand(x, hit):
-    return _backwards(x, hit)
-
-
-class Kind(NamedTuple):
-    """What a trace must say of it."""
-
-    function: Callable
-    ops: tuple[str, ...]
-    kinds: tuple[str, ...]
-    backward: bool = False
-    marked: Callable | None = None  # where the mark is, if not in the function itself
-
-    @property
-    def line(self) -> int:
-        lines, start = inspect.getsourcelines(self.marked or self.function)
-        return start + next(n for n, line in enumerate(lines) if '# here' in line)
-
-
-KINDS = {
-    'log of a negative': Kind(log_of_a_negative, ('log',), ('invalid argument',)),
-    'root of a negative': Kind(root_of_a_negative, ('sqrt',), ('invalid argument',)),
-    'power of a negative': Kind(power_of_a_negative, ('pow',), ('invalid argument',)),
-    'overflowing exponential': Kind(overflowing_exponential, ('exp',), ('overflow',)),
-    'overflowing product': Kind(overflowing_product, ('mul',), ('overflow',)),
-    'divided by zero': Kind(divided_by_zero, ('div',), ('division by zero',)),
-    'zero by zero': Kind(zero_by_zero, ('div',), ('invalid argument',)),
-    'logarithm of zero': Kind(logarithm_of_zero, ('log',), ('division by zero',)),
-    'root whose gradient is infinite': Kind(
-        root_whose_gradient_is_infinite, ('div', 'mul', 'rsqrt'), ('division by zero', 'infinities'), True
-    ),
-    'gradient through a where': Kind(
-        gradient_through_a_where, ('div', 'mul', 'rsqrt'), ('gradient through where',), True
-    ),
-    'backward pass by hand': Kind(
-        backward_pass_by_hand, ('div',), ('division by zero', 'invalid argument'), True, _backwards_bwd
-    ),
-}
-
-PLACES = ('data', 'cell', 'cell backward', 'dense', 'loss', 'update')
 
 
 class Fault(NamedTuple):
@@ -139,7 +31,7 @@ class Fault(NamedTuple):
     place: str
     kind: str
     time_step: int
-    example: int
+    examples: tuple[int, ...]
 
 
 _now: list[tuple[str, Callable]] = []
@@ -172,16 +64,26 @@ class Subject(NamedTuple):
 
     step: Callable
     init: Callable[[], Any]
-    batch: Callable[[int, int], Any]  # time step, example
+    batch: Callable[..., Any]  # of a time step, *examples
     layers: dict[str, tuple[str, ...]]
 
 
-def batch_of(time_step: int, example: int, time_major: bool = False) -> dict[str, np.ndarray]:
+def struck_gradients(gradients: Any, hit: Array) -> Any:
+    """Each of them, those of the dense layer, or their tree."""
+
+    def of_a_layer(path: Any, g: Array) -> Array:
+        return strike('update of a layer', g, hit) if 'output' in jax.tree_util.keystr(path) else g
+
+    gradients = jax.tree.map(lambda g: strike('update', g, hit), gradients)
+    return strike('update of all', jax.tree_util.tree_map_with_path(of_a_layer, gradients), hit)
+
+
+def batch_of(time_step: int, *examples: int, time_major: bool = False) -> dict[str, np.ndarray]:
     """Letters as one-hot rows [B, T, V], and where the fault strikes: of letters [B, T, 1], of examples [B, 1]."""
     rng = np.random.default_rng(0)
     letters = np.eye(V, dtype=np.float32)[rng.integers(0, V, (B, T))]
     hit = np.zeros((B, T, 1), np.float32)
-    hit[example, time_step] = 1
+    hit[examples, time_step] = 1
     if time_major:
         letters, hit = letters.swapaxes(0, 1), hit.swapaxes(0, 1)
     targets = rng.normal(size=(B, E)).astype(np.float32)
@@ -203,8 +105,10 @@ def learn(predict: Callable, params: Any, opt_state: Any, batch: Any) -> tuple[A
         return jnp.mean(strike('loss', errors, batch['hit_example']))
 
     loss, gradients = jax.value_and_grad(loss_of)(params)
-    struck = jnp.max(batch['hit'])
-    gradients = jax.tree.map(lambda g: strike('update', g, struck), gradients)
+    # As much as a schedule or a correction of bias, it depends on the number of the step.
+    counts = optax.tree.get_all_with_path(opt_state, 'count')
+    struck = jnp.max(batch['hit']) + 0 * (counts[0][1] if counts else 0)
+    gradients = struck_gradients(gradients, struck)
     updates, opt_state = ADAM.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, {'loss': loss}
 
@@ -215,7 +119,7 @@ def random_params(shapes: Any) -> Any:
     return jax.tree.unflatten(structure, [jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for s in leaves])
 
 
-def plain() -> Subject:
+def plain(unrolled: bool = False) -> Subject:
     def predict(params, xs, batch):
         def cell(carry, x):
             c, h = carry
@@ -227,8 +131,13 @@ def plain() -> Subject:
             h = strike('cell', jax.nn.sigmoid(o) * jnp.tanh(c), hit)
             return (c, h), None
 
-        zeros = jnp.zeros((B, H))
-        (_, h), _ = jax.lax.scan(cell, (zeros, zeros), xs.swapaxes(0, 1))
+        carry = jnp.zeros((B, H)), jnp.zeros((B, H))
+        if unrolled:
+            for t in range(xs.shape[1]):
+                carry, _ = cell(carry, xs[:, t])
+        else:
+            carry, _ = jax.lax.scan(cell, carry, xs.swapaxes(0, 1))
+        _, h = carry
         return strike('dense', h @ params['output']['w'] + params['output']['b'][None], batch['hit_example'])
 
     def init():
@@ -373,8 +282,8 @@ def equinox() -> Subject:
 MARKED, DRIVEN = V, 50.0
 
 
-def own(network: str) -> Subject:
-    """The network with struck cells, layers and loss."""
+def own(network: str, platform: str = 'cpu') -> Subject:
+    """The network with struck cells, layers and loss, laid out as for a platform: for 'gpu', without a loop."""
     options = config.Model(network=network, hidden=H, preset='keras3')
     first = 'lower' if network == 'stacked' else 'recurrent'
 
@@ -392,8 +301,8 @@ def own(network: str) -> Subject:
         return strike('dense', predictions, _examples_hit(letters))
 
     def update(gradients, opt_state, params, **extra):
-        gradients = jax.tree.map(lambda g: strike('update', g, jnp.ones(())), gradients)
-        return ADAM.update(gradients, opt_state, params)
+        count = optax.tree.get(opt_state, 'count')
+        return ADAM.update(struck_gradients(gradients, 1.0 + 0 * count), opt_state, params)
 
     inner = train.make_step(
         predict, optax.GradientTransformationExtraArgs(ADAM.init, update), lambda state: jnp.float32(0)
@@ -401,13 +310,13 @@ def own(network: str) -> Subject:
 
     def step(state, batch):
         hit = _examples_hit(batch.letters)
-        with struck(hit):
+        with struck(hit), scan.compiled_for(platform):
             return inner(state, batch._replace(targets=strike('data', batch.targets, hit)))
 
-    def batch(time_step, example):
+    def batch(time_step, *examples):
         rng = np.random.default_rng(0)
         letters = rng.integers(0, V, (T, B)).astype(np.int32)
-        letters[time_step, example] = MARKED
+        letters[time_step, examples] = MARKED
         return Batch(letters, rng.normal(size=(B, E)).astype(np.float32), np.arange(B, dtype=np.int32))
 
     return Subject(step, init, batch, {'cell': (first,), 'dense': ('output',)})
@@ -450,6 +359,7 @@ def struck(hit: Array) -> Iterator[None]:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     'plain': plain,
+    'plain unrolled': lambda: plain(unrolled=True),
     'nnx': nnx_step,
     'linen': linen,
     'haiku': haiku,
@@ -457,24 +367,91 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     'lstm': lambda: own('lstm'),
     'gru': lambda: own('gru'),
     'stacked': lambda: own('stacked'),
+    'lstm unrolled': lambda: own('lstm', 'gpu'),
+    'gru unrolled': lambda: own('gru', 'gpu'),
 }
+
+OURS = ('lstm', 'gru', 'stacked', 'lstm unrolled', 'gru unrolled')
 
 
 def applies(network: str, place: str, kind: str) -> bool:
     """Whether such a fault can be planted there, and can show."""
-    ours, backward = network in ('lstm', 'gru', 'stacked'), KINDS[kind].backward
+    ours, backward = network in OURS, KINDS[kind].backward
+    if place not in KINDS[kind].places:
+        return False
     if place == 'cell backward':  # a pass written by hand, where forward operations stand
         return ours and not backward
     if place in ('data', 'update'):  # nothing is differentiated there
         return not backward
     if place == 'cell' and ours:  # whose backward pass doesn't differentiate it
         return not backward
-    return True
+    return not (ours and kind == 'NaN in inputs')  # which are numbers of letters
+
+
+FAULTS = tuple(
+    (network, place, kind)
+    for network in SUBJECTS
+    for place in PLACES
+    for kind in KINDS
+    if applies(network, place, kind)
+)
+"""All of them: (network, place, kind)."""
+
+
+def sample() -> list[tuple[str, str, str]]:
+    """A few of them, in which each kind, each network and each place has its turn."""
+    chosen: list[tuple[str, str, str]] = []
+    for number, kind in enumerate(KINDS):
+        fits = [fault for fault in FAULTS if fault[2] == kind]
+        times = {name: sum(name in fault for fault in chosen) for fault in fits for name in fault[:2]}
+        fewest = min(times[network] + times[place] for network, place, _ in fits)
+        fits = [fault for fault in fits if times[fault[0]] + times[fault[1]] == fewest]
+        chosen.append(fits[number % len(fits)])
+    return chosen
+
+
+def spread(faults: Iterable[tuple[str, str, str]], seed: int = 0) -> list[Fault]:
+    """At random time steps and examples, one or two; each has its turn."""
+    rng = np.random.default_rng(seed)
+    singles = [(example,) for example in range(B)]
+    times = _turns(rng, range(T))
+    examples = _turns(rng, [*singles, *singles, *itertools.combinations(range(B), 2)])
+    return [Fault(*fault, next(times), next(examples)) for fault in faults]
+
+
+def _turns(rng: np.random.Generator, items: Sequence[Any]) -> Iterator[Any]:
+    """All items in a random order, again and again."""
+    while True:
+        for n in rng.permutation(len(items)):
+            yield items[n]
+
+
+def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:
+    """The step, its state and its batch, to be traced within `strike_at`; and what a trace must name: a line of code,
+    or the path of what was given."""
+    subject, kind = _subject(fault.network), KINDS[fault.kind]
+    state, batch = _init(fault.network), subject.batch(fault.time_step, *fault.examples)
+
+    def step(state, batch):  # a new function each time, since JAX remembers what it has traced
+        return subject.step(state, batch)
+
+    if fault.place != 'input':
+        return step, state, batch, kind.source
+    time_major = batch_leaf(batch, 'letters').shape[0] == T
+    letters = V + (fault.network in OURS)
+    where = Places(fault.time_step, fault.examples, time_major, subject.layers['cell'][0], letters)
+    return step, *kind.function(state, batch, where)
+
+
+_subject = functools.cache(lambda network: SUBJECTS[network]())
+_init = functools.cache(lambda network: _subject(network).init())
 
 
 def expected_pass(fault: Fault) -> str:
-    if fault.place in ('data', 'update'):
-        return fault.place
+    if fault.place in ('data', 'input'):
+        return 'data'
+    if fault.place.startswith('update'):
+        return 'update'
     return 'backward' if KINDS[fault.kind].backward or fault.place == 'cell backward' else 'forward'
 
 
@@ -482,17 +459,16 @@ def missed(fault: Fault) -> dict[str, tuple[Any, Any]]:
     """What a trace says otherwise than it should: name -> (said, expected)."""
     from jaxrnn import trace
 
-    subject, kind = SUBJECTS[fault.network](), KINDS[fault.kind]
+    kind = KINDS[fault.kind]
+    step, state, batch, source = planted(fault)
     with strike_at(fault.place, fault.kind):
-        told = trace.first_bad(
-            subject.step, subject.init(), subject.batch(fault.time_step, fault.example)
-        ).finding
+        told = trace.first_bad(step, state, batch).finding
     if told is None:
         return {'finding': (None, fault)}
     expected: dict[str, Any] = {
-        'source': f'{__file__}:{kind.line}',
+        'source': source,
         'pass_': expected_pass(fault),
-        'examples': () if fault.place == 'update' else (fault.example,),
+        'examples': fault.examples if _in_examples(fault) else (),
         'time_step': fault.time_step if _in_time(fault) else None,
     }
     found = {name: getattr(told, name) for name in expected}
@@ -501,12 +477,25 @@ def missed(fault: Fault) -> dict[str, tuple[Any, Any]]:
         wrong['op'] = told.op, kind.ops
     if told.kind not in kind.kinds:
         wrong['kind'] = told.kind, kind.kinds
-    layers = subject.layers.get(fault.place.split()[0], ('',))
+    layers = _layers(fault)
     if not any(layer in told.layer for layer in layers):
         wrong['layer'] = told.layer, layers
     return wrong
 
 
+def _layers(fault: Fault) -> tuple[str, ...]:
+    """What the layer may be called; anything where no single one is struck."""
+    layers = _subject(fault.network).layers
+    if fault.kind == 'NaN in the row of a letter':
+        return layers['cell']
+    return layers.get('dense' if fault.place == 'update of a layer' else fault.place.split()[0], ('',))
+
+
+def _in_examples(fault: Fault) -> bool:
+    return not fault.place.startswith('update') and fault.kind != 'NaN in the row of a letter'
+
+
 def _in_time(fault: Fault) -> bool:
-    ours = fault.network in ('lstm', 'gru', 'stacked')
-    return fault.place in ('cell', 'cell backward') or (fault.place == 'data' and not ours)
+    if fault.place == 'data':
+        return fault.network not in OURS  # whose targets are struck
+    return fault.place in ('cell', 'cell backward') or fault.kind == 'NaN in inputs'

@@ -911,10 +911,12 @@ def made(healthy: Healthy) -> Iterator[faulty.Subject]:
 
 
 OURS = ('lstm', 'gru', 'stacked')
+NETWORKS = ('plain', 'nnx', 'linen', 'haiku', 'equinox', *OURS)
+"""Whose loops are loops."""
 
 
 def networks_with(place: str) -> Sequence[str]:
-    return OURS if place == 'cell backward' else tuple(faulty.SUBJECTS)
+    return OURS if place == 'cell backward' else NETWORKS
 
 
 def _all(everywhere: bool) -> Iterator[tuple[str, Healthy]]:
@@ -926,7 +928,7 @@ def _all(everywhere: bool) -> Iterator[tuple[str, Healthy]]:
                 name = f'{function.__name__} in {place} of {network}'
                 yield name, Healthy(faulty.SUBJECTS[network], ((place, function),))
     for optimiser, build in OPTIMISERS.items():
-        for network in faulty.SUBJECTS if everywhere else [list(faulty.SUBJECTS)[next(turn) % 8]]:
+        for network in NETWORKS if everywhere else [NETWORKS[next(turn) % len(NETWORKS)]]:
             yield (
                 f'{optimiser} of {network}',
                 Healthy(faulty.SUBJECTS[network], (('loss', without_gradient),), build),
@@ -935,7 +937,7 @@ def _all(everywhere: bool) -> Iterator[tuple[str, Healthy]]:
         for network in networks:
             yield f'{around.__name__} of {network}', Healthy(_put_around(around, network))
     for name, strikes in PAIRS.items():
-        for network in faulty.SUBJECTS if everywhere else ('plain', 'linen', 'stacked'):
+        for network in NETWORKS if everywhere else ('plain', 'linen', 'stacked'):
             yield f'{name} of {network}', Healthy(faulty.SUBJECTS[network], strikes)
     for subject in OF_THEIR_OWN:
         yield subject.__name__, Healthy(subject)
@@ -1002,7 +1004,7 @@ def faults_beside(steps: dict[str, Healthy]) -> dict[str, faulty.Fault]:
         places = ('loss',) if is_around else LATER[healthy.strikes[0][0]]
         place = places[number % len(places)]
         kinds = [kind for kind in faulty.KINDS if faulty.applies(network, place, kind)]
-        found[name] = faulty.Fault(network, place, kinds[number % len(kinds)], TIME_STEP, EXAMPLE)
+        found[name] = faulty.Fault(network, place, kinds[number % len(kinds)], TIME_STEP, (EXAMPLE,))
     return found
 
 

@@ -307,18 +307,262 @@ def test_arguments_stay_as_they_are():
     assert not w.is_deleted()
 
 
-EVERYWHERE = [
-    (network, place, kind)
-    for network in faulty.SUBJECTS
-    for place in faulty.PLACES
-    for kind, made in faulty.KINDS.items()
-    if faulty.applies(network, place, kind)
-]
-"""A sample; benchmarks/trace_faults.py runs them all."""
+# Time steps, with a loop and without.
 
 
-@pytest.mark.parametrize('network,place,kind', EVERYWHERE[:: max(1, len(EVERYWHERE) // 24)])
-def test_planted(network, place, kind):
-    time_step, example = 4, 3
-    missed = faulty.missed(faulty.Fault(network, place, kind, time_step, example))
-    assert missed == {}
+def cell(h, x):
+    return jnp.sqrt(0.5 * h + x)  # here
+
+
+def unrolled(h, xs):
+    for t in range(xs.shape[1]):
+        h = cell(h, xs[:, t])
+    return h
+
+
+def unstacked(h, xs):
+    for x in jnp.unstack(xs, axis=1):
+        h = cell(h, x)
+    return h
+
+
+def split(h, xs):
+    for x in jnp.split(xs, xs.shape[1], axis=1):
+        h = cell(h, x[:, 0])
+    return h
+
+
+def jitted(h, xs):
+    jitted_cell = jax.jit(cell)
+    for t in range(xs.shape[1]):
+        h = jitted_cell(h, xs[:, t])
+    return h
+
+
+def scanned(h, xs):
+    return lax.scan(lambda h, x: (cell(h, x), None), h, xs.swapaxes(0, 1))[0]
+
+
+def scanned_from_the_end(h, xs):
+    return lax.scan(lambda h, x: (cell(h, x), None), h, xs.swapaxes(0, 1), reverse=True)[0]
+
+
+def scanned_in_chunks(h, xs):
+    chunks = xs.reshape(xs.shape[0], -1, 2, xs.shape[-1]).swapaxes(0, 1)
+    return lax.scan(lambda h, chunk: (cell(cell(h, chunk[:, 0]), chunk[:, 1]), None), h, chunks)[0]
+
+
+def counted(h, xs):
+    return lax.fori_loop(0, xs.shape[1], lambda t, h: cell(h, xs[:, t]), h)
+
+
+def with_a_loop_inside(h, xs):
+    def step(h, x):
+        return lax.fori_loop(0, 3, lambda n, h: cell(h, x / 3), h), None
+
+    return lax.scan(step, h, xs.swapaxes(0, 1))[0]
+
+
+LOOPS = [unrolled, unstacked, split, jitted, scanned, scanned_from_the_end, scanned_in_chunks, counted]
+LOOPS.append(with_a_loop_inside)
+
+
+def sequences(time_step, example=1):
+    xs = np.ones((3, 6, 4), np.float32)
+    xs[example, time_step] = -90
+    return xs
+
+
+@pytest.mark.parametrize('loop', LOOPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('time_step', [0, 3, 5])
+def test_the_time_step_of_a_loop(loop, time_step):
+    def step(w, xs):
+        return jnp.sum(loop(jnp.ones((3, 4)), w * xs))
+
+    finding, line = found(step, np.float32(1), sequences(time_step), example_axes=0)
+    assert (line, finding.time_step, finding.examples) == (line_of(cell), time_step, (1,))
+
+
+@pytest.mark.parametrize('loop', LOOPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('time_step', [0, 3, 5])
+def test_the_time_step_of_a_gradient(loop, time_step, monkeypatch):
+    """The root of h is 0 at one time step, where its derivative is infinite: found going back from the last."""
+
+    def cell(h, x):
+        return 0.5 * h + jnp.sqrt(h * 0 + x)
+
+    def step(w, xs):
+        return jax.grad(lambda w: jnp.sum(loop(jnp.ones((3, 4)), w * xs)))(w)
+
+    monkeypatch.setitem(globals(), 'cell', cell)
+    finding = story(step, np.float32(1), np.maximum(sequences(time_step), 0), example_axes=0).finding
+    assert (finding.pass_, finding.time_step, finding.examples) == ('backward', time_step, (1,))
+
+
+def the_last(w, xs):
+    return jnp.sqrt(xs[:, -1] * w)
+
+
+def the_first_and_the_last(w, xs):
+    return jnp.sqrt(w * xs[:, 0]) + jnp.sqrt(w * xs[:, 5])
+
+
+def columns(w, xs):
+    a, b, c, d, e, f = (xs[:, n] for n in range(6))
+    return jnp.sqrt(a * w) + jnp.sqrt(b * w) + jnp.abs(c + d) + e + f
+
+
+def after_an_unrolled_loop(w, xs):
+    last = unrolled(jnp.ones((3, 4)), jnp.abs(xs * w))
+    return jnp.sqrt(last + jnp.where(xs.min() < 0, -90.0, 0.0))
+
+
+def after_a_loop(w, xs):
+    return jnp.sqrt(scanned(jnp.ones((3, 4)), jnp.abs(xs * w)) + xs[:, -1] - 90)
+
+
+def in_a_loop_over_no_data(w, xs):
+    last = scanned(jnp.ones((3, 4)), jnp.abs(xs * w))
+    return lax.fori_loop(0, 3, lambda n, x: jnp.sqrt(x - 10 * n), last)
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        the_last,
+        the_first_and_the_last,
+        columns,
+        after_an_unrolled_loop,
+        after_a_loop,
+        in_a_loop_over_no_data,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_what_is_of_no_time_step(function):
+    told = [story(function, np.float32(1), sequences(t), example_axes=0).finding for t in range(6)]
+    assert {(one.op, one.time_step) for one in told if one is not None} == {('sqrt', None)}
+
+
+def test_a_loop_over_examples_is_not_over_time():
+    def step(w, xs):
+        return lax.map(lambda x: scanned(jnp.ones((1, 4)), w * x[None]), xs)
+
+    finding, _ = found(step, np.float32(1), sequences(3, example=2), example_axes=0)
+    assert (finding.time_step, finding.examples) == (3, (2,))
+
+
+def test_a_long_sequence_is_unrolled_in_pieces():
+    """As jaxrnn lays it out on accelerators: 40 time steps in 2 iterations of 20."""
+    faults = faulty.Fault('lstm unrolled', 'cell', 'log of a negative', 33, (2,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faulty, 'T', 40)
+        assert faulty.missed(faults) == {}
+        assert faulty.missed(faults._replace(place='cell backward', time_step=7)) == {}
+
+
+# Which of several is named.
+
+
+def test_a_loop_is_opened_only_where_another_value_goes_bad():
+    """Of 50 iterations, 48 have the NaN of the second."""
+
+    def step(w, xs):
+        return lax.scan(lambda carry, x: (carry + jnp.log(x * w), None), 0.0, xs)[0]
+
+    def equations(number):
+        return story(
+            step, np.float32(1), np.where(np.arange(50) == number, -1, 1).astype(np.float32)
+        ).equations
+
+    assert equations(1) == equations(48) < 80
+
+
+def test_the_forward_pass_is_named_before_what_it_keeps_for_the_backward_pass():
+    """The derivative of the root is infinite, and stands before the division."""
+
+    def step(w, x):
+        def loss(w):
+            v = (x - x) * w
+            return jnp.sum(v / jnp.linalg.norm(v))  # here
+
+        return jax.value_and_grad(loss)(w)
+
+    finding, line = found(step, np.float32(1), X)
+    assert (finding.pass_, finding.kind, line) == ('forward', 'invalid argument', line_of(step))
+
+
+def test_a_zero_that_a_where_left_is_a_leak_in_a_backward_pass_alone():
+    def step(w, x):
+        kept = jnp.where(x > 1, x, 0.0)
+        return kept / (w - w) * kept  # here
+
+    finding, line = found(step, np.float32(1), X - 2)
+    assert (finding.pass_, finding.kind, line) == ('forward', 'invalid argument', line_of(step))
+
+
+def test_a_nan_that_was_written_down_and_discarded_is_not_named():
+    def step(w, x):
+        spread = jnp.log(x - 0.6).sum() * w  # here
+        return spread, jnp.where(x > 0, spread, jnp.float32('nan')), jnp.var(x) * spread
+
+    finding, line = found(step, np.float32(1), X)
+    assert (finding.op, line) == ('log', line_of(step))
+
+
+def test_a_rate_that_depends_on_no_gradient_is_of_the_update():
+    def step(state, x):
+        gradient = jax.grad(lambda w: jnp.sum(w * x))(state['w'])
+        rate = 1.0 / state['step']  # here
+        return state['w'] - rate * gradient
+
+    finding, line = found(step, {'step': np.float32(0), 'w': np.float32(1)}, X)
+    assert (finding.pass_, line) == ('update', line_of(step))
+
+
+def test_the_layer_is_the_nearest_array_not_a_count():
+    def step(state, x):
+        gradient = jax.grad(lambda w: jnp.sum((x * w['inner']) @ w['outer']))(state['w'])['outer']
+        return gradient / (state['step'] * 1.0)
+
+    state = {'step': np.int32(0), 'w': {'inner': np.float32([[1]]), 'outer': np.ones(4, np.float32)}}
+    state['w']['inner'] = np.ones((1, 4), np.float32)
+    finding = story(step, state, X).finding
+    assert finding.layer.startswith('state/w')
+
+
+def test_examples_that_a_sum_has_no_more():
+    """Of two that are alike both, and not the smaller ones."""
+
+    def step(w, x):
+        return jnp.sum(x * w)
+
+    x = X.copy()
+    x[0, 1], x[2, 3], x[1, 1] = 3e38, 2e38, 1e37
+    finding, _ = found(step, np.float32(1), x)
+    assert (finding.op, finding.kind, finding.examples) == ('reduce_sum', 'overflow', (0, 2))
+
+
+def test_numbers_that_float32_cannot_hold_are_bad_arguments():
+    finding = story(lambda w, x: jnp.sum(w * x), np.float32(1), np.float64([[1, 2], [1e39, 3]])).finding
+    assert (finding.op, finding.source, finding.examples) == ('input', 'batch', (1,))
+
+
+# Faults planted in whole train steps: a sample in which each kind, network and place has its turn.
+# benchmarks/trace_faults.py plants them all.
+
+
+@pytest.mark.parametrize('fault', faulty.spread(faulty.sample()), ids=lambda fault: '-'.join(fault[:3]))
+def test_planted(fault):
+    assert faulty.missed(fault) == {}
+
+
+def test_the_sample_has_each_kind_network_and_place():
+    told = {name for fault in faulty.sample() for name in fault}
+    assert told == {*faulty.SUBJECTS, *faulty.KINDS, *faulty.PLACES}
+
+
+def test_each_time_step_and_example_has_its_turn():
+    faults = faulty.spread(faulty.sample())
+    assert {fault.time_step for fault in faults} == set(range(faulty.T))
+    assert {fault.examples for fault in faults} >= {(n,) for n in range(faulty.B)}
+    assert any(len(fault.examples) == 2 for fault in faults)

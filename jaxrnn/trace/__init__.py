@@ -14,7 +14,7 @@ findings    what a trace tells            values      values and where they came
 equations   what is inside of one         births      what was born bad, and of what kind
 naming      pass, layer, line of code     evaluate    the evaluation
 probe       a step that measures itself   change      what a finite step did otherwise than an earlier one
-sharded     values that differ by device
+sharded     values that differ by device      times       which time step a value is of
 """
 
 from jaxrnn.trace.change import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrnn.axes import unfixed
 from jaxrnn.trace.equations import inner
 from jaxrnn.trace.sharded import COLLECTIVES
 from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
@@ -154,19 +155,25 @@ def _selects(equation: Any) -> bool:
     return held is not None and any(e.primitive.name == 'select_n' for e in held[0].eqns)
 
 
-def largest(values: Sequence[Value], examples: set[str]) -> tuple[int, ...]:
-    """The example of the largest element of an operand, for a result that has no examples any more."""
-    best = -1.0
-    found: tuple[int, ...] = ()
-    for value in values:
-        names = (value.axes.names() | dict(value.axes.fixed).keys()) & examples
-        if not names or not is_float(value.array):
-            continue
-        sizes = np.abs(np.asarray(value.array, np.float64))
-        sizes[np.isnan(sizes)] = np.inf
-        if sizes.size and sizes.max() > best:
-            best = float(sizes.max())
-            index = np.unravel_index(int(sizes.argmax()), sizes.shape)
-            places = value.axes.places([int(n) for n in index])
-            found = tuple(sorted({place for name, place in places.items() if name in examples}))
-    return found
+def largest(values: Sequence[Value], examples: set[str]) -> list[dict[str, int]]:
+    """Where the largest elements of the operands stand, for a result that has no examples any more: all that are at
+    least half as large as the largest, since of two alike neither alone is the cause."""
+    axes = [unfixed(value.axes, dict(value.axes.fixed).keys() - examples) for value in values]
+    told = [
+        (value, meaning)
+        for value, meaning in zip(values, axes, strict=True)
+        if (meaning.names() | dict(meaning.fixed).keys()) & examples and is_float(value.array)
+    ]
+    sizes = [np.abs(np.asarray(value.array, np.float64)) for value, _ in told]
+    for size in sizes:
+        size[np.isnan(size)] = np.inf
+    best = max((size.max() for size in sizes if size.size), default=0.0)
+    return [
+        meaning.places([int(n) for n in index])
+        for (_, meaning), size in zip(told, sizes, strict=True)
+        for index in np.argwhere(size >= best / 2)[:MOST_PLACES]
+    ]
+
+
+MOST_PLACES = 4096
+"""Elements that are looked at one by one."""

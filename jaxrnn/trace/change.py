@@ -168,14 +168,15 @@ class _Names:
     """Pass, layer and line of what was observed."""
 
     def __init__(self, probe: Probe):
-        self.primal = probe.primal()
+        self.flow = probe.flow()
         self.cache: dict[Node, tuple[str, str, str]] = {}
 
     def __call__(self, node: Node) -> tuple[str, str, str]:
         if node not in self.cache:
+            in_pass = pass_of(node, self.flow)
             self.cache[node] = (
-                pass_of(node, self.primal),
-                layer_of(node),
+                in_pass,
+                layer_of(node, in_pass),
                 source_of(node.equation, node.place)[0] if node.equation is not None else node.input,
             )
         return self.cache[node]

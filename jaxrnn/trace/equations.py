@@ -40,7 +40,9 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
     """An equation as a function of its operands that aren't written down."""
     if equation.primitive.name not in OPENED and (held := inner(equation)) is not None:
         # Compiled by itself, a call doesn't consume what it was to be donated.
-        called = jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(*held)))
+        called = core.jaxpr_as_fun(core.ClosedJaxpr(*held))
+        if not is_short(held[0]):
+            called = jax.jit(called)
         values = [v.val if isinstance(v, core.Literal) else None for v in equation.invars]
 
         def call(*arrays: Any) -> list[Any]:
@@ -63,6 +65,19 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
         return list(function(*(by_place[place] for place in places)))
 
     return run
+
+
+SHORT = 16
+"""Equations that are done one by one sooner than they are compiled."""
+
+
+def is_short(jaxpr: Any) -> bool:
+    held = [inner(equation) for equation in jaxpr.eqns if holds(equation) == 'call']
+    return (
+        len(jaxpr.eqns) <= SHORT
+        and not any(equation.primitive.name in OPENED for equation in jaxpr.eqns)
+        and all(is_short(one[0]) for one in held if one is not None)
+    )
 
 
 def last_uses(jaxpr: Any) -> dict[int, list[Any]]:

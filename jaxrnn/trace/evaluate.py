@@ -12,21 +12,31 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxrnn import axes
 from jaxrnn.axes import Axes
-from jaxrnn.trace.births import MOVERS, causes, discarded, is_meant, kind_of, largest, new_elements
+from jaxrnn.trace.births import (
+    MOST_PLACES,
+    MOVERS,
+    causes,
+    discarded,
+    is_meant,
+    kind_of,
+    largest,
+    new_elements,
+)
 from jaxrnn.trace.equations import alone, holds, inner, last_uses, name_of, scan_counts
 from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, Story
-from jaxrnn.trace.naming import chain, code_at, layer_of, marked, origin, pass_of, source_of
+from jaxrnn.trace.naming import Flow, chain, code_at, flow_of, layer_of, marked, origin, pass_of, source_of
 from jaxrnn.trace.sharded import Layout, entered, layout_of, left, sliced, starts, through_collective
+from jaxrnn.trace.times import Times
 from jaxrnn.trace.values import (
     Bad,
     Birth,
     Node,
     Place,
     Value,
-    ancestors,
     caused,
     inherited,
     is_backward,
+    is_float,
     is_key,
     look,
     outwards,
@@ -65,6 +75,14 @@ def first_bad(
     return run.story([value.node for value in outputs])
 
 
+def _turn(node: Node, flow: Flow) -> tuple[bool, bool, int]:
+    """The first of what was born bad sorts lowest."""
+    # A where may have left what is written down, though what it took went bad.
+    is_written = node.birth is not None and node.birth.kind == WRITTEN
+    # JAX puts what the backward pass will need between the equations of the forward pass.
+    return is_written, pass_of(node, flow) in ('backward', 'update'), node.order
+
+
 def named_arguments(arguments: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
     """The leaves of arguments by path, as `state/params/kernel`."""
     found = []
@@ -97,7 +115,7 @@ class Run:
     def __init__(self) -> None:
         self.count = 0
         self.examples: set[str] = set()
-        self.scanned: set[str] = set()  # names of axes that a loop ran over: time
+        self.times = Times()
         self.born: list[Node] = []
         self.nodes: list[Node] = []  # of equations
         self.compiled: dict[tuple, tuple[Any, Callable]] = {}  # by the identity of the jaxpr, which is kept
@@ -114,12 +132,16 @@ class Run:
             self.layout = before
 
     def argument(self, path: str, array: Any, *, is_data: bool) -> Value:
-        array = array if isinstance(array, jax.Array) else jnp.asarray(array)
+        with np.errstate(over='ignore', invalid='ignore'):  # what float32 can't hold is told, not warned of
+            array = array if isinstance(array, jax.Array) else jnp.asarray(array)
         if isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh):
             self.meshes.append(array.sharding.mesh)
         node = Node(0, None, None, (), Bad() if is_key(array) else look(array))
         node.input, node.is_model = path, not is_data
+        if node.is_model and is_float(array):
+            node.shape = array.shape
         meaning = axes.named(path, array.shape) if is_data else axes.unknown(array.shape)
+        self.times.sizes |= {f'{path}:{n}': size for n, size in enumerate(array.shape)}
         value = Value(array, meaning, node)
         if node.bad:
             node.birth = self.birth('input', ~np.isfinite(np.asarray(array)), meaning, [], [(path, array)])
@@ -187,10 +209,17 @@ class Run:
         shape = np.shape(equation.invars[0].aval)
         at = starts([operand.array for operand in operands[1:]], shape, params['slice_sizes'], self.layout)
         params = {**params, 'starts': [0 if start is None else start[0] for start in at]}
-        return [sliced(made, shape, at) for made in self.follow(equation, params, ins, late)]
+        found = [sliced(made, shape, at) for made in self.follow(equation, params, ins, late)]
+        self.times.take(place, ins[0], found[0])
+        return found
 
     def follow(self, equation: Any, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
         """Through what an equation holds, too."""
+        made = self.made(equation, params, ins, late)
+        self.times.see(equation, made)
+        return made
+
+    def made(self, equation: Any, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
         shapes = [np.shape(variable.aval) for variable in equation.outvars]
         match holds(equation):
             case 'call':
@@ -198,7 +227,7 @@ class Run:
                 assert held is not None
                 return self.through(held[0], ins, late)
             case 'scan':
-                return self.through_scan(params, ins, late)
+                return self.through_scan(equation, ins, late)
             case 'while':
                 carried = ins[params['cond_nconsts'] + params['body_nconsts'] :]
                 return [
@@ -229,27 +258,30 @@ class Run:
             known |= zip(equation.outvars, made, strict=True)
         return [read(variable) for variable in jaxpr.outvars]
 
-    def through_scan(self, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
+    def through_scan(self, equation: Any, ins: Sequence[Axes], late: bool) -> list[Axes]:
+        params = equation.params
         _, carried = scan_counts(params)
-        inside, over = self.inside_scan(params, ins, late)
+        inside, over = self.inside_scan(equation, ins, late)
         made = self.through(params['jaxpr'].jaxpr, inside, late)
         over = over or (axes.Factor('', params['length']),)
         return [*made[:carried], *(axes.stacked(a, over) for a in made[carried:])]
 
     def inside_scan(
-        self, params: dict, ins: Sequence[Axes], late: bool
+        self, equation: Any, ins: Sequence[Axes], late: bool
     ) -> tuple[list[Axes], axes.Axis | None]:
         """Of the arguments of a loop's body, and what the loop runs over, if that is known."""
+        params = equation.params
         consts, carried = scan_counts(params)
         xs = ins[consts + carried :]
         over = next((a.axes[0] for a in xs if any(f.name for f in a.axes[0])), None)
-        for factor in (f for a in xs for f in a.axes[0] if f.name):
-            self.scanned.add(factor.name)
+        names = {f.name for a in xs for f in a.axes[0] if f.name}
+        self.times.run_over(equation, names)
         inner = [*ins[: consts + carried], *(axes.along(a) for a in xs)]
         made = self.through(params['jaxpr'].jaxpr, inner, late)
         if any(old.names() != new.names() for old, new in zip(ins[consts:], made[:carried], strict=False)):
             inner[consts : consts + carried] = [
-                new if new.names() else old for old, new in zip(ins[consts:], made[:carried], strict=False)
+                axes.unfixed(new if new.names() else old, names)
+                for old, new in zip(ins[consts:], made[:carried], strict=False)
             ]
         return inner, over
 
@@ -287,7 +319,7 @@ class Run:
                 new, kind = np.isnan(np.asarray(array)), WRITTEN
             else:
                 kind = kind_of(equation, aligned, np.asarray(array), new)
-            if kind in ('infinities', 'invalid argument') and discarded(aligned, new):
+            if kind in ('infinities', 'invalid argument') and node.is_backward() and discarded(aligned, new):
                 kind = LEAK
             self.note(node, kind, new, meaning, operands, array)
 
@@ -310,16 +342,22 @@ class Run:
     ) -> Birth:
         new = self.layout.seen(new)
         places = (
-            [meaning.places(index) for index in np.argwhere(new)[:4096].tolist()]
+            [meaning.places(index) for index in np.argwhere(new)[:MOST_PLACES].tolist()]
             if new.ndim
             else [dict(meaning.fixed)]
         )
-        examples = self.examples_of(places) or largest(values, self.examples)
+        along = meaning.names()
+        examples = self.examples_of(places)
+        if not examples and (found := largest(values, self.examples)):
+            examples, along = self.examples_of(found), along | {name for at in found for name in at}
+            places = [{**of_operand, **at} for at in places[:1] for of_operand in found]
         went_in, came_out = (
             tuple(range_of(*pair) for pair in pairs if not is_key(pair[1])) for pairs in (operands, results)
         )
         devices = self.layout.devices(new)[:MOST_EXAMPLES]
-        return Birth(kind, tuple(places[:64]), examples, int(new.sum()), went_in, came_out, devices)
+        return Birth(
+            kind, tuple(places), frozenset(along), examples, int(new.sum()), went_in, came_out, devices
+        )
 
     def examples_of(self, places: Sequence[dict[str, int]]) -> tuple[int, ...]:
         found = {int(place) for at in places for name, place in at.items() if name in self.examples}
@@ -416,9 +454,12 @@ class Run:
             operands[consts + carried :],
         )
         order = range(length)[::-1] if params['reverse'] else range(length)
+        over = self.times.over(equation)
         found: list[Node | None] = [None] * len(equation.outvars)
         for i in order:
             at = [self.at(x, i) for x in xs]
+            # What is carried is of the iteration now, in whichever direction the loop runs.
+            carry = [value._replace(axes=axes.unfixed(value.axes, over)) for value in carry]
             made = self.iterate(params['jaxpr'], [*fixed, *carry, *at], Place(equation, i, place), found)
             carry = made[:carried]
             for n in range(carried):
@@ -495,47 +536,39 @@ class Run:
     # What it all means.
 
     def story(self, outputs: Sequence[Node]) -> Story:
-        primal = self.primal(outputs)
+        flow = flow_of(self.nodes, outputs)
         reaching = caused([node for node in outputs if node.bad and not is_kept(node)])
-        born = sorted((node for node in self.born if node in reaching), key=lambda node: node.order)
         rest = [node for node in self.born if node not in reaching]
         first = None
-        if born:
-            first = self.finding(born[0], primal)
+        if born := [node for node in self.born if node in reaching]:
+            earliest = min(born, key=lambda node: _turn(node, flow))
+            first = self.finding(earliest, flow)
             leaks = [node for node in born if node.birth is not None and node.birth.kind == LEAK]
-            if any(born[0] in caused([leak]) for leak in leaks):
+            if first.pass_ == 'backward' and any(earliest in caused([leak]) for leak in leaks):
                 first = first._replace(kind=LEAK)
         return Story(
-            first, tuple(self.finding(node, primal)._replace(harmless=True) for node in rest), self.count
+            first, tuple(self.finding(node, flow)._replace(harmless=True) for node in rest), self.count
         )
 
-    def primal(self, outputs: Sequence[Node]) -> set[Node]:
-        """The nodes that the function itself needs, not its derivative alone: those from which a way leads to an
-        output, or to a value that nobody uses, and meets no equation of a backward pass."""
-        used = {parent for node in self.nodes for parent in node.parents}
-        ends = {node for node in self.nodes if node not in used} | set(outputs)
-        ahead = [node for node in ends if not node.is_backward()]
-        return ancestors(ahead, lambda node: not node.is_backward())
-
-    def finding(self, node: Node, primal: set[Node]) -> Finding:
+    def finding(self, node: Node, flow: Flow) -> Finding:
         birth = node.birth
         assert birth is not None
+        in_pass = pass_of(node, flow)
         iterations = tuple(reversed([p.iteration for p in outwards(node.place) if p.iteration is not None]))
-        times = {p for at in birth.places for name, p in at.items() if name in self.scanned}
-        time_step = min(times) if times else (iterations[-1] if iterations else None)
         source, library = (
             source_of(node.equation, node.place) if node.equation is not None else (node.input, '')
         )
         return Finding(
             kind=birth.kind,
-            pass_=pass_of(node, primal),
+            pass_=in_pass,
             op='input' if node.equation is None else name_of(node.equation),
             source=source,
             code=code_at(source),
             library=library,
-            layer=layer_of(node),
+            layer=layer_of(node, in_pass),
             iterations=iterations,
-            time_step=time_step,
+            # An update is of all time steps, whichever of them its gradients were summed of last.
+            time_step=None if in_pass == 'update' else self.times.of(node, self.examples),
             examples=birth.examples,
             elements=birth.elements,
             operands=birth.operands,

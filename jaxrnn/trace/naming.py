@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -19,7 +19,37 @@ from jaxrnn.trace.findings import CHAIN, Link
 from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
 
 
-def pass_of(node: Node, primal: set[Node]) -> str:
+class Flow(NamedTuple):
+    """Which nodes lead where."""
+
+    primal: set[Node]  # to what the function itself needs, not its derivative alone
+    backward: set[Node]  # to a backward pass
+    update: set[Node]  # to what follows a backward pass
+
+
+def flow_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> Flow:
+    """Of all nodes, in the order in which they were made.
+
+    Primal are those from which a way leads to an output, or to a value that nobody uses, and meets no equation of a
+    backward pass.
+    """
+    used = {parent for node in nodes for parent in node.parents}
+    backward = {node for node in nodes if node.is_backward()}
+    ends = [node for node in {*(n for n in nodes if n not in used), *outputs} if node not in backward]
+    after: set[Node] = set()
+    for node in nodes:
+        if node not in backward and any(parent in after or parent in backward for parent in node.parents):
+            after.add(node)
+
+    def is_ahead(node: Node) -> bool:
+        return node not in backward
+
+    return Flow(
+        ancestors(ends, is_ahead), ancestors(list(backward), lambda _: True), ancestors(list(after), is_ahead)
+    )
+
+
+def pass_of(node: Node, flow: Flow) -> str:
     if node.equation is None:
         return 'data'
     if node.is_backward():
@@ -28,8 +58,10 @@ def pass_of(node: Node, primal: set[Node]) -> str:
     if not any(parent.is_model for parent in before):
         return 'data'
     if 'jvp(' in stack(node.equation, node.place):
-        return 'forward' if node in primal else 'backward'
-    return 'update' if any(parent.is_backward() for parent in before) else 'forward'
+        return 'forward' if node in flow.primal else 'backward'
+    # A learning rate depends on no gradient, but is met by one.
+    follows = any(parent.is_backward() for parent in before)
+    return 'update' if follows or (node in flow.update and node not in flow.backward) else 'forward'
 
 
 _TRANSFORM = re.compile(r'^(?:jvp|transpose|vmap|remat|checkpoint|rematted_computation)\((.*)\)$')
@@ -68,18 +100,26 @@ def _split(stack: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def layer_of(node: Node) -> str:
-    """The named scopes of an equation, else the nearest parameter's path without its own name."""
+def layer_of(node: Node, in_pass: str) -> str:
+    """The named scopes of an equation, else the path of the nearest parameter; of an update, which has its parameter's
+    shape, of the nearest that has it."""
     if node.equation is not None and (scopes := _scopes(stack(node.equation, node.place))):
         return '/'.join(scopes)
-    seen, level = {node}, [node]
+    found = sorted(_parameters(node), key=lambda pair: (not pair[1].shape, pair[0], pair[1].input))
+    if in_pass == 'update' and node.equation is not None:
+        shape = node.equation.outvars[0].aval.shape
+        found.sort(key=lambda pair: not shape or pair[1].shape != shape)
+    return found[0][1].input if found else ''
+
+
+def _parameters(node: Node) -> Iterator[tuple[int, Node]]:
+    """Arguments of the model that a value was computed of, and how many equations before."""
+    seen, level, distance = {node}, [node], 0
     while level:
-        paths = sorted(n.input for n in level if n.is_model)
-        if paths:
-            return paths[0]
-        level = list({parent for n in level for parent in n.parents} - seen)
+        yield from ((distance, one) for one in level if one.is_model)
+        level = list({parent for one in level for parent in one.parents} - seen)
         seen |= set(level)
-    return ''
+        distance += 1
 
 
 _LIBRARIES = tuple(

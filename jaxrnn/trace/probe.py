@@ -18,7 +18,7 @@ from jaxrnn.axes import Axes, Factor
 from jaxrnn.trace.births import MOVERS
 from jaxrnn.trace.equations import holds, inner, scan_counts
 from jaxrnn.trace.evaluate import Run, example_names, named_arguments
-from jaxrnn.trace.naming import marked
+from jaxrnn.trace.naming import Flow, flow_of, marked
 from jaxrnn.trace.values import Bad, Node, Place, Value, ancestors, is_backward, is_float, outwards
 from jaxrnn.types import Step, Tree
 
@@ -140,9 +140,9 @@ class Probe:
         """The nodes of which the next state is made, and not a record alone."""
         return ancestors(self.state, lambda node: True)
 
-    def primal(self) -> set[Node]:
-        """The nodes that the step's own values need, as `pass_of` wants them."""
-        return self.run.primal(self.outputs)
+    def flow(self) -> Flow:
+        """Which nodes lead where, as `pass_of` wants them."""
+        return flow_of(self.run.nodes, self.outputs)
 
     # Traced.
 
@@ -236,7 +236,7 @@ class Probe:
         params, body = equation.params, equation.params['jaxpr']
         consts, carried = scan_counts(params)
         late = not is_backward(equation, place)
-        inside, over = self.run.inside_scan(params, [operand.axes for operand in operands], late)
+        inside, over = self.run.inside_scan(equation, [operand.axes for operand in operands], late)
         within = Place(equation, None, place)
         held = [self.run.constant(const) for const in body.consts]
         traced: list[Any] = []
@@ -268,7 +268,7 @@ class Probe:
         last, (stacked, sizes) = lax.scan(step, start, xs, length=params['length'], reverse=params['reverse'])
         within_loop, made = traced
         frame.shapes |= within_loop.shapes
-        loop = _loop_dimension(over, params['length'], self.run.scanned)
+        loop = _loop_dimension(over, params['length'], self.run.times.looped())
         frame.observed += [one._replace(dimensions=(loop, *one.dimensions)) for one in within_loop.observed]
         frame.measured += sizes
         return self._out_of_scan(
@@ -314,7 +314,7 @@ class Probe:
                 EXAMPLE
                 if factor.name in self.run.examples
                 else TIME
-                if factor.name in self.run.scanned
+                if factor.name in self.run.times.looped()
                 else ''
             )
             if kind and kind not in kept:

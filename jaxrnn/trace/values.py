@@ -34,7 +34,18 @@ class Place(NamedTuple):
 class Node:
     """How a value was made. Holds no array."""
 
-    __slots__ = ('bad', 'birth', 'causes', 'equation', 'input', 'is_model', 'order', 'parents', 'place')
+    __slots__ = (
+        'bad',
+        'birth',
+        'causes',
+        'equation',
+        'input',
+        'is_model',
+        'order',
+        'parents',
+        'place',
+        'shape',
+    )
 
     def __init__(self, order: int, equation: Any, place: Place | None, parents: 'tuple[Node, ...]', bad: Bad):
         self.order = order
@@ -46,6 +57,7 @@ class Node:
         self.birth: Birth | None = None
         self.input = ''  # path of an argument, or what was written down
         self.is_model = False  # whether it is an argument that isn't data
+        self.shape: tuple[int, ...] = ()  # of a model's array of weights; a count of steps is none
 
     def is_backward(self) -> bool:
         return self.equation is not None and is_backward(self.equation, self.place)
@@ -77,6 +89,7 @@ class Birth(NamedTuple):
 
     kind: str
     places: tuple[dict[str, int], ...]  # axis name -> place, of the first elements
+    along: frozenset[str]  # names of the axes that the array has, not of those it is one place of
     examples: tuple[int, ...]
     elements: int
     operands: tuple[Range, ...]
