@@ -212,7 +212,10 @@ def test_neighbouring_steps_of_every_library(network):
     change = trace.compare(subject.step, (state, batch), now)
     assert change.absurd is None
     assert change.layers and all(layer.gradient is not None for layer in change.layers)
-    assert len(change.moments) >= faulty.T and change.gates
+    assert change.gates
+    assert len(change.moments) >= (
+        0 if 'unrolled' in network else faulty.T
+    )  # where a loop carries cotangents
     assert len(change.examples) == faulty.B and change.additive
 
 
