@@ -85,7 +85,12 @@ def main(arguments: list[str]) -> int:
     values = flags.FLAGS
     if values.repeats < 1 or values.others_every < 0:
         raise UserError('--repeats: at least 1 expected; --others_every: at least 0')
-    planted = faulty.spread(faulty.FAULTS * values.repeats, values.seed)
+    networks = values.networks.split(',') if values.networks else list(faulty.SUBJECTS)
+    if unknown := set(networks) - set(faulty.SUBJECTS):
+        raise UserError(f'--networks: {min(unknown)!r} found, of {", ".join(faulty.SUBJECTS)} expected')
+    planted = faulty.spread(
+        [fault for fault in faulty.FAULTS if fault[0] in networks] * values.repeats, values.seed
+    )
     wrong: list[dict[str, Any]] = []
     right = collections.Counter[str]()
     others = {'jax_debug_nans': by_debug_nans, 'checkify': by_checkify}
@@ -132,6 +137,7 @@ def main(arguments: list[str]) -> int:
 common.define(
     'run', 'repeats', 1, 'How often to plant each kind in each place, at other time steps and examples.'
 )
+common.define('run', 'networks', '', 'Only these, comma-separated.')
 common.define('run', 'seed', 0, 'Of the time steps and examples.')
 common.define('run', 'others_every', 8, "Give every n-th fault to JAX's own tools; 0: none.")
 common.define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')

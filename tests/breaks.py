@@ -436,7 +436,7 @@ def nan_in_the_row_of_a_letter(state, batch, places):
     paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
     kernel = next(
         n for n, path in enumerate(paths)
-        if places.layer in path and not {'mu', 'nu'} & set(path.split('/')) and places.letters in leaves[n][1].shape
+        if any(layer in path for layer in places.layers) and not {'mu', 'nu'} & set(path.split('/')) and places.letters in leaves[n][1].shape
     )  # fmt: skip
     arrays = [np.array(leaf) for _, leaf in leaves]
     axis = arrays[kernel].shape.index(places.letters)
@@ -450,7 +450,7 @@ class Places(NamedTuple):
     time_step: int
     examples: tuple[int, ...]
     time_major: bool
-    layer: str
+    layers: tuple[str, ...]
     letters: int  # how many there are
 
 

@@ -439,7 +439,7 @@ def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:
         return step, state, batch, kind.source
     time_major = batch_leaf(batch, 'letters').shape[0] == T
     letters = V + (fault.network in OURS)
-    where = Places(fault.time_step, fault.examples, time_major, subject.layers['cell'][0], letters)
+    where = Places(fault.time_step, fault.examples, time_major, subject.layers['cell'], letters)
     return step, *kind.function(state, batch, where)
 
 
