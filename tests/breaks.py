@@ -434,12 +434,15 @@ def nan_in_inputs(state, batch, places):
 def nan_in_the_row_of_a_letter(state, batch, places):
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
-    kernel = next(
-        n for n, path in enumerate(paths)
-        if any(layer in path for layer in places.layers) and not {'mu', 'nu'} & set(path.split('/')) and places.letters in leaves[n][1].shape
-    )  # fmt: skip
+
+    def is_kernel(path, shape):
+        """haiku keeps both kernels in one, the letters' rows first."""
+        of_layer = any(layer in path for layer in places.layers) and not {'mu', 'nu'} & set(path.split('/'))
+        return of_layer and max(shape, default=0) >= places.letters
+
+    kernel = next(n for n, path in enumerate(paths) if is_kernel(path, np.shape(leaves[n][1])))
     arrays = [np.array(leaf) for _, leaf in leaves]
-    axis = arrays[kernel].shape.index(places.letters)
+    axis = int(np.argmax(arrays[kernel].shape))
     np.moveaxis(arrays[kernel], axis, 0)[3] = np.nan
     return jax.tree.unflatten(structure, arrays), batch, f'state/{paths[kernel]}'
 
