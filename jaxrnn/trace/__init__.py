@@ -13,6 +13,7 @@ The one module that reads jaxprs, through `jax.extend.core` alone. A file each:
 findings    what a trace tells            values      values and where they came from
 equations   what is inside of one         births      what was born bad, and of what kind
 naming      pass, layer, line of code     evaluate    the evaluation
+retrace     a step compiled once more, with what is noticed of each value
 probe       a step that measures itself   change      what a finite step did otherwise than an earlier one
 sharded     values that differ by device      times       which time step a value is of
 """

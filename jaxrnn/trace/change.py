@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxrnn.trace.findings import MOST_EXAMPLES
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
-from jaxrnn.trace.probe import EXAMPLE, TIME, Measured, Observed, Probe, Size, is_data
+from jaxrnn.trace.probe import Measured, Probe, Size
+from jaxrnn.trace.retrace import EXAMPLE, TIME, Observed, is_data
 from jaxrnn.trace.values import Node
 from jaxrnn.types import Step, Tree
 
@@ -201,7 +202,7 @@ def _layers(before: Measured, now: Measured) -> tuple[Layer, ...]:
 def _gates(probe: Probe, names: _Names, before: Measured, now: Measured) -> tuple[Gate, ...]:
     made = []
     for one, old, new in zip(probe.observed, before.sizes, now.sizes, strict=True):
-        if not one.saturates or names(one.node)[0] != 'forward':
+        if not one.about or names(one.node)[0] != 'forward':
             continue
         assert old.saturated is not None and new.saturated is not None
         rise = new.saturated - old.saturated
@@ -210,7 +211,7 @@ def _gates(probe: Probe, names: _Names, before: Measured, now: Measured) -> tupl
             time_step = one.dimensions[0].places[int(rise.argmax())]
         _, layer, source = names(one.node)
         saturated = Pair(float(old.saturated.mean()), float(new.saturated.mean()))
-        made.append(Gate(layer, one.saturates, source, saturated, time_step))
+        made.append(Gate(layer, one.about, source, saturated, time_step))
     return tuple(sorted(_numbered(made), key=lambda gate: gate.saturated.before - gate.saturated.now))
 
 
