@@ -429,8 +429,8 @@ def _turns(rng: np.random.Generator, items: Sequence[Any]) -> Iterator[Any]:
 def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:
     """The step, its state and its batch, to be traced within `strike_at`; and what a trace must name: a line of code,
     or the path of what was given."""
-    subject, kind = _subject(fault.network), KINDS[fault.kind]
-    state, batch = _init(fault.network), subject.batch(fault.time_step, *fault.examples)
+    subject, kind = subject_of(fault.network), KINDS[fault.kind]
+    state, batch = init_of(fault.network), subject.batch(fault.time_step, *fault.examples)
 
     def step(state, batch):  # a new function each time, since JAX remembers what it has traced
         return subject.step(state, batch)
@@ -443,8 +443,8 @@ def planted(fault: Fault) -> tuple[Callable, Any, Any, str]:
     return step, *kind.function(state, batch, where)
 
 
-_subject = functools.cache(lambda network: SUBJECTS[network]())
-_init = functools.cache(lambda network: _subject(network).init())
+subject_of = functools.cache(lambda network: SUBJECTS[network]())
+init_of = functools.cache(lambda network: subject_of(network).init())
 
 
 def expected_pass(fault: Fault) -> str:
@@ -485,7 +485,7 @@ def missed(fault: Fault) -> dict[str, tuple[Any, Any]]:
 
 def _layers(fault: Fault) -> tuple[str, ...]:
     """What the layer may be called; anything where no single one is struck."""
-    layers = _subject(fault.network).layers
+    layers = subject_of(fault.network).layers
     if fault.kind == 'NaN in the row of a letter':
         return layers['cell']
     return layers.get('dense' if fault.place == 'update of a layer' else fault.place.split()[0], ('',))

@@ -1011,5 +1011,6 @@ def faults_beside(steps: dict[str, Healthy]) -> dict[str, faulty.Fault]:
 def missed_beside(healthy: Healthy, fault: faulty.Fault) -> dict[str, tuple[Any, Any]]:
     """What a trace says otherwise than it should of the fault."""
     with made(healthy) as subject, pytest.MonkeyPatch.context() as patch:
-        patch.setitem(faulty.SUBJECTS, fault.network, lambda: subject)
+        patch.setattr(faulty, 'subject_of', lambda network: subject)
+        patch.setattr(faulty, 'init_of', lambda network: subject.init())
         return faulty.missed(fault)

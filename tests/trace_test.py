@@ -299,6 +299,17 @@ def test_what_keeps_its_shape_and_not_its_places(moved):
     assert (finding.op, line) == ('log', line_of(step))
 
 
+def test_a_product_of_square_matrices_is_not_taken_element_by_element():
+    """Its other rows go bad of the one that was: no new cause, although all three have one shape."""
+
+    def f(w, x):
+        x = x.at[5].set(x[5] * jnp.nan)
+        return w.T @ (x @ w)
+
+    found = trace.first_bad(f, jnp.ones((8, 8)), jnp.ones((8, 8))).finding
+    assert (found.op, found.kind, found.examples) == ('mul', trace.WRITTEN, (5,))
+
+
 def test_arguments_stay_as_they_are():
     """Whatever is donated elsewhere, a trace consumes nothing."""
     w = jnp.ones((4, 2))

@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxrnn.axes import unfixed
 from jaxrnn.trace.equations import inner
-from jaxrnn.trace.sharded import COLLECTIVES
 from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
@@ -23,7 +22,7 @@ def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) ->
     if not struck:
         return bad
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
-    if equation.primitive.name not in COLLECTIVES and elementwise(floats, array):
+    if elementwise(equation, floats, array):
         was_bad = functools.reduce(np.logical_or, (~np.isfinite(value) for value in floats))
         was_nan = functools.reduce(np.logical_or, (np.isnan(value) for value in floats))
         return (bad & ~was_bad) | (nan & ~was_nan)
@@ -64,8 +63,10 @@ MOVERS = frozenset(
 """What they give was given to them; a narrower type is the one way in which something may go bad."""
 
 
-def elementwise(operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
-    """Whether each operand has an element for each of the result's."""
+def elementwise(equation: Any, operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
+    """Whether each element of the result is of the operands' elements at its place, and there is one of each."""
+    if equation.primitive.name not in ELEMENTWISE:
+        return False
     try:
         return bool(operands) and all(
             np.broadcast_shapes(o.shape, result.shape) == result.shape for o in operands
@@ -74,13 +75,42 @@ def elementwise(operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
         return False
 
 
+ELEMENTWISE = frozenset(
+    (
+        *(
+            'add',
+            'add_any',
+            'sub',
+            'mul',
+            'div',
+            'rem',
+            'neg',
+            'abs',
+            'sign',
+            'max',
+            'min',
+            'clamp',
+            'select_n',
+        ),
+        *('pow', 'integer_pow', 'square', 'sqrt', 'rsqrt', 'cbrt', 'exp', 'exp2', 'expm1', 'log', 'log1p'),
+        *('sin', 'cos', 'tan', 'asin', 'acos', 'atan', 'atan2', 'sinh', 'cosh', 'tanh'),
+        *('asinh', 'acosh', 'atanh', 'logistic', 'erf', 'erfc', 'erf_inv', 'lgamma', 'digamma', 'polygamma'),
+        *('igamma', 'igammac', 'igamma_grad_a', 'regularized_incomplete_beta', 'zeta', 'random_gamma_grad'),
+        *('bessel_i0e', 'bessel_i1e', 'nextafter', 'floor', 'ceil', 'round', 'reduce_precision'),
+        *('complex', 'conj', 'real', 'imag', 'convert_element_type', 'copy', 'copy_p', 'stop_gradient'),
+        *('device_put', 'reshard', 'sharding_constraint', 'pvary', 'pcast'),
+    )
+)
+"""Primitives that compute element by element. A matrix product of square matrices has their shape and is none."""
+
+
 def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Cause, ...]:
-    """Which operands made a result bad: as `inherited`, but place by place where that explains all of it, and of a
-    select what it selects."""
+    """Which operands made a result bad: as `inherited`, but element by element where it is computed so, and of a select
+    what it selects."""
     anyhow = inherited([operand.node for operand in operands], look(array))
     floats = [operand for operand in operands if is_float(operand.array)]
     values = [np.asarray(operand.array) for operand in floats]
-    if not elementwise(values, array):
+    if not elementwise(equation, values, array):
         return anyhow
     taken: list[Any] = [np.True_] * len(floats)
     if equation.primitive.name == 'select_n':
@@ -90,8 +120,6 @@ def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple
     some_nan = functools.reduce(np.logical_or, nans)
     some_infinity = functools.reduce(np.logical_or, infinities)
     nan, infinite = np.isnan(array), np.isinf(array)
-    if ((nan | infinite) & ~(some_nan | some_infinity)).any():  # as where a square matrix is transposed
-        return anyhow
     found = []
     for operand, is_nan, is_infinite in zip(floats, nans, infinities, strict=True):
         ways = {
@@ -114,7 +142,7 @@ def is_meant(operand: Value) -> bool:
 def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np.ndarray) -> str:
     name = equation.primitive.name
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
-    alike = elementwise(floats, array)
+    alike = elementwise(equation, floats, array)
     at = [np.broadcast_to(value, array.shape)[new] if alike else value for value in floats]
     if any(np.isinf(value).any() for value in at):
         return 'infinities'
@@ -129,13 +157,13 @@ def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np
     return 'invalid argument' if np.isnan(array[new]).any() else 'overflow'
 
 
-def discarded(operands: Sequence[Value], new: np.ndarray) -> bool:
+def discarded(equation: Any, operands: Sequence[Value], new: np.ndarray) -> bool:
     """Whether a cotangent is zero there, and a where may have put it there, a few equations before."""
     for operand in operands:
         if not operand.node.is_backward():
             continue
         array = np.asarray(operand.array)
-        if not elementwise([array], new) or not (np.broadcast_to(array, new.shape)[new] == 0).any():
+        if not elementwise(equation, [array], new) or not (np.broadcast_to(array, new.shape)[new] == 0).any():
             continue
         nodes, depth = [operand.node], 0
         while nodes and depth < 6:

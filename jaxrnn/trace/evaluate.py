@@ -319,7 +319,11 @@ class Run:
                 new, kind = np.isnan(np.asarray(array)), WRITTEN
             else:
                 kind = kind_of(equation, aligned, np.asarray(array), new)
-            if kind in ('infinities', 'invalid argument') and node.is_backward() and discarded(aligned, new):
+            if (
+                kind in ('infinities', 'invalid argument')
+                and node.is_backward()
+                and discarded(equation, aligned, new)
+            ):
                 kind = LEAK
             self.note(node, kind, new, meaning, operands, array)
 
