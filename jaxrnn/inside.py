@@ -35,6 +35,7 @@ class Look(NamedTuple):
     change: trace.Change | None  # of a finite step against an earlier one
     against: int | None  # that one's number
     screens: tuple[dict[str, Any], ...] = ()  # what JAX's own tools say, as checks of a diagnosis
+    shadowed: trace.Shadowed | None = None  # what float64 says, where it was asked for
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
@@ -50,6 +51,7 @@ def look(
     finite: bool = False,
     against: int | None = None,
     screens: Sequence[str] = (),
+    float64: bool = False,
 ) -> Look:
     """Evaluates one step of a run on the very state that it started from.
 
@@ -59,6 +61,7 @@ def look(
         finite: whether its record says that all is finite; else that is looked into first.
         against: an earlier step to hold a finite one against; the last ordinary one if not given.
         screens: of SCREENS, JAX's own tools to be asked, too.
+        float64: whether to compute the step in float64 beside it, and say where digits are lost.
 
     Raises:
         UserError: there is no checkpoint before the step.
@@ -74,8 +77,9 @@ def look(
             if against is not None:
                 before = Replayer(subject).state(against), subject.batch_at(against)
                 change = trace.compare(subject.step, before, now)
+        shadowed = trace.lost_precision(subject.step, *now) if float64 else None
     told = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
-    return Look(step, story, change, None if change is None else against, told)
+    return Look(step, story, change, None if change is None else against, told, shadowed)
 
 
 def into(

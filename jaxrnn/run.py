@@ -142,7 +142,12 @@ def bisect_run(
 
 
 def look_into_run(
-    directory: str | os.PathLike, step: int, *, against: int | None = None, screens: Sequence[str] = ()
+    directory: str | os.PathLike,
+    step: int,
+    *,
+    against: int | None = None,
+    screens: Sequence[str] = (),
+    float64: bool = False,
 ) -> tuple[inside.Look, list[str]]:
     """Looks into one step of a run (see `inside.look`).
 
@@ -162,7 +167,9 @@ def look_into_run(
             raise UserError(f'{flag}: {value} found, but the run has steps 0 to {opened.records[-1]["step"]}')
     if against == step:
         raise UserError(f'--against: {against} found, another step than --step expected')
-    look = inside.look(_subject(opened, opened.records), step, against=against, screens=screens)
+    look = inside.look(
+        _subject(opened, opened.records), step, against=against, screens=screens, float64=float64
+    )
     return look, words_of(opened, step)
 
 

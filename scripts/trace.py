@@ -6,6 +6,7 @@
 Of a NaN or an infinity it names the operation with its source line, the pass, the layer, the time step and the words,
 and what went in and came out; what was bad but reached no output is listed as harmless. A step in which all is finite
 is held against an earlier one: which parameters, gates, time steps, words and operations have most of the change.
+--float64 names the first operation that loses its digits.
 bisect.py does the same for the step it names.
 """
 
@@ -31,7 +32,9 @@ def main(arguments: list[str]) -> int:
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
     screens = [name for name in inside.SCREENS if flags.FLAGS[name].value]
-    look, words = run.look_into_run(directory, step, against=flags.FLAGS.against, screens=screens)
+    look, words = run.look_into_run(
+        directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
+    )
     if flags.FLAGS.json:
         common.print_json(report.look_json(look, words))
     else:
@@ -50,6 +53,7 @@ common.define(
 )
 common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
 common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")
+common.define('trace', 'float64', False, 'Compute the step in float64, too, and name what loses its digits.')
 
 if __name__ == '__main__':
     common.main(main, __doc__)

@@ -128,6 +128,52 @@ def test_a_change_without_a_loss_or_examples():
     assert 'records without a loss' in screen and 'size' in screen
 
 
+SHADOWED = trace.Shadowed(
+    trace.Lost('forward', 'sub', 'a.py:3', 'a - b', 'norm', 4, (1,), 2.625, 2.1e-7),
+    {'state/w': 1.3e-5, 'record/loss': 2.625},
+    ('custom_linear_solve',),
+)
+
+BESIDE_FLOAT64 = """
+digits lost, error 2.1e-07 → 2.62; forward pass: sub at a.py:3, layer norm, time
+step 4, example 1 (stone)
+  a - b
+
+ record or update  error beside float64
+ ──────────────────────────────────────
+ record/loss                       2.62
+ state/w                        1.3e-05
+
+not computed in float64: custom_linear_solve
+"""
+
+
+def test_what_float64_says():
+    screen = shown(report.looked(inside.Look(12, None, None, None, shadowed=SHADOWED), WORDS))
+    assert screen.strip() == BESIDE_FLOAT64.strip()
+    nothing = trace.Shadowed(None, {'record/loss': 2e-7}, ())
+    screen = shown(report.looked(inside.Look(12, None, None, None, shadowed=nothing), WORDS))
+    assert 'lost' not in screen and '2e-07' in screen
+
+
+def test_what_float64_says_as_json():
+    told = report.look_json(inside.Look(12, None, None, None, shadowed=SHADOWED), WORDS)['float64']
+    assert told['lost'] == {
+        'pass': 'forward',
+        'op': 'sub',
+        'source': 'a.py:3',
+        'layer': 'norm',
+        'time_step': 4,
+        'examples': [1],
+        'words': ['stone'],
+        'code': 'a - b',
+        'error': 2.625,
+        'of_operands': 2.1e-7,
+    }
+    assert told['outputs'] == SHADOWED.outputs and told['restarted'] == ['custom_linear_solve']
+    assert report.look_json(LOOK)['float64'] is None
+
+
 @pytest.mark.parametrize('words', [WORDS, []])
 def test_json_has_no_nan(words):
     example = trace.Example(1, Pair(0.5, float('inf')), float('nan'), float('nan'))

@@ -150,11 +150,13 @@ def test_trace_of_a_healthy_step(trained):
 
 def test_trace_holds_a_finite_step_against_an_earlier_one(trained):
     directory, _ = trained
-    done = call('trace', f'--run_dir={directory}', '--step=9', '--against=4', '--checkify', '--json')
+    asked = '--checkify', '--float64', '--json'
+    done = call('trace', f'--run_dir={directory}', '--step=9', '--against=4', *asked)
     assert done.returncode == 0, done.stderr
     told = last_json(done)
     assert told['finding'] is None and (told['step'], told['against']) == (9, 4)
     assert told['checks'] == [{'name': 'checkify', 'ok': True, 'value': 0.0, 'why': 'found nothing'}]
+    assert told['float64']['lost'] is None and 0 < told['float64']['outputs']['record/loss'] < 1e-5
     rows = [json.loads(line) for line in (directory / 'records.jsonl').read_text().splitlines()]
     before, _, now = told['change']['scores']['loss']
     np.testing.assert_allclose([before, now], [rows[4]['loss'], rows[9]['loss']], rtol=1e-5)

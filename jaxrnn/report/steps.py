@@ -28,6 +28,8 @@ def looked(look: inside.Look, words: Sequence[str] = ()) -> RenderableType:
         parts += _told(look.story, look.step, words)
     if look.change is not None:
         parts += [Text(), *_changed(look, words)]
+    if look.shadowed is not None:
+        parts += _shadowed(look.shadowed, words)
     return Group(*parts, *(check(one) for one in look.screens))
 
 
@@ -68,6 +70,7 @@ def look_json(look: inside.Look, words: Sequence[str] = ()) -> dict[str, Any]:
         'against': look.against,
         'change': None if change is None else _change_json(change, words),
         'checks': list(look.screens),
+        'float64': None if look.shadowed is None else _shadowed_json(look.shadowed, words),
     }
 
 
@@ -150,6 +153,51 @@ def _ranges(finding: trace.Finding) -> RenderableType:
             numbers = (one.low, one.high, one.nans or None, one.infinities or None)
             made.add_row(title, one.name, shape, one.dtype, *map(number, numbers))
     return made
+
+
+# What float64 says.
+
+
+def _shadowed(shadowed: trace.Shadowed, words: Sequence[str]) -> list[RenderableType]:
+    lost = shadowed.lost
+    lines: list[RenderableType] = []
+    if lost is not None:
+        said = Text(f'digits lost, error {pair((lost.of_operands, lost.error))}; ', style='bold red')
+        lines.append(said.append_text(place(_lost_place(lost, words))))
+        if lost.code:
+            lines.append(Text(f'  {lost.code}', style='cyan'))
+    worst = sorted(shadowed.outputs, key=lambda path: -shadowed.outputs[path])[:MOST]
+    made = table('record or update', 'error beside float64', left=('record or update',))
+    for path in worst:
+        made.add_row(path, number(shadowed.outputs[path]))
+    lines.append(made)
+    if shadowed.restarted:
+        lines.append(Text(f'not computed in float64: {", ".join(shadowed.restarted)}', style='dim'))
+    return lines
+
+
+def _lost_place(lost: trace.Lost, words: Sequence[str]) -> dict[str, Any]:
+    return {
+        'pass': lost.pass_,
+        'op': lost.op,
+        'source': lost.source,
+        'layer': lost.layer,
+        'time_step': lost.time_step,
+        'examples': list(lost.examples),
+        'words': _named(lost.examples, words),
+    }
+
+
+def _shadowed_json(shadowed: trace.Shadowed, words: Sequence[str]) -> dict[str, Any]:
+    lost = shadowed.lost
+    told = None
+    if lost is not None:
+        told = _lost_place(lost, words) | {
+            'code': lost.code,
+            'error': lost.error,
+            'of_operands': lost.of_operands,
+        }
+    return {'lost': told, 'outputs': shadowed.outputs, 'restarted': list(shadowed.restarted)}
 
 
 # What changed.

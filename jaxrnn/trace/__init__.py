@@ -6,7 +6,8 @@ opened only where something bad comes out of it: of a loop only the iterations i
 bad. Each value knows from which equations it came, and what its axes mean (`axes`). At the end the bad outputs
 are followed back to where the first bad value was born; what was bad but reached no output is harmless.
 
-A step in which all is finite is compared with an earlier one instead: every equation's size in both.
+A step in which all is finite is compared with an earlier one instead: every equation's size in both. Computed in
+float64 beside itself, it shows where digits are lost.
 
 The one module that reads jaxprs, through `jax.extend.core` alone. A file each:
 
@@ -15,17 +16,20 @@ equations   what is inside of one         births      what was born bad, and of 
 naming      pass, layer, line of code     evaluate    the evaluation
 retrace     a step compiled once more, with what is noticed of each value
 probe       a step that measures itself   change      what a finite step did otherwise than an earlier one
+shadow      a step in float64 beside itself
 sharded     values that differ by device      times       which time step a value is of
 """
 
 from jaxrnn.trace.change import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
 from jaxrnn.trace.evaluate import first_bad
 from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, Story
+from jaxrnn.trace.shadow import LOST, Lost, Shadowed, lost_precision
 
 __all__ = [
     'ABSURD',
     'KINDS',
     'LEAK',
+    'LOST',
     'MOST_EXAMPLES',
     'WRITTEN',
     'Change',
@@ -35,10 +39,13 @@ __all__ = [
     'Layer',
     'Leap',
     'Link',
+    'Lost',
     'Moment',
     'Pair',
     'Range',
+    'Shadowed',
     'Story',
     'compare',
     'first_bad',
+    'lost_precision',
 ]

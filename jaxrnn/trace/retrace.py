@@ -69,6 +69,9 @@ class Noticed(NamedTuple):
 Compute = Callable[[Any, Sequence[Any]], Sequence[Any]]
 """An equation and its operands, those written down too -> its results."""
 
+Lift = Callable[[Any], Any]
+"""What is written down, or an array -> what is carried through loops in its place."""
+
 Notice = Callable[[Value, bool], Noticed | None]
 """A value, and whether a loop carries it."""
 
@@ -96,7 +99,9 @@ class Retrace:
         self.outputs: list[Value] = []
         self.out_paths = [path for path, _ in named_arguments(self.shapes, ('state', 'record'))]
 
-    def trace(self, leaves: Sequence[Any], compute: Compute, notice: Notice) -> Frame:
+    def trace(
+        self, leaves: Sequence[Any], compute: Compute, notice: Notice, lift: Lift = lambda array: array
+    ) -> Frame:
         """Traces the step for these leaves. Arguments, outputs and frame are those of the last time."""
         self.run.nodes = []
         self.arguments = [
@@ -104,7 +109,7 @@ class Retrace:
         ]
         self.frame = Frame()
         consts = [self.run.constant(const) for const in self.closed.consts]
-        pass_over = _Pass(self.run, compute, notice)
+        pass_over = _Pass(self.run, compute, notice, lift)
         self.outputs = pass_over.evaluate(self.closed.jaxpr, consts, self.arguments, None, self.frame)
         return self.frame
 
@@ -131,8 +136,8 @@ class Retrace:
 class _Pass:
     """One time that a step is traced."""
 
-    def __init__(self, run: Run, compute: Compute, notice: Notice):
-        self.run, self.compute, self.notice = run, compute, notice
+    def __init__(self, run: Run, compute: Compute, notice: Notice, lift: Lift):
+        self.run, self.compute, self.notice, self.lift = run, compute, notice, lift
 
     def evaluate(
         self,
@@ -182,6 +187,7 @@ class _Pass:
         late = not is_backward(equation, place)
         inside, over = self.run.inside_scan(equation, [operand.axes for operand in operands], late)
         within = Place(equation, None, place)
+        operands = [operand._replace(array=self.lift(operand.array)) for operand in operands]
         held = [self.run.constant(const) for const in body.consts]
         begin = [self.run.node(equation, within, (operand.node,), Bad()) for operand in operands[consts:]]
         nodes = [

@@ -1,0 +1,287 @@
+"""A step computed twice, as it is and in float64: the first operation that loses its digits.
+
+Each equation is given both the step's own operands and float64 ones, which were computed in float64 from the same
+arguments. Rounding errors are small nearly everywhere; where two large numbers cancel, what is left may be nothing but
+them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from jaxrnn.trace.findings import MOST_EXAMPLES
+from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
+from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Noticed, Observed, Retrace, is_data, is_record
+from jaxrnn.trace.values import Node, Value, ancestors, is_float, is_key
+from jaxrnn.types import Step, Tree
+
+LOST = 0.1
+"""Error of a result over its largest element, from where on its digits count as lost."""
+
+MOVED = 8
+"""Operands looked at of what joins many."""
+
+SOUND = 0.01
+"""Error up to which operands are not to blame. Between the two lie a bfloat16's, of 0.004."""
+
+
+class Twin(NamedTuple):
+    """A value as the step computes it, and in float64."""
+
+    own: Any
+    wide: Any
+
+
+class Lost(NamedTuple):
+    """An operation whose operands are sound, and whose result isn't."""
+
+    pass_: str
+    op: str
+    source: str
+    code: str
+    layer: str
+    time_step: int | None
+    examples: tuple[int, ...]  # the first MOST_EXAMPLES of those with half of the error
+    error: float  # largest, over the largest element in float64
+    of_operands: float  # the largest of theirs
+
+
+class Shadowed(NamedTuple):
+    """What float64 says of a step."""
+
+    lost: Lost | None  # the first that reaches an output in which digits are lost
+    outputs: dict[str, float]  # error of each record and of each leaf's update, by path
+    restarted: tuple[
+        str, ...
+    ]  # operations whose float64 was taken from the step itself, as they take no other
+
+
+def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None) -> Shadowed:
+    """Computes a step as it is and in float64, and names the first operation that loses its digits.
+
+    A loop that counts (`while_loop`) and a branch (`cond`) are computed as they are, and float64 goes on from their
+    results. What isn't finite is left to `first_bad`.
+
+    Args:
+        step: `(state, batch) -> (state, record)`, a pure function.
+        state, batch: what it is given.
+        example_axes: as in `first_bad`.
+    """
+    traced = Retrace(step, state, batch, example_axes=example_axes)
+    shadow = _Shadow(traced)
+    with jax.enable_x64(True):
+        errors, outputs = jax.jit(shadow.measure)(jax.tree.leaves((state, batch)))
+        errors, outputs = jax.device_get((errors, outputs))
+    told = {path: float(error) for path, error in zip(shadow.paths, outputs, strict=True)}
+    ends = [node for node, error in zip(shadow.ends, outputs, strict=True) if error >= LOST]
+    lost = _first(traced, errors, ends) or _drowned(traced, ends)
+    return Shadowed(lost, told, tuple(sorted(shadow.restarted)))
+
+
+class _Shadow:
+    """What is computed and noticed."""
+
+    def __init__(self, traced: Retrace):
+        self.traced = traced
+        self.restarted: set[str] = set()
+        self.paths: list[str] = []
+        self.ends: list[Node] = []
+
+    def measure(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Errors of all that is observed, and of the outputs."""
+        frame = self.traced.trace([_twin(leaf) for leaf in leaves], self.compute, self.notice, _twin)
+        before = {
+            path: value
+            for (path, _), value in zip(self.traced.leaves, self.traced.arguments, strict=True)
+            if not is_data(path)
+        }
+        errors: list[Any] = []
+        self.paths, self.ends = [], []
+        for path, value in zip(self.traced.out_paths, self.traced.outputs, strict=True):
+            array = _twin(value.array)
+            if not is_float(array.own) or not np.size(array.own):
+                continue
+            old = before.get(path)
+            if old is not None and not is_record(
+                path
+            ):  # of a parameter's new value the update is a small part
+                array = Twin(array.own - old.array.own, array.wide - old.array.wide)
+            errors.append(_error(array, tuple(range(jnp.ndim(array.own)))))
+            self.paths.append(path)
+            self.ends.append(value.node)
+        return frame.measured, errors
+
+    def compute(self, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+        twins = [_twin(operand) for operand in operands]
+        given = [
+            twin.own
+            for variable, twin in zip(equation.invars, twins, strict=True)
+            if not isinstance(variable, core.Literal)
+        ]
+        own = self.traced.run.alone(equation)(*given)
+        if not any(is_float(array) for array in own):
+            return [Twin(array, array) for array in own]
+        wide = self._in_float64(equation, [twin.wide for twin in twins])
+        if wide is None:
+            self.restarted.add(equation.primitive.name)
+            return [_twin(array) for array in own]
+        return [
+            Twin(*pair) if is_float(pair[0]) else Twin(pair[0], pair[0])
+            for pair in zip(own, wide, strict=True)
+        ]
+
+    def _in_float64(self, equation: Any, operands: Sequence[Any]) -> Sequence[Any] | None:
+        """An equation's results of float64 operands, None if it takes no such."""
+        if equation.primitive.name == 'reduce_precision':
+            return operands[:1]
+        try:
+            params = {name: _widened(name, value) for name, value in equation.params.items()}
+
+            def run(*arrays: Any) -> Sequence[Any]:
+                made = equation.primitive.bind(*arrays, **params)
+                return made if equation.primitive.multiple_results else [made]
+
+            jax.jit(run).lower(*(jax.typeof(jnp.asarray(operand)) for operand in operands))
+            return run(*operands)
+        except Exception:  # whatever a primitive says of a type that it wasn't traced for
+            return None
+
+    def notice(self, value: Value, carried: bool) -> Noticed | None:
+        array = _twin(value.array)
+        if not is_float(array.own) or not np.size(array.own):
+            return None
+        kept, dimensions = self.traced.kept(value.axes)
+        factors = [factor.size for axis in value.axes.axes for factor in axis]
+        gone = tuple(n for n in range(len(factors)) if n not in kept)
+        shaped = Twin(array.own.reshape(factors), array.wide.reshape(factors))
+        return Noticed(dimensions, None, _error(shaped, gone))
+
+
+def _twin(array: Any) -> Twin:
+    if isinstance(array, Twin):
+        return array
+    if is_key(array) or not is_float(array):
+        return Twin(array, array)
+    return Twin(array, lax.convert_element_type(jnp.asarray(array), _wide(jnp.result_type(array))))
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+
+
+def _widened(name: str, value: Any) -> Any:
+    """A parameter of an equation for float64 operands."""
+    if name in ('new_dtype', 'preferred_element_type', 'dtype') and value is not None:
+        return _wide(value) if jnp.issubdtype(value, jnp.inexact) else value
+    if isinstance(value, core.Jaxpr):  # the sum of two scalars, as a scatter has it
+        avals: list[Any] = [variable.aval for variable in value.invars]
+        wide = [jax.ShapeDtypeStruct(aval.shape, _wide(aval.dtype)) for aval in avals]
+        return jax.make_jaxpr(lambda *arrays: _reduced(value, arrays))(*wide).jaxpr
+    return value
+
+
+def _reduced(jaxpr: Any, arrays: Sequence[Any]) -> list[Any]:
+    values = dict(zip(jaxpr.invars, arrays, strict=True))
+    for equation in jaxpr.eqns:
+        made = equation.primitive.bind(*(values[v] for v in equation.invars), **equation.params)
+        values[equation.outvars[0]] = made
+    return [values[variable] for variable in jaxpr.outvars]
+
+
+def _error(array: Twin, gone: Any) -> Any:
+    """Largest difference, over the largest element of the whole; 0 where either isn't finite."""
+    difference = jnp.abs(array.own.astype(array.wide.dtype) - array.wide)
+    size = jnp.max(jnp.abs(array.wide))
+    error = jnp.max(difference, axis=gone) / jnp.where(size > 0, size, 1)
+    return jnp.where(jnp.isfinite(error), error, 0)
+
+
+# Which is the first.
+
+
+def _first(traced: Retrace, errors: Sequence[np.ndarray], ends: Sequence[Node]) -> Lost | None:
+    """Of those that reach the outputs whose digits are lost, through values whose digits are."""
+    if not ends:
+        return None
+    frame = traced.frame
+    of = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if not one.carried}
+    begun = _at_the_beginning(frame, errors)
+    bad = {node for node, error in of.items() if np.max(error) >= LOST}
+    reaching = ancestors(ends, lambda node: node in bad or node not in of)
+    flow = traced.flow()
+    for one, error in zip(frame.observed, errors, strict=True):
+        if one.carried or one.node not in reaching or np.max(error) < LOST:
+            continue
+        before = [_of_operand(parent, of, begun) for parent in one.node.parents]
+        sound = _all_sound(error, before)
+        if sound is not None:
+            return _lost(one, error, sound, max((float(np.max(b)) for b in before), default=0.0), flow)
+    return None
+
+
+def _drowned(traced: Retrace, ends: Sequence[Node]) -> Lost | None:
+    """An update that is lost where it is added, too small beside the parameter, though no result is wrong by much."""
+    node = next((node for node in ends if node.equation is not None), None)
+    if node is None:
+        return None
+    where = np.ones(())
+    return _lost(Observed(node, (), False), where, where > 0, 0.0, traced.flow())
+
+
+def _at_the_beginning(frame: Frame, errors: Sequence[np.ndarray]) -> dict[Node, np.ndarray]:
+    """Of what each iteration of a loop begins with: that of the one before it."""
+    ended = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if one.carried}
+    found = {}
+    for carried in frame.carried:
+        if carried.end not in ended:
+            continue
+        error = ended[carried.end]
+        shifted = np.zeros_like(error)
+        if carried.reverse:
+            shifted[:-1] = error[1:]
+        else:
+            shifted[1:] = error[:-1]
+        found[carried.begin] = shifted
+    return found
+
+
+def _of_operand(node: Node, of: dict[Node, np.ndarray], begun: dict[Node, np.ndarray]) -> np.ndarray:
+    """Error of an operand; of what only moves values, that of what it moved."""
+    if node in begun or node in of:
+        return begun[node] if node in begun else of[node]
+    before = [_of_operand(parent, of, begun) for parent in node.parents[:MOVED]]
+    return before[0] if len(before) == 1 else np.asarray(max((np.max(b) for b in before), default=0.0))
+
+
+def _all_sound(error: np.ndarray, before: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Where a result is lost though its operands are sound, in iterations of the loops around it; None if nowhere."""
+    alike = [b if b.shape == error.shape else np.full(error.shape, np.max(b, initial=0)) for b in before]
+    where = error >= LOST
+    for b in alike:
+        where &= b <= SOUND
+    return where if where.any() else None
+
+
+def _lost(one: Observed, error: np.ndarray, where: np.ndarray, of_operands: float, flow: Any) -> Lost:
+    time_step: int | None = None
+    examples: tuple[int, ...] = ()
+    error = np.where(where, error, 0)
+    for axis, dimension in enumerate(one.dimensions):
+        along = error.max(axis=tuple(n for n in range(error.ndim) if n != axis))
+        if dimension.kind == TIME:
+            time_step = dimension.places[int(np.flatnonzero(along >= LOST)[0])]
+        elif dimension.kind == EXAMPLE:
+            large = np.flatnonzero(along >= along.max() / 2)
+            examples = tuple(dimension.places[int(n)] for n in large[:MOST_EXAMPLES])
+    in_pass = pass_of(one.node, flow)
+    source, _ = source_of(one.node.equation, one.node.place)
+    layer = layer_of(one.node, in_pass)
+    op = one.node.equation.primitive.name
+    return Lost(
+        in_pass, op, source, code_at(source), layer, time_step, examples, float(error.max()), of_operands
+    )
