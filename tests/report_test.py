@@ -128,6 +128,49 @@ def test_a_change_without_a_loss_or_examples():
     assert 'records without a loss' in screen and 'size' in screen
 
 
+FINDING = trace.Finding(
+    kind='overflow',
+    pass_='forward',
+    op='exp',
+    source='a.py:3',
+    code='jnp.exp(x)',
+    library='',
+    layer='cell',
+    iterations=(4,),
+    time_step=4,
+    examples=(1,),
+    elements=1,
+    operands=(trace.Range('mul', (3, 2), 'float32', -1.0, 100.0, 0, 0),),
+    results=(trace.Range('exp', (3, 2), 'float32', 0.37, 2.0, 0, 1),),
+    chain=(trace.Link('mul', 'a.py:2'), trace.Link('add', 'a.py:2'), trace.Link('mul', 'a.py:1')),
+    devices=({'data': 1, 'model': 0},),
+)
+
+STORY = """
+step 12: overflow
+finite operands, infinite result
+forward pass: exp at a.py:3, layer cell, time step 4, example 1 (stone)
+  jnp.exp(x)
+  born on (data 1, model 0)
+
+          from  shape  type     lowest  highest  NaN  infinite
+ ─────────────────────────────────────────────────────────────
+ operand  mul   3x2    float32      -1      100
+ result   exp   3x2    float32    0.37        2              1
+
+computed just before: mul, add at a.py:2; mul at a.py:1
+7 equations evaluated
+"""
+
+
+def test_a_finding():
+    look = inside.Look(12, trace.Story(FINDING, (), 7), None, None)
+    assert shown(report.looked(look, WORDS)).strip() == STORY.strip()
+    told = report.look_json(look, WORDS)['finding']
+    assert told['chain'][0] == {'op': 'mul', 'source': 'a.py:2'}
+    assert told['devices'] == [{'data': 1, 'model': 0}] and told['words'] == ['stone']
+
+
 SHADOWED = trace.Shadowed(
     trace.Lost('forward', 'sub', 'a.py:3', 'a - b', 'norm', 4, (1,), 2.625, 2.1e-7),
     {'state/w': 1.3e-5, 'record/loss': 2.625},

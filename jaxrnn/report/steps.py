@@ -109,7 +109,11 @@ def _told(story: trace.Story, step: int, words: Sequence[str]) -> list[Renderabl
         parts.append(place(inside.of_finding(finding) | {'words': _named(finding.examples, words)}))
         if finding.code:
             parts.append(Text(f'  {finding.code}', style='cyan'))
+        if finding.devices:
+            parts.append(Text(f'  born on {some([_device(at) for at in finding.devices], 6)}'))
         parts.append(_ranges(finding))
+        if finding.chain:
+            parts.append(Text(f'computed just before: {_chain(finding.chain)}', style='dim'))
     for kind, findings in _grouped(story.harmless):
         parts.append(
             Text(f'harmless, since no output has it: {kind} ({count(findings, "element")})', style='dim')
@@ -122,6 +126,19 @@ def _named(examples: Sequence[int], words: Sequence[str]) -> list[str]:
     return [words[place] for place in examples if place < len(words)]
 
 
+def _chain(links: Sequence[trace.Link]) -> str:
+    """Operations by line, the latest first; of one line together."""
+    lines: dict[str, list[str]] = {}
+    for link in links:
+        lines.setdefault(link.source, []).append(link.op)
+    return '; '.join(f'{", ".join(dict.fromkeys(ops))} at {short(at)}' for at, ops in lines.items())
+
+
+def _device(at: Mapping[str, int]) -> str:
+    """Its place in the mesh."""
+    return '(' + ', '.join(f'{axis} {place}' for axis, place in at.items()) + ')'
+
+
 def _finding_json(finding: trace.Finding, words: Sequence[str]) -> dict[str, Any]:
     said = inside.of_finding(finding) | {'words': _named(finding.examples, words)}
     ranges = {name: [one._asdict() for one in getattr(finding, name)] for name in ('operands', 'results')}
@@ -132,6 +149,8 @@ def _finding_json(finding: trace.Finding, words: Sequence[str]) -> dict[str, Any
         'library': finding.library,
         'iterations': finding.iterations,
         'elements': finding.elements,
+        'chain': [link._asdict() for link in finding.chain],
+        'devices': [dict(at) for at in finding.devices],
         **ranges,
     }
 
