@@ -5,7 +5,8 @@
 LSTM(1024), T=20, batch 32, by plain jit, jax_debug_nans, checkify, jax_disable_jit (with jax_debug_nans) and jaxrnn's
 trace. A process each. Time and memory are those of a healthy step; then one with a fault: at time step 7 example 11's
 output is the logarithm of a negative number (tests/faulty.py). The comparison with an earlier step, for what is
-finite, is given a batch in which example 11's targets are a hundred times as large.
+finite, is given a batch in which example 11's targets are a hundred times as large; the step in float64 is given the
+healthy one.
 """
 
 import sys
@@ -97,6 +98,17 @@ def compared(step: Callable) -> Callable:
     return run
 
 
+def shadowed(step: Callable) -> Callable:
+    def run(state: Any, batch: Any) -> str:
+        told = trace.lost_precision(step, state, batch)
+        path = max(told.outputs, key=lambda path: told.outputs[path])
+        if told.lost is None:
+            return f'nothing lost; error at most {told.outputs[path]:.1e}, of {path}'
+        return f'{told.lost.op} at {Path(told.lost.source).name}'
+
+    return run
+
+
 TOOLS = {
     'plain jit': plain,
     'jax_debug_nans': debug_nans,
@@ -104,6 +116,7 @@ TOOLS = {
     'jax_disable_jit': disable_jit,
     'jaxrnn trace': traced,
     'jaxrnn comparison': compared,
+    'jaxrnn float64': shadowed,
 }
 
 
@@ -115,6 +128,8 @@ def work(tool: str, rounds: int) -> dict[str, Any]:
         (subject.init(), subject.batch(0, 0), subject.batch(TIME_STEP, EXAMPLE))
     )
     healthy = healthy._replace(letters=healthy.letters % faulty.V)  # without the letter that marks the fault
+    if tool == 'jaxrnn float64':
+        bad = healthy
     if tool == 'jaxrnn comparison':
         targets = healthy.targets.copy()
         targets[EXAMPLE] *= 100

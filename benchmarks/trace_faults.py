@@ -33,6 +33,9 @@ from jaxrnn import environment
 from jaxrnn.types import UserError
 from scripts import common
 
+CLEAR_EVERY = 40
+"""Faults after which compiled programs are dropped: each takes mappings of memory, of which a process has 65,530."""
+
 ASKED = ('finding', 'op', 'source', 'kind', 'pass_', 'layer', 'time_step', 'examples')
 
 
@@ -104,6 +107,9 @@ def main(arguments: list[str]) -> int:
             right.update(name for name in ASKED if name not in missed)
         if missed:
             wrong.append({**fault._asdict(), 'missed': {name: str(pair) for name, pair in missed.items()}})
+            print(wrong[-1], file=sys.stderr, flush=True)
+        if number % CLEAR_EVERY == CLEAR_EVERY - 1:
+            jax.clear_caches()
         # What is given is no operation of the step: only the trace looks at it.
         if values.others_every and number % values.others_every == 0 and fault.place != 'input':
             compared += 1
@@ -117,8 +123,6 @@ def main(arguments: list[str]) -> int:
         table.add_row(what.rstrip('_'), f'{right[what] / len(planted):.1%}', *shares)
     console = Console(stderr=values.json)
     console.print(table)
-    for one in wrong:
-        console.print(one)
     if values.json:
         common.print_json(
             {

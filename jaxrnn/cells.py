@@ -54,6 +54,7 @@ def hard_sigmoid(x: Array) -> Array:
 
 SIGMOID = Gate(jax.nn.sigmoid, lambda y: y * (1 - y))
 HARD_SIGMOID = Gate(hard_sigmoid, lambda y: jnp.where((y > 0) & (y < 1), 0.2, 0.0))
+GATES = {'sigmoid': SIGMOID, 'hard_sigmoid': HARD_SIGMOID}
 
 
 INPUT, FORGET, OUTPUT = 'input gate', 'forget gate', 'output gate'

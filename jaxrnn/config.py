@@ -97,6 +97,11 @@ class Model(Options):
         choices=('keras1', 'keras3', 'flax'),
     )  # fmt: skip
     hidden: int = option(0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0)
+    gate: str = option(
+        'preset', "The gates' squashing function, in place of the preset's.",
+        choices=('preset', 'sigmoid', 'hard_sigmoid'),
+    )  # fmt: skip
+    mask_padding: bool = option(False, 'End each word at its last letter: padding moves no state.')
     recurrence: str = option(
         'fast', "The recurrence with a hand-written backward pass, or the plain scan that JAX differentiates.",
         choices=('fast', 'reference'),
@@ -142,6 +147,9 @@ class Training(Options):
 
     seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
     batch_size: int = option(32, 'Words in a batch.', at_least=1)
+    skip_batches: str = option(
+        '', 'Steps whose batch is left out, that of the step before in its place; as 1302,1400-1410.'
+    )
     digest_every: int = option(1, 'Steps between digests of the state, which prove a replay.', at_least=1)
     debug_nans: bool = option(False, "Run under JAX's own jax_debug_nans.")
     checkify: bool = option(False, "Run under JAX's own checkify.float_checks.")
@@ -192,6 +200,18 @@ class Config:
                 )
             made[name] = groups[name](**options)
         return cls(**made)
+
+    def changed(self, **options: Any) -> Self:
+        """With other values for some options, whichever group they are in."""
+        groups = {}
+        for group in dataclasses.fields(self):
+            names = {field.name for field in dataclasses.fields(getattr(self, group.name))} & options.keys()
+            values = {name: options[name] for name in names}
+            groups[group.name] = dataclasses.replace(getattr(self, group.name), **values)
+            options = {name: value for name, value in options.items() if name not in names}
+        if options:
+            raise TypeError(f'no option {min(options)!r}')
+        return dataclasses.replace(self, **groups)
 
     def digest(self) -> str:
         """16 hex digits over every option that decides bits: all groups but `loop`."""

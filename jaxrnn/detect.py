@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxrnn import predicate
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.predicate import Rule
@@ -85,8 +83,14 @@ def applicable(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> li
 
 def first(detector: Detector, columns: Series) -> Symptom | None:
     """The first step at which a detector's rule holds."""
-    steps = np.flatnonzero(predicate.holds(detector.rule, columns))
-    return Symptom(detector.kind, int(columns[predicate.STEP][steps[0]])) if steps.size else None
+    return first_since(detector, columns, 0)
+
+
+def first_since(detector: Detector, columns: Series, since: int) -> Symptom | None:
+    """The first step, `since` or later, at which a detector's rule holds."""
+    steps = columns[predicate.STEP][predicate.holds(detector.rule, columns)]
+    steps = steps[steps >= since]
+    return Symptom(detector.kind, int(steps[0])) if steps.size else None
 
 
 def symptoms(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Symptom]:
@@ -117,11 +121,5 @@ class Watch:
             return []
         fresh = row[predicate.STEP] - self.every
         columns = series(self._rows)
-        return [s for d in applicable(columns, self.detectors) if (s := _last(d, columns, fresh)) is not None]
-
-
-def _last(detector: Detector, columns: Series, after: int) -> Symptom | None:
-    """The first step beyond `after` at which the rule holds."""
-    steps = columns[predicate.STEP][predicate.holds(detector.rule, columns)]
-    steps = steps[steps > after]
-    return Symptom(detector.kind, int(steps[0])) if steps.size else None
+        found = (first_since(d, columns, fresh + 1) for d in applicable(columns, self.detectors))
+        return [symptom for symptom in found if symptom is not None]

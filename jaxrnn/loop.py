@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -190,6 +190,17 @@ def advance(
         number += 1
     _emit(pending, put)
     return number, state
+
+
+def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
+    """The batches of some steps left out, each replaced by that of the last step before it that isn't one of them."""
+
+    def at(step: int) -> Tree:
+        while step in steps:
+            step -= 1
+        return batch_at(step)
+
+    return at
 
 
 def _emit(pending: tuple[int, telemetry.Observation] | None, put: Callable[[Row], None]) -> None:

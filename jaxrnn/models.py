@@ -14,17 +14,23 @@ WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
 """Stock hidden widths."""
 
 
+def lengths_of(letters: Array) -> Array:
+    """Time steps up to a word's last letter, its leading $ included; [T, B] -> int32 [B]."""
+    return letters.shape[0] - jnp.argmax(letters[::-1] != 0, axis=0)
+
+
 class Last(nnx.Module):
     """LSTM(H) or GRU(H), last output -> Dense(E)."""
 
-    def __init__(self, recurrent, letters, hidden, vector_size, *, reference, **made):
+    def __init__(self, recurrent, letters, hidden, vector_size, *, masked, reference, **made):
+        self.masked = masked
         self.recurrent = recurrent(letters, hidden, reference=reference, **made)
         self.output = layers.Dense(hidden, vector_size, **made)
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
         with jax.named_scope('recurrent'):
-            h = self.recurrent.last(letters)
+            h = self.recurrent.last(letters, seq_lengths=lengths_of(letters) if self.masked else None)
         with jax.named_scope('output'):
             return self.output(h)
 
@@ -32,7 +38,8 @@ class Last(nnx.Module):
 class Stacked(nnx.Module):
     """LSTM(H, sequences) -> Dense(H, sigmoid) at each time step -> LSTM(H) -> Dense(H/2, tanh) -> Dense(E)."""
 
-    def __init__(self, letters, hidden, vector_size, *, reference, **made):
+    def __init__(self, letters, hidden, vector_size, *, masked, reference, **made):
+        self.masked = masked
         narrow = max(hidden // 2, 1)
         self.lower = layers.LSTM(letters, hidden, reference=reference, **made)
         self.between = layers.Dense(hidden, hidden, **made)
@@ -42,12 +49,13 @@ class Stacked(nnx.Module):
 
     def __call__(self, letters: Array) -> Array:
         """letters: [T, B]. Returns vectors [B, E]."""
+        lengths = lengths_of(letters) if self.masked else None
         with jax.named_scope('lower'):
-            x = self.lower(letters, time_major=True)
+            x = self.lower(letters, time_major=True, seq_lengths=lengths)
         with jax.named_scope('between'):
             x = jax.nn.sigmoid(self.between(x))
         with jax.named_scope('upper'):
-            x = self.upper.last(x)
+            x = self.upper.last(x, seq_lengths=lengths)
         with jax.named_scope('narrow'):
             x = jnp.tanh(self.narrow(x))
         with jax.named_scope('output'):
@@ -64,8 +72,12 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         key: PRNG key.
     """
     hidden = options.hidden or WIDTHS[options.network]
+    preset = cells.PRESETS[options.preset]
+    if options.gate != 'preset':
+        preset = preset._replace(gate=cells.GATES[options.gate])
     made = {
-        'preset': cells.PRESETS[options.preset],
+        'preset': preset,
+        'masked': options.mask_padding,
         'dtype': options.dtype,
         'rngs': nnx.Rngs(key),
         'reference': options.recurrence == 'reference',

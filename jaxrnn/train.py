@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, models, optim, tree
+from jaxrnn import cells, data, loop, models, optim, tree
 from jaxrnn.config import Config
-from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree
+from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree, UserError
 
 TINY = 1e-12
 """Keeps a cosine's or a ratio's denominator off zero; far below any squared norm of a float32 word vector."""
@@ -56,10 +56,33 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     def rate(state: TrainState) -> Array:
         return optim.current_learning_rate(config.optimiser, state.step, state.opt_state)
 
-    batch_at = functools.partial(
+    batch_at: BatchAt = functools.partial(
         data.batch_at, dataset, batch_size=config.training.batch_size, seed=config.training.seed
     )
+    if config.training.skip_batches:
+        batch_at = loop.without(batch_at, skipped(config.training.skip_batches))
     return Program(init, make_step(predict, optimiser, rate), batch_at, predict)
+
+
+def skipped(text: str) -> frozenset[int]:
+    """Steps as --skip_batches has them. Raises UserError for what can't be read."""
+    steps: set[int] = set()
+    for part in text.split(','):
+        first, *rest = part.split('-')
+        if len(rest) > 1 or not all(number.isascii() and number.isdecimal() for number in (first, *rest)):
+            raise UserError(f'--skip_batches: {part!r} found, a step or a range as 1400-1410 expected')
+        bounds = range(int(first), int((rest or [first])[0]) + 1)
+        if not bounds or bounds[0] < 1 or len(bounds) > MOST_SKIPPED:
+            raise UserError(
+                f'--skip_batches: {part!r} found, steps from 1 on, in rising order and at most {MOST_SKIPPED:,}, '
+                'expected'
+            )
+        steps |= set(bounds)
+    return frozenset(steps)
+
+
+MOST_SKIPPED = 1_000_000
+"""Steps in one range of --skip_batches."""
 
 
 def make_step(

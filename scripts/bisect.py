@@ -18,25 +18,13 @@ from rich.console import Console
 from scripts import common
 
 
-def _detectors():
-    from jaxrnn import detect
-    from jaxrnn.types import UserError
-
-    symptom, when = flags.FLAGS.symptom, flags.FLAGS.when
-    if symptom and when:
-        raise UserError('--symptom and --when: both found, one expected')
-    if when:
-        return (detect.custom(when),)
-    return (detect.by_name(symptom),) if symptom else detect.DETECTORS
-
-
 def main(arguments: list[str]) -> int:
     from jaxrnn import report, run
     from jaxrnn.types import UserError
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
-    directory, detectors = common.run_dir(), _detectors()
+    directory, detectors = common.run_dir(), common.detectors()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
     found = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
     diagnosis, opened = found.diagnosis, found.opened
@@ -65,17 +53,7 @@ def _next(directory: str, config) -> str:
 
 
 common.define_run('The directory of the run.')
-common.define(
-    'bisect', 'symptom', '', 'Look for this only; else for the gravest: nonfinite, collapse, constant, spike.'
-)
-common.define(
-    'bisect',
-    'when',
-    '',
-    "Look for the first step at which this rule holds, as 'loss > 3 * median(loss, 200)'.",
-)
-common.define('bisect', 'good', None, 'Look only after this step.')
-common.define('bisect', 'bad', None, 'Look only up to this step.')
+common.define_detectors('bisect')
 common.define(
     'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
 )

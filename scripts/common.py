@@ -71,6 +71,32 @@ def define_run(help: str, default: str | None = None) -> None:
     )
 
 
+def define_detectors(group: str) -> None:
+    """The flags that say what is looked for, and between which steps."""
+    kinds = 'nonfinite, collapse, constant, spike'
+    define(group, 'symptom', '', f'Look for this only; else for the gravest: {kinds}.')
+    define(
+        group,
+        'when',
+        '',
+        "Look for the first step at which this rule holds, as 'loss > 3 * median(loss, 200)'.",
+    )
+    define(group, 'good', None, 'Look only after this step.')
+    define(group, 'bad', None, 'Look only up to this step.')
+
+
+def detectors():
+    """Those that the flags ask for, gravest first. Raises UserError where they contradict each other."""
+    from jaxrnn import detect
+
+    symptom, when = flags.FLAGS.symptom, flags.FLAGS.when
+    if symptom and when:
+        raise UserError('--symptom and --when: both found, one expected')
+    if when:
+        return (detect.custom(when),)
+    return (detect.by_name(symptom),) if symptom else detect.DETECTORS
+
+
 def start() -> None:
     """Settles what must be settled before JAX starts."""
     from jaxrnn import environment

@@ -9,9 +9,11 @@ FLOORS = {
     2: ('layers', 'detect'),
     3: ('models', 'loop'),
     4: ('train', 'replay'),
-    5: ('inside',),
-    6: ('run', 'debug'),
-    7: ('report',),
+    5: ('inside', 'experiment'),
+    6: ('remedy',),
+    7: ('checks',),
+    8: ('run', 'debug'),
+    9: ('report',),
 }
 DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'jax.extend': 'trace', 'absl': None}
 """The one module that may import a library; None: scripts alone."""

@@ -143,6 +143,27 @@ def test_bisect_of_a_run_that_does_not_come_out_the_same(trained, tmp_path):
     assert last_json(done)['first_bad_step'] is None
 
 
+def test_a_healthy_run_is_diagnosed_as_healthy_and_suggests_nothing(trained):
+    start = time.monotonic()
+    done = call('diagnose', f'--run_dir={trained[0]}', '--json')
+    assert time.monotonic() - start < 60
+    assert done.returncode == 0, done.stderr
+    told = last_json(done)
+    assert (told['symptom'], told['cause']['kind'], told['remedies']) == (None, 'none', [])
+    assert len(told['checks']) == 7 and not any(check['ok'] is False for check in told['checks'])
+    screen = call('diagnose', f'--run_dir={trained[0]}').stdout
+    assert screen.startswith('healthy') and 'do:' not in screen
+
+
+@pytest.mark.parametrize(
+    'flag', ['--budget_steps=0', '--symptom=hiccup', '--when=loss >', '--budget_steps=x']
+)
+def test_diagnose_says_what_it_cannot_use(trained, flag):
+    done = call('diagnose', f'--run_dir={trained[0]}', flag)
+    assert done.returncode == 2 and flag.split('=')[0] in done.stderr
+    assert len([line for line in done.stderr.splitlines() if '…' not in line]) == 1
+
+
 def test_trace_of_a_healthy_step(trained):
     done = call('trace', f'--run_dir={trained[0]}', '--step=7')
     assert done.returncode == 0 and 'every output is finite' in done.stdout
@@ -213,6 +234,15 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     assert {name: told[name] for name in found['where']} == found['where']
     screen = call('trace', f'--run_dir={tmp_path / "run"}', f'--step={step}').stdout
     assert f'step {step}: {told["kind"]}' in screen and 'operand' in screen
+    diagnosed = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=600', '--json')
+    assert diagnosed.returncode == 3, diagnosed.stderr
+    told = last_json(diagnosed)
+    assert told == json.loads((tmp_path / 'run' / 'diagnosis.json').read_text())
+    assert (told['first_bad_step'], told['where']) == (step, found['where'])
+    assert [check['ok'] for check in told['checks']][1:3] == [True, False] and len(told['checks']) == 7
+    assert {remedy['outcome'] for remedy in told['remedies']} <= {'averted', 'delayed', 'unchanged', 'worse'}
+    assert told['replay']['bit_identical'] and told['replay']['steps_replayed'] <= 600
+    assert told['cause']['why']
 
 
 @pytest.mark.parametrize('check', ['--debug_nans', '--checkify'])
@@ -232,7 +262,7 @@ def test_jax_own_checks(check, vectors, tmp_path):
     assert last_json(found)['replay']['bit_identical'] is True
 
 
-@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'embed', 'demo'])
+@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'diagnose', 'embed', 'demo'])
 def test_help_is_complete_and_grouped(script):
     done = call(script, '--help')
     assert done.returncode == 0
@@ -331,9 +361,9 @@ def test_run_directory_of_another_config(trained, vectors):
     assert content(trained[0]) == before
 
 
-@pytest.mark.parametrize('script', ['bisect', 'trace', 'embed'])
+@pytest.mark.parametrize('script', ['bisect', 'trace', 'diagnose', 'embed'])
 def test_directory_without_a_run(script, tmp_path):
-    words = {'embed': ['word'], 'trace': ['--step=3'], 'bisect': []}[script]
+    words = {'embed': ['word'], 'trace': ['--step=3'], 'bisect': [], 'diagnose': []}[script]
     for directory in (tmp_path, tmp_path / 'none'):
         done = call(script, f'--run_dir={directory}', *words)
         assert done.returncode == 2 and 'holds no run' in done.stderr

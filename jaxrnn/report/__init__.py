@@ -1,9 +1,11 @@
 """What a person reads: a diagnosis, one step looked into, the records around it.
 
-runs    of whole runs             steps   of one step             text    numbers, places, tables
+runs        of whole runs             steps   of one step
+diagnoses   of a whole diagnosis      text    numbers, places, tables
 """
 
+from jaxrnn.report.diagnoses import diagnosed
 from jaxrnn.report.runs import bisected, trained
 from jaxrnn.report.steps import look_json, looked
 
-__all__ = ['bisected', 'look_json', 'looked', 'trained']
+__all__ = ['bisected', 'diagnosed', 'look_json', 'looked', 'trained']

@@ -29,7 +29,7 @@ def bisected(
         words: of the first bad step's batch.
         look: into that step.
     """
-    parts: list[RenderableType] = [_verdict(diagnosis), _proof(diagnosis)]
+    parts: list[RenderableType] = [verdict(diagnosis), proof(diagnosis)]
     if look is not None and look.change is not None:
         parts += [Text(), *steps.in_short(look, words)]
     elif diagnosis.where is not None:
@@ -48,19 +48,20 @@ def trained(diagnosis: Diagnosis, evaluation: Mapping[str, Mapping[str, float]])
     scored = table('split', *names, left=('split',))
     for split, scores in evaluation.items():
         scored.add_row(split, *(number(scores[name]) for name in names))
-    return Group(_verdict(diagnosis), scored)
+    return Group(verdict(diagnosis), scored)
 
 
-def _verdict(diagnosis: Diagnosis) -> Text:
+def verdict(diagnosis: Diagnosis, *, rule: bool = True) -> Text:
+    """What a run suffers from."""
     symptom, mismatch = diagnosis.symptom, diagnosis.replay.first_mismatch
     if mismatch is not None:
         return Text(f'not reproducible: {diagnosis.cause.why}', style='bold yellow')
     if symptom is None:
         return Text('healthy: no rule holds at any step', style='bold green')
-    rule = _rule(symptom.kind)
-    lines = Text.assemble((f'{symptom.kind} at step {symptom.step}', 'bold red'), f': {rule[0]}')
-    if rule[1]:
-        lines.append(f'\nrule: {rule[1]}', style='dim')
+    means, text = _rule(symptom.kind)
+    lines = Text.assemble((f'{symptom.kind} at step {symptom.step}', 'bold red'), f': {means}')
+    if rule and text:
+        lines.append(f'\nrule: {text}', style='dim')
     return lines
 
 
@@ -69,7 +70,8 @@ def _rule(kind: str) -> tuple[str, str]:
     return (found[0].means, found[0].rule.text) if found else ('your rule holds', '')
 
 
-def _proof(diagnosis: Diagnosis) -> Text:
+def proof(diagnosis: Diagnosis) -> Text:
+    """What was replayed, and whether it came out as recorded."""
     replay = diagnosis.replay
     effort = f'{count(replay.steps_replayed, "step")} replayed from {count(replay.checkpoints_probed, "checkpoint")}'
     if not replay.steps_replayed:

@@ -1,0 +1,124 @@
+"""Of a whole diagnosis: what, where, why, and what to add to the flags; on one screen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from jaxrnn import experiment, inside
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.report import runs, steps
+from jaxrnn.report.text import number, table
+
+STYLES = {
+    experiment.AVERTED: 'green',
+    experiment.DELAYED: 'yellow',
+    experiment.UNCHANGED: 'dim',
+    experiment.WORSE: 'red',
+}
+
+
+def diagnosed(
+    diagnosis: Diagnosis,
+    told: experiment.Told | None,
+    look: inside.Look | None = None,
+    words: Sequence[str] = (),
+    command: str = '',
+) -> RenderableType:
+    """One screen on a diagnosis.
+
+    Args:
+        diagnosis: of run.diagnose_run.
+        told: of its experiments.
+        look: into the first bad step.
+        words: of the first bad step's batch.
+        command: that trains the run again, to which flags are added.
+    """
+    parts: list[RenderableType] = [runs.verdict(diagnosis, rule=False)]
+    if look is not None and look.change is not None:
+        parts += steps.in_short(look, words)
+    elif diagnosis.where is not None:
+        parts.append(steps.place(diagnosis.where))
+    if diagnosis.onset_step is not None:
+        parts.append(Text(f'its signs began at step {diagnosis.onset_step}'))
+    if told is not None:
+        parts += [
+            Text(),
+            _why(diagnosis),
+            _advice(told, command),
+            Text(),
+            _experiments(told),
+            _baselines(told),
+        ]
+    parts += [Text(), _checks(diagnosis.checks), runs.proof(diagnosis)]
+    return Group(*parts)
+
+
+def _why(diagnosis: Diagnosis) -> Text:
+    cause = diagnosis.cause
+    if cause.kind == 'none':
+        return Text(cause.why, style='bold yellow')
+    return Text.assemble(('cause: ', 'bold'), (cause.kind, 'bold red'), f': {cause.why}')
+
+
+def _advice(told: experiment.Told, command: str) -> Text:
+    """What to do, where something averts the symptom."""
+    best = next((o for o in told.outcomes if o.verdict == experiment.AVERTED and o.change.flags), None)
+    if best is None:
+        return Text()
+    lines = Text.assemble(
+        ('do: ', 'bold'), f'train again with {best.change.flags}', f' ({best.change.means})'
+    )
+    if best.point_of_no_return is not None:
+        lines.append(
+            f'\nit still averts the symptom when it is switched on at step {best.point_of_no_return}'
+        )
+    if command:
+        lines.append(f'\n  {command} {best.change.flags}', style='cyan')
+    return lines
+
+
+def _experiments(told: experiment.Told) -> RenderableType:
+    window = told.window
+    if window is None or not told.outcomes:
+        return Text()
+    made = table('change', 'outcome', 'up to', 'loss', left=('change', 'outcome'))
+    for outcome in told.outcomes:
+        made.add_row(
+            outcome.change.name,
+            Text(_outcome(outcome), style=STYLES[outcome.verdict]),
+            str(outcome.reached - 1),
+            number(outcome.loss),
+        )
+    return Group(Text(f'the steps from {window.start} on, again, each under one change', style='dim'), made)
+
+
+def _outcome(outcome: experiment.Outcome) -> str:
+    if outcome.symptom is None:
+        return outcome.verdict
+    return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'
+
+
+def _baselines(told: experiment.Told) -> Text:
+    said = []
+    if told.control is not None and told.control.symptom is not None:
+        said.append(f'without a change: {told.control.symptom.kind} at {told.control.symptom.step}')
+    if told.nudge is not None:
+        said.append(f'nudged by a millionth: {_outcome(told.nudge)}')
+    if told.drawn is not None:
+        said.append(f'one drawn at random ({told.drawn.change.name}): {told.drawn.verdict}')
+    if told.untried:
+        said.append(f'the budget did not reach to: {", ".join(change.name for change in told.untried)}')
+    return Text('; '.join(said), style='dim')
+
+
+def _checks(checks: Sequence[Any]) -> RenderableType:
+    lines = Text()
+    for check in checks:
+        mark, style = {True: (' ok', 'green'), False: (' no', 'red')}.get(check['ok'], ('  ?', 'yellow'))
+        lines.append(mark, style=style).append(f'  {check["name"]}: ').append(
+            f'{check["why"]}\n', style='dim'
+        )
+    lines.right_crop(1)
+    return lines

@@ -1,0 +1,58 @@
+"""Says what a run suffers from, at which step and where it began, why, and which flags would have averted it.
+
+    python scripts/diagnose.py --run_dir=runs/first
+
+Bisects the run as bisect.py does, makes seven checks, and replays the steps before the symptom under one change at a
+time, beside a control without a change: what averts the symptom there is what it advises.
+"""
+
+import sys
+
+sys.path[0] = sys.path[0].removesuffix('scripts')
+
+from absl import flags
+from rich.console import Console
+
+from scripts import common
+
+
+def main(arguments: list[str]) -> int:
+    from jaxrnn import report, run
+    from jaxrnn.types import UserError
+
+    if arguments:
+        raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
+    directory, detectors = common.run_dir(), common.detectors()
+    budget = flags.FLAGS.budget_steps
+    if budget < 1:
+        raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
+    found = run.diagnose_run(
+        directory,
+        detectors,
+        budget=budget,
+        good=flags.FLAGS.good,
+        bad=flags.FLAGS.bad,
+        say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
+    )
+    diagnosis, opened = found.diagnosis, found.bisected.opened
+    if flags.FLAGS.json:
+        common.print_json(diagnosis.to_json())
+    else:
+        step = diagnosis.first_bad_step
+        words = run.words_of(opened, step) if step is not None else ()
+        directory = directory.rstrip('/')
+        command = f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2'
+        Console().print(
+            report.diagnosed(diagnosis, found.told, found.bisected.look, words, command), soft_wrap=False
+        )
+    if diagnosis.replay.first_mismatch is not None:
+        return common.IRREPRODUCIBLE
+    return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
+
+
+common.define_run('The directory of the run.')
+common.define_detectors('diagnose')
+common.define('diagnose', 'budget_steps', 2000, 'Steps that may be replayed in all.')
+
+if __name__ == '__main__':
+    common.main(main, __doc__)

@@ -1,0 +1,228 @@
+"""Experiments on toys whose every outcome is known beforehand: a number that grows by a factor at each step."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
+from jaxrnn.experiment import Change, Changed
+
+RATE, FIRST, STEPS = 1.1, 1e-8, 320
+SYMPTOM = math.floor(math.log(1 / FIRST) / math.log(RATE)) + 1  # the first step that starts above 1
+LARGE = detect.custom('loss > 1')
+
+
+def growing(rate):
+    def step(x, batch):
+        return x * jnp.float32(rate) + batch, {'loss': x}
+
+    return step
+
+
+def no_batch(step):
+    return np.float32(0)
+
+
+def subject_of(step, batch_at, init, directory, *, records=True, every=50):
+    options = loop.Options(max_steps=STEPS, checkpoint_every=every)
+    loop.run(step, batch_at, init, directory, options)
+    rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
+    checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
+    return replay.subject(step, batch_at, checkpoints, rows)
+
+
+def first():
+    return jnp.float32(FIRST)
+
+
+@pytest.fixture(params=[True, False], ids=['records', 'checkpoints alone'])
+def subject(request, tmp_path):
+    return subject_of(growing(RATE), no_batch, first, tmp_path, records=request.param)
+
+
+def experiments(subject, *, detectors=(LARGE,), budget=2000):
+    found, _ = replay.bisect(subject, detectors)
+    assert found.symptom is not None
+    return experiment.Experiments(subject, found.symptom, detectors, budget=budget)
+
+
+def change(name, step, points_to='model', **more):
+    return Change(name, points_to, lambda: Changed(step, no_batch, **more))
+
+
+def test_outcomes(subject):
+    told = experiments(subject).run(
+        [
+            change('slower', growing(1.08)),
+            change('a little slower', growing(1.0999)),
+            change('shrinking', growing(0.5)),
+            change('still', growing(1.0)),
+            change('faster', growing(1.5)),
+            change('not finite', lambda x, batch: (x * jnp.nan, {'loss': x})),
+            change('a smaller number', growing(RATE), convert=lambda x: x * 0),
+        ]
+    )
+    assert told.window == (100, SYMPTOM, SYMPTOM + 51) and told.identical
+    assert told.control.symptom == detect.Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
+    assert told.nudge.verdict == 'unchanged'
+    assert {outcome.change.name: outcome.verdict for outcome in told.outcomes} == {
+        'shrinking': 'averted',
+        'still': 'averted',
+        'a smaller number': 'averted',
+        'slower': 'delayed',
+        'a little slower': 'unchanged',
+        'faster': 'worse',
+        'not finite': 'worse',
+    }
+    assert [outcome.verdict for outcome in told.outcomes] == sorted(
+        (outcome.verdict for outcome in told.outcomes), key=experiment.VERDICTS.index
+    )
+    assert told.untried == () and told.drawn.change.name in {o.change.name for o in told.outcomes}
+
+
+def test_the_best_is_replayed_on_and_its_point_of_no_return_is_exact(subject):
+    (best,) = experiments(subject).run([change('shrinking', growing(0.5))]).outcomes
+    # At the symptom's own step the number is above 1, whatever the step does with it.
+    assert best.point_of_no_return == SYMPTOM - 1
+    assert best.reached == SYMPTOM + experiment.FARTHER and best.loss < 1e-8
+
+
+def test_what_holds_for_a_while_alone_is_delayed(subject):
+    """Growth so slow that the symptom comes 150 steps later."""
+    slow = math.exp(-math.log(RATE ** (150 - SYMPTOM)) / (SYMPTOM + 150 - 150))
+    (told,) = experiments(subject).run([change('slow', growing(slow))]).outcomes
+    assert told.verdict == 'delayed' and told.symptom.step > SYMPTOM + experiment.AFTER
+
+
+@pytest.mark.parametrize('budget', [0, 40, 100, 130, 200, 333, 500, 1000])
+def test_the_budget_is_kept(tmp_path, budget):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    changes = [change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05, 2.0)]
+    made = experiments(subject, budget=budget)
+    told = made.run(changes)
+    assert told.steps_replayed == made.steps_replayed
+    # The control is no matter of choice.
+    assert told.steps_replayed <= max(budget, SYMPTOM + 1 - told.window.start)
+    assert {o.change.name for o in told.outcomes} | {c.name for c in told.untried} == {
+        c.name for c in changes
+    }
+    if budget < 100:
+        assert experiment.cause_of(told).why.startswith('undecided: the budget')
+
+
+def test_a_cause_is_what_the_best_change_points_to(subject):
+    told = experiments(subject).run(
+        [change('faster', growing(2.0), 'data'), change('shrinking', growing(0.5), 'optimiser')]
+    )
+    cause = experiment.cause_of(told)
+    assert (cause.kind, cause.why) == ('optimiser', 'shrinking averts it; not so faster')
+
+
+def test_nothing_averts(subject):
+    cause = experiment.cause_of(experiments(subject).run([change('faster', growing(2.0))]))
+    assert (cause.kind, cause.why) == ('none', 'undecided: nothing tried averts it: faster')
+
+
+def with_a_bad_batch(step):
+    return np.float32(5 if step == 200 else 1e-3 * (1 + step % 7))
+
+
+def halving(x, batch):
+    return x / 2 + batch, {'loss': x + batch}
+
+
+def test_a_bad_batch(tmp_path):
+    """A state that forgets, so that the batch alone is to blame."""
+    subject = subject_of(halving, with_a_bad_batch, first, tmp_path)
+    made = experiments(subject)
+    assert made.bad_batches() == (200,)
+    changes = [experiment.without_batch(subject, 200), experiment.other_batches(subject, made.window)]
+    told = made.run([change('half', lambda x, batch: (x / 2, {'loss': x})), *changes])
+    assert {o.change.name: o.verdict for o in told.outcomes} == {
+        'without the batch of step 200': 'averted',
+        'other batches': 'averted',
+        'half': 'averted',
+    }
+    cause = experiment.cause_of(told, by_batch=True)
+    assert cause.kind == 'data' and 'batch' in cause.why
+    assert next(o for o in told.outcomes if 'without' in o.change.name).change.flags == '--skip_batches=200'
+
+
+def test_a_batch_that_a_state_at_the_edge_cannot_bear_is_not_bad(tmp_path):
+    """All batches are alike; what any other step or batch averts is the state's."""
+
+    def ordinary(step):
+        return np.float32(1e-9 * (step % 7))
+
+    subject = subject_of(growing(RATE), ordinary, first, tmp_path)
+    made = experiments(subject)
+    assert made.bad_batches() == ()
+    told = made.run(
+        [
+            Change('no batches', 'data', lambda: Changed(growing(RATE), no_batch, lambda x: 0 * x)),
+            change('shrinking', growing(0.5)),
+        ]
+    )
+    assert {o.verdict for o in told.outcomes} == {'averted'}
+    assert experiment.cause_of(told, by_batch=False).kind == 'model'
+
+
+def logistic_map(x, batch):
+    return 4 * x * (1 - x), {'loss': x}
+
+
+def test_what_depends_on_chance_is_undecided(tmp_path):
+    """Chaos doubles a millionth at each step, and meets the rule elsewhere or not at all."""
+    subject = subject_of(logistic_map, no_batch, lambda: jnp.float32(0.3), tmp_path)
+    columns = telemetry.series(subject.records)
+    highest = int(np.argmax(columns['loss'][150:250])) + 150
+    rule = detect.custom(f'loss >= {float(columns["loss"][highest])!r} and step > 100')
+    made = experiments(subject, detectors=(rule,))
+    assert made.symptom.step == highest
+    told = made.run([change('still', lambda x, batch: (x, {'loss': x * 0}))])
+    assert told.nudge.verdict == 'averted' and told.outcomes[0].verdict == 'averted'
+    cause = experiment.cause_of(told)
+    assert cause.kind == 'none' and 'chance' in cause.why
+
+
+def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    made = experiments(subject)
+    path = tmp_path / 'records.jsonl'
+    lines = path.read_text().splitlines()
+    lines[160] = json.dumps(json.loads(lines[160]) | {'digest': '0123456789abcdef'})
+    path.write_text('\n'.join(lines) + '\n')
+    altered = subject._replace(records=telemetry.RecordFile(path).read())
+    told = experiment.Experiments(altered, made.symptom, (LARGE,), budget=2000).run(
+        [change('still', growing(1.0))]
+    )
+    assert not told.identical and told.outcomes == () and told.nudge is None
+    assert experiment.cause_of(told).kind == 'nondeterminism'
+
+
+def test_steps_that_do_not_show_the_symptom_again_are_not_experimented_on(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path, records=False)
+    other = detect.Symptom('when', SYMPTOM - 30)
+    told = experiment.Experiments(subject, other, (LARGE,), budget=2000).run([change('still', growing(1.0))])
+    assert told.outcomes == () and 'did not show' in experiment.cause_of(told).why
+
+
+def test_without_a_checkpoint_nothing_is_tried(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path, every=320)
+    made = experiments(subject)
+    assert experiment.window_of(subject, -1) is None
+    made.window = None
+    told = made.run([change('still', growing(1.0))])
+    assert told.outcomes == () and 'no checkpoint' in experiment.cause_of(told).why
+
+
+def test_a_window_starts_early_enough_where_it_can(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    lead = experiment.LEAD
+    assert experiment.window_of(subject, 50 + lead).start == 50
+    assert experiment.window_of(subject, 49 + lead).start == 0
+    assert experiment.window_of(subject, 10).start == 0
