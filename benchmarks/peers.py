@@ -448,11 +448,11 @@ def jax_step(case: Case, params: Tree, predict: Callable, time_major: bool, kera
     import jax.numpy as jnp
     import optax
 
-    from jaxrnn import optim
+    from jaxrnn import transforms
 
     optimiser = optax.adam(RATE)
     if keras:
-        scaled = optim.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True)
+        scaled = transforms.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True)
         optimiser = optax.chain(scaled, optax.scale_by_learning_rate(RATE))
 
     def step(state, letters, targets):

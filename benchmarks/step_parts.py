@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import peers
 from benchmarks.peers import RATE, STEPS, Case, cases, define_cases, examples, jax_step
-from jaxrnn import environment, optim, scan
+from jaxrnn import environment, scan, transforms
 from jaxrnn.types import Array, UserError
 from scripts import common
 
@@ -109,7 +109,7 @@ def alone(product: Product, features_first: bool) -> Callable[[], Any]:
 def adam(params: Any) -> Callable[[], Any]:
     """The update alone, with donated state."""
     optimiser = optax.chain(
-        optim.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True), optax.scale_by_learning_rate(RATE)
+        transforms.scale_by_adam(0.9, 0.999, 1e-7, epsilon_hat=True), optax.scale_by_learning_rate(RATE)
     )
 
     def update(state: tuple, gradients: Any) -> tuple:

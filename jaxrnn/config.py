@@ -23,10 +23,14 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    later: bool = False,
 ) -> Any:
-    """A dataclass field with its help and bounds."""
+    """A dataclass field with its help and bounds.
+
+    `later`: runs were recorded before there was this option, as its default has it; that mustn't alter a digest.
+    """
     bounds = {'choices': choices, 'at_least': at_least, 'above': above, 'below': below}
-    return dataclasses.field(default=default, metadata={'help': help, **bounds})
+    return dataclasses.field(default=default, metadata={'help': help, 'later': later, **bounds})
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -114,17 +118,48 @@ class Model(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimiser(Options):
-    """Adam, its learning-rate schedule and its clipping."""
+    """Adam, its learning-rate schedule, and what keeps its steps in bounds."""
 
     learning_rate: float = option(1e-3, 'Learning rate, or the peak of its schedule.', above=0)
     b1: float = option(0.9, "Adam: decay of the gradient's mean.", at_least=0, below=1)
     b2: float = option(0.999, "Adam: decay of the squared gradient's mean.", at_least=0, below=1)
     epsilon: float = option(0.0, "Adam: added to the denominator; 0 takes the preset's.", at_least=0)
-    clip: str = option(
-        'none', 'What gradients are clipped by: the norm of all, of each leaf, or relative to the weights.',
-        choices=('none', 'global_norm', 'per_leaf', 'adaptive'),
+    second_moment: str = option(
+        'adam', "Rule of the squared gradient's mean: adam; amsgrad, which divides by its largest so far; yogi, "
+        'which lets it fall slowly (published with --epsilon=1e-3; here, too, 0 takes the preset\'s).',
+        choices=('adam', 'amsgrad', 'yogi'), later=True,
     )  # fmt: skip
-    clip_threshold: float = option(1.0, 'The largest norm, or for adaptive the largest ratio.', above=0)
+    clip: str = option(
+        'none', 'What gradients are clipped by: the norm of all, of each leaf, relative to the weights; or against '
+        "their own past: the norm of all (zclip), of each leaf (adagc), each number against Adam's v (spam).",
+        choices=('none', 'global_norm', 'per_leaf', 'adaptive', 'zclip', 'adagc', 'spam'),
+    )  # fmt: skip
+    clip_threshold: float = option(
+        1.0, 'global_norm, per_leaf: the largest norm; adaptive: the largest ratio; adagc: the largest norm of all '
+        'in its first 100 steps. The others have a threshold of their own.', above=0,
+    )  # fmt: skip
+    zclip_threshold: float = option(
+        2.5, 'zclip: standard deviations above the mean norm.', above=0, later=True
+    )
+    adagc_threshold: float = option(
+        1.05, "adagc: largest ratio to a leaf's mean norm.", at_least=1, later=True
+    )
+    spam_threshold: float = option(
+        5000.0, "spam: largest ratio of a squared gradient to Adam's v.", at_least=1, later=True
+    )
+    update_clip: float = option(
+        0.0, "Largest root mean square of a leaf's gradient over sqrt(v), beyond which its step is shortened: "
+        "1 is StableAdamW's; 0: off.", at_least=0, later=True,
+    )  # fmt: skip
+    spectral_cap: float = option(
+        0.0, "Largest spectral norm of a matrix's step, relative to the matrix's own; 0: off.", at_least=0,
+        later=True,
+    )  # fmt: skip
+    guard: bool = option(
+        False,
+        'Skip every step whose loss, gradients or update are not finite: it changes nothing.',
+        later=True,
+    )
     schedule: str = option(
         'constant', 'How the learning rate moves.',
         choices=('constant', 'warmup_cosine', 'exponential', 'piecewise', 'plateau'),
@@ -214,9 +249,14 @@ class Config:
         return dataclasses.replace(self, **groups)
 
     def digest(self) -> str:
-        """16 hex digits over every option that decides bits: all groups but `loop`."""
+        """16 hex digits over every option that decides bits: all groups but `loop`, and of the options that
+        came later those that aren't at their default."""
         values = self.to_json()
         del values['loop']
+        for group, options in values.items():
+            for field in dataclasses.fields(getattr(self, group)):
+                if field.metadata['later'] and options[field.name] == field.default:
+                    del options[field.name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: 'Config') -> list[str]:

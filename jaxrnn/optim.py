@@ -1,74 +1,109 @@
-"""One optax chain from a configuration: clip -> Adam -> learning rate [-> plateau]."""
+"""One optax chain from a configuration: clip -> Adam -> learning rate [-> plateau] [-> cap], [guarded].
 
-import math
+And the state of one configuration's chain turned into that of another's.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrnn import config
-from jaxrnn.types import Array, UserError
+from jaxrnn import config, transforms
+from jaxrnn.types import Array, Tree, UserError
 
 
 def build(
     options: config.Optimiser, *, epsilon: float, epsilon_hat: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a configuration. Its update takes `value=loss`, which the plateau schedule needs.
+    """The optimiser of a configuration. Its update takes `value=loss`, which the plateau schedule and the guard need.
 
     Args:
         options: of the user.
         epsilon: the preset's, in force unless options.epsilon is set.
-        epsilon_hat: which form of Adam, see `scale_by_adam`.
+        epsilon_hat: which form of Adam, see `transforms.scale_by_adam`.
     """
-    parts = [
-        _clipping(options),
-        scale_by_adam(options.b1, options.b2, options.epsilon or epsilon, epsilon_hat=epsilon_hat),
-        optax.scale_by_learning_rate(learning_rate(options)),
-    ]
+    parts = _parts(options, options.epsilon or epsilon, epsilon_hat)
+    chain = optax.with_extra_args_support(optax.chain(*parts.values()))
+    return transforms.guard(chain) if options.guard else chain
+
+
+def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, params: Tree) -> Tree:
+    """The optimiser state of one configuration as one that another can go on from.
+
+    What both have is carried over, Adam's count and moments always: moments set to zero are a kick of up to 6.57
+    learning rates, and forget what a spike is. The rest:
+
+        clipping   the running norms of zclip and adagc are kept if both are the same, and else start anew
+        amsgrad    the largest v starts as the v there is, and is dropped on leaving
+        plateau    scale and best loss are kept; counts of windows or steps start anew where what they count to
+                   differs. Another schedule has no use for the scale: the rate is then what that schedule says
+        cap        its vectors start at random where there were none, and are good after a few steps
+        guard      its counts are kept, or start at 0. The schedule stands still on a skipped step under a guard
+                   alone: on leaving it, the skipped steps are added to the schedule's count
+
+    For equal configurations it's the same state. The result shares arrays with `opt_state`; no array stands in it
+    twice.
+
+    Args:
+        opt_state: of the optimiser of `before`.
+        before: the configuration that it's of.
+        after: the one that it shall be of.
+        params: of the network, for their shapes.
+    """
+    fresh = build(after, epsilon=1.0, epsilon_hat=False).init(params)  # a state doesn't depend on either
+    old, new = _named(before, opt_state), _named(after, fresh)
+    carried = {
+        name: old[name] if type(old.get(name)) is type(start) else start for name, start in new.items()
+    }
+    carried['adam'] = _adam_as(new['adam'], old['adam'])
+    if before.guard and not after.guard:
+        carried['rate'] = old['rate']._replace(count=old['rate'].count + opt_state.skipped)
+    if 'plateau' in old and 'plateau' in new:
+        carried['plateau'] = _plateau_as(new['plateau'], old['plateau'], before, after)
+    inner = tuple(carried.values())
+    if not after.guard:
+        return inner
+    return (opt_state if before.guard else fresh)._replace(inner=inner)
+
+
+def _adam_as(start: Any, old: Any) -> Any:
+    """The moments of `old` in the type of `start`."""
+    if type(start) is type(old):
+        return old
+    shared = old._asdict() | {'nu_max': jax.tree.map(jnp.copy, old.nu)}
+    return type(start)(**{name: shared[name] for name in start._fields})
+
+
+def _plateau_as(start: Any, old: Any, before: config.Optimiser, after: config.Optimiser) -> Any:
+    """optax asks whether a count equals its end: one that is beyond a nearer end would never meet it."""
+    if before.plateau_window != after.plateau_window:
+        old = old._replace(count=start.count, avg_value=start.avg_value)
+    if before.plateau_patience != after.plateau_patience:
+        old = old._replace(plateau_count=start.plateau_count)
+    return old
+
+
+def _parts(
+    options: config.Optimiser, epsilon: float = 1.0, epsilon_hat: bool = False
+) -> dict[str, optax.GradientTransformation]:
+    """The links of the chain, in order."""
+    parts = {
+        'clip': _clipping(options),
+        'adam': _adam(options, epsilon, epsilon_hat),
+        'rate': optax.scale_by_learning_rate(learning_rate(options)),
+    }
     if options.schedule == 'plateau':
-        parts.append(_plateau(options))
-    return optax.with_extra_args_support(optax.chain(*parts))
+        parts['plateau'] = _plateau(options)
+    if options.spectral_cap:
+        parts['cap'] = transforms.spectral_cap(options.spectral_cap)
+    return parts
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, *, epsilon_hat: bool) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015).
-
-        m_t = b1 m_tm1 + (1 - b1) g        v_t = b2 v_tm1 + (1 - b2) g^2
-
-    and then algorithm 1, or with `epsilon_hat` the order of computation at the end of section 2, as
-    TensorFlow and Keras have it:
-
-        u_t = m_t / (1 - b1^t) / (sqrt(v_t / (1 - b2^t)) + eps)
-        u_t = sqrt(1 - b2^t) / (1 - b1^t) * m_t / (sqrt(v_t) + eps)
-
-    The second is the first with an epsilon of eps / sqrt(1 - b2^t): 3.2e-6 at the first step for eps 1e-7.
-    Differs from optax.scale_by_adam in: 1. `epsilon_hat`. 2. 1 - b^t keeps its digits, where a power and a
-    difference in float32 leave 1 - 0.999^t with a relative error of 1e-5 and more.
-    """
-
-    def init(params: Any) -> optax.ScaleByAdamState:
-        # Two trees of zeros, not one twice: a buffer can be donated only once.
-        m, v = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=m, nu=v)
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        del params
-        t = optax.safe_increment(state.count)
-        m = jax.tree.map(lambda m, g: m + (g - m) * (1 - b1), state.mu, grads)
-        v = jax.tree.map(lambda v, g: v + (jnp.square(g) - v) * (1 - b2), state.nu, grads)
-        root = jnp.sqrt(_one_minus_power(b2, t))
-        correction = root / _one_minus_power(b1, t)
-        epsilon = eps if epsilon_hat else eps * root
-        updates = jax.tree.map(lambda m, v: m * correction / (jnp.sqrt(v) + epsilon), m, v)
-        return updates, optax.ScaleByAdamState(count=t, mu=m, nu=v)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _one_minus_power(b: float, t: Array) -> Array:
-    """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
-    return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
+def _named(options: config.Optimiser, opt_state: Tree) -> dict[str, Any]:
+    """The states of the chain's links."""
+    links = opt_state.inner if options.guard else opt_state
+    return dict(zip(_parts(options), links, strict=True))
 
 
 def learning_rate(options: config.Optimiser) -> optax.Schedule:
@@ -101,9 +136,11 @@ def learning_rate(options: config.Optimiser) -> optax.Schedule:
 
 
 def current_learning_rate(options: config.Optimiser, step: Array, opt_state: Any) -> Array:
-    """The learning rate that the step numbered `step` applies, from the optimiser's state before it."""
-    rate = jnp.asarray(learning_rate(options)(step), jnp.float32)
-    return rate * opt_state[-1].scale if options.schedule == 'plateau' else rate
+    """The learning rate that the step numbered `step` applies, from the optimiser's state before it; under a
+    guard the number is that of the steps taken, which stands in the state."""
+    states = _named(options, opt_state)
+    rate = jnp.asarray(learning_rate(options)(states['rate'].count if options.guard else step), jnp.float32)
+    return rate * states['plateau'].scale if options.schedule == 'plateau' else rate
 
 
 def _plateau(options: config.Optimiser) -> optax.GradientTransformationExtraArgs:
@@ -136,29 +173,27 @@ def _boundaries(options: config.Optimiser) -> list[int]:
 
 def _clipping(options: config.Optimiser) -> optax.GradientTransformation:
     match options.clip:
-        case 'none':
+        case 'none' | 'spam':  # SPAM needs Adam's v: `_adam`
             return optax.identity()
         case 'global_norm':
             return optax.clip_by_global_norm(options.clip_threshold)
         case 'per_leaf':
-            return clip_by_leaf_norm(options.clip_threshold)
+            return transforms.clip_by_leaf_norm(options.clip_threshold)
         case 'adaptive':
             return optax.adaptive_grad_clip(options.clip_threshold)
+        case 'zclip':
+            return transforms.zclip(options.zclip_threshold)
+        case 'adagc':
+            return transforms.adagc(options.adagc_threshold, options.clip_threshold)
     raise UserError(f'--clip: no clipping {options.clip!r}')
 
 
-def clip_by_leaf_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales each leaf whose norm exceeds `max_norm` down to it, as Keras 3's `clipnorm`.
-
-    Differs from optax.clip_by_global_norm in that one leaf's NaN stays in that leaf.
-    """
-
-    def clip(g: Array) -> Array:
-        norm = jnp.sqrt(jnp.sum(jnp.square(g)))
-        return g * (max_norm / jnp.maximum(norm, max_norm))
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(clip, grads), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
+def _adam(options: config.Optimiser, epsilon: float, epsilon_hat: bool) -> optax.GradientTransformation:
+    adam = transforms.scale_by_adam(
+        options.b1, options.b2, epsilon, epsilon_hat=epsilon_hat, second_moment=options.second_moment
+    )
+    if options.update_clip:
+        adam = transforms.clip_update_rms(adam, options.b2, epsilon, options.update_clip)
+    if options.clip == 'spam':
+        adam = transforms.clip_spikes(adam, options.spam_threshold)
+    return adam

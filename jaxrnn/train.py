@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, loop, models, optim, tree
+from jaxrnn import cells, data, loop, models, optim, transforms, tree
 from jaxrnn.config import Config
 from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree, UserError
 
@@ -111,6 +111,7 @@ def make_step(
             'finite_loss': jnp.isfinite(loss),
             'finite_gradients': tree.all_finite(gradients),
             'finite_updates': tree.all_finite(updates),
+            **transforms.skips(opt_state),
         }
         return TrainState(state.step + 1, params, opt_state), record
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 FLOORS = {
     0: ('types', 'tree', 'axes', 'config', 'environment', 'diagnosis'),
-    1: ('cells', 'scan', 'optim', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate'),
+    1: ('cells', 'scan', 'optim', 'transforms', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate'),
     2: ('layers', 'detect'),
     3: ('models', 'loop'),
     4: ('train', 'replay'),
@@ -20,7 +20,13 @@ DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'jax.extend': 'trace', 'absl':
 
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Plain definitions that their own floor may use.
-ALLOWED_BESIDE = {('diagnosis', 'environment'), ('config', 'types'), ('tree', 'types'), ('scan', 'cells')}
+ALLOWED_BESIDE = {
+    ('diagnosis', 'environment'),
+    ('config', 'types'),
+    ('tree', 'types'),
+    ('scan', 'cells'),
+    ('optim', 'transforms'),
+}
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'
 

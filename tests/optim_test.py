@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import optax
 import pytest
 from tolerance import assert_close
 
-from jaxrnn import cells, config, optim, train
+from jaxrnn import cells, config, optim, train, transforms
 from jaxrnn.types import Batch, UserError
 
 CHOICES = {field.name: field.metadata['choices'] for field in dataclasses.fields(config.Optimiser)}
@@ -28,41 +29,28 @@ GRADIENTS = [draw(1 + step, scale=3.0 ** (step % 4 - 2)) for step in range(STEPS
 LOSSES = np.float32([3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])  # falls, then stays
 
 
-# The formulas, in float64.
+WARM_UPS = {'ZCLIP_WARMUP': 5, 'ADAGC_WARMUP': 4, 'SPAM_WARMUP': 3}
 
 
-def norm(x: np.ndarray) -> float:
-    return np.sqrt(np.sum(np.square(x)))
+@pytest.fixture
+def early(monkeypatch):
+    """Clippings that set in while these few steps last."""
+    for name, steps in WARM_UPS.items():
+        monkeypatch.setattr(transforms, name, steps)
 
 
-def to_norm(x: np.ndarray, largest: float) -> np.ndarray:
-    return x * largest / norm(x) if norm(x) > largest else x
-
-
-def clip_global_norm(g: dict, params: dict, threshold: float) -> dict:
-    total = np.sqrt(sum(norm(leaf) ** 2 for leaf in g.values()))
-    return {name: leaf * threshold / total if total > threshold else leaf for name, leaf in g.items()}
-
-
-def clip_per_leaf(g: dict, params: dict, threshold: float) -> dict:
-    return {name: to_norm(leaf, threshold) for name, leaf in g.items()}
-
-
-def clip_adaptive(g: dict, params: dict, threshold: float) -> dict:
-    """Brock et al. 2021, equation 3: by output unit, which is a column of a kernel; a bias is one unit."""
-    units = [
-        to_norm(u, threshold * max(norm(w), 1e-3))
-        for u, w in zip(g['kernel'].T, params['kernel'].T, strict=True)
-    ]
-    bias = to_norm(g['bias'], threshold * max(norm(params['bias']), 1e-3))
-    return {'bias': bias, 'kernel': np.stack(units, axis=1)}
+def each(clip):
+    return lambda gs: [clip(g) for g in gs]
 
 
 CLIPS = {
-    'none': lambda g, params, threshold: g,
-    'global_norm': clip_global_norm,
-    'per_leaf': clip_per_leaf,
-    'adaptive': clip_adaptive,
+    'none': lambda gs: gs,
+    'global_norm': each(lambda g: formulas.clip_global_norm(g, 0.7)),
+    'per_leaf': each(lambda g: formulas.clip_per_leaf(g, 0.7)),
+    'adaptive': each(lambda g: formulas.clip_adaptive(g, PARAMS, 0.7)),
+    'zclip': lambda gs: formulas.zclip(gs, 0.4, warmup=5),
+    'adagc': lambda gs: formulas.adagc(gs, 1.1, 0.7, warmup=4),
+    'spam': lambda gs: gs,
 }
 
 
@@ -109,25 +97,15 @@ def rate(o: config.Optimiser, step: int) -> float:
     return factor * SCHEDULES[o.schedule](o, step)
 
 
-def adam(gs: list[np.ndarray], b1: float, b2: float, epsilon: float, *, hat: bool) -> list[np.ndarray]:
-    """Kingma & Ba 2015: algorithm 1, or with `hat` the order of computation at the end of section 2."""
-    m, v, made = 0.0, 0.0, []
-    for t, g in enumerate(gs, 1):
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g**2
-        if hat:
-            made.append(np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + epsilon))
-        else:
-            made.append(m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + epsilon))
-    return made
-
-
 def options_of(clip: str, schedule: str, *, warmup_steps: int = 2, **changes) -> config.Optimiser:
     return config.Optimiser(
         **{
             'clip': clip,
             'schedule': schedule,
             'clip_threshold': 0.7,
+            'zclip_threshold': 0.4,
+            'adagc_threshold': 1.1,
+            'spam_threshold': 4.0,
             'warmup_steps': warmup_steps,
             'decay_steps': 10,
             'end_learning_rate': 2e-4,
@@ -171,35 +149,75 @@ def described(tree) -> tuple:
 EPSILONS = {'keras1': (1e-8, True), 'keras3': (1e-7, True), 'flax': (1e-8, False)}
 
 
-def assert_follows_the_formulas(clip: str, schedule: str, preset: str) -> None:
-    options = options_of(clip, schedule)
+def in_float64(gradients: list[dict]) -> list[dict]:
+    return [{name: np.float64(leaf) for name, leaf in g.items()} for g in gradients]
+
+
+def assert_follows_the_formulas(options: config.Optimiser, preset: str) -> None:
     updates, _ = run(build(options, preset))
-    clipped = [
-        CLIPS[clip]({name: np.float64(leaf) for name, leaf in g.items()}, PARAMS, 0.7) for g in GRADIENTS
-    ]
+    clipped = CLIPS[options.clip](in_float64(GRADIENTS))
     epsilon, hat = EPSILONS[preset]
+    limits = {'theta': 4.0, 'spam_warmup': 3} if options.clip == 'spam' else {}
+    if options.update_clip:
+        limits['d'] = options.update_clip
     for name in SHAPES:
-        steps = adam([g[name] for g in clipped], 0.9, 0.999, epsilon, hat=hat)
+        steps = formulas.adam(
+            [g[name] for g in clipped], 0.9, 0.999, epsilon,
+            hat=hat, second_moment=options.second_moment, **limits,
+        )  # fmt: skip
         for number, (step, update) in enumerate(zip(steps, updates, strict=True)):
             assert_close(update[name], -rate(options, number) * step, 'float32 adam')
 
 
 @pytest.mark.parametrize('schedule', CHOICES['schedule'])
 @pytest.mark.parametrize('clip', CHOICES['clip'])
-def test_clippings_and_schedules(clip, schedule):
-    assert_follows_the_formulas(clip, schedule, 'keras3')
+def test_clippings_and_schedules(clip, schedule, early):
+    assert_follows_the_formulas(options_of(clip, schedule), 'keras3')
+
+
+@pytest.mark.parametrize('clip', CHOICES['clip'][1:])
+def test_every_clipping_clips_some_steps_and_not_others(clip, early):
+    """So that the formulas above are told apart."""
+    updates, _ = run(build(options_of(clip, 'constant', warmup_steps=0)))
+    plain, _ = run(build(options_of('none', 'constant', warmup_steps=0)))
+    same = [
+        all(np.array_equal(a[name], b[name]) for name in SHAPES) for a, b in zip(updates, plain, strict=True)
+    ]
+    assert same[0] and not all(same)
 
 
 @pytest.mark.parametrize('preset', cells.PRESETS)
-def test_presets(preset):
-    assert_follows_the_formulas('global_norm', 'warmup_cosine', preset)
+@pytest.mark.parametrize('second_moment', CHOICES['second_moment'])
+@pytest.mark.parametrize('update_clip', [0.0, 0.8])
+def test_presets_and_moments(update_clip, second_moment, preset):
+    chosen = options_of('global_norm', 'warmup_cosine', second_moment=second_moment, update_clip=update_clip)
+    assert_follows_the_formulas(chosen, preset)
 
 
-@pytest.mark.parametrize('preset', cells.PRESETS)
-@pytest.mark.parametrize('schedule', CHOICES['schedule'])
-@pytest.mark.parametrize('clip', CHOICES['clip'])
-def test_the_state_keeps_its_structure(clip, schedule, preset):
-    optimiser = build(options_of(clip, schedule), preset)
+@pytest.mark.parametrize('second_moment', CHOICES['second_moment'])
+def test_spam_with_every_moment(second_moment, early):
+    chosen = options_of('spam', 'constant', second_moment=second_moment, update_clip=0.8)
+    assert_follows_the_formulas(chosen, 'flax')
+
+
+def options_with(**chosen) -> config.Optimiser:
+    return options_of(chosen.pop('clip', 'none'), chosen.pop('schedule', 'constant'), **chosen)
+
+
+EVERY_CHOICE = [
+    *({'clip': clip, 'schedule': schedule} for clip in CHOICES['clip'] for schedule in CHOICES['schedule']),
+    *({'second_moment': name} for name in CHOICES['second_moment']),
+    {'update_clip': 1.0},
+    {'spectral_cap': 0.05},
+    {'guard': True},
+    {'guard': True, 'spectral_cap': 0.05, 'schedule': 'plateau', 'second_moment': 'amsgrad', 'clip': 'adagc'},
+    {'guard': True, 'spectral_cap': 0.05, 'update_clip': 1.0, 'clip': 'zclip', 'second_moment': 'yogi'},
+]
+
+
+@pytest.mark.parametrize('chosen', EVERY_CHOICE, ids=str)
+def test_the_state_keeps_its_structure(chosen):
+    optimiser = build(options_with(**chosen))
     state = optimiser.init(PARAMS)
     again = jax.jit(lambda state: state)(state)
     assert described(again) == described(state)
@@ -294,7 +312,7 @@ def test_options_reach_adam(hat):
     options = config.Optimiser(b1=0.5, b2=0.75, epsilon=0.3, learning_rate=1)
     updates, _ = run(optim.build(options, epsilon=1e-8, epsilon_hat=hat))
     for name in SHAPES:
-        steps = adam([np.float64(g[name]) for g in GRADIENTS], 0.5, 0.75, 0.3, hat=hat)
+        steps = formulas.adam([g[name] for g in in_float64(GRADIENTS)], 0.5, 0.75, 0.3, hat=hat)
         for step, update in zip(steps, updates, strict=True):
             assert_close(update[name], -step, 'float32 adam')
 
@@ -302,7 +320,7 @@ def test_options_reach_adam(hat):
 @pytest.mark.parametrize('hat', [False, True])
 def test_adam_is_optaxs_in_float64(hat):
     """Epsilon hat is optax's with a falling epsilon. optax's float32 loses digits of 1 - b2^t."""
-    ours, b2, epsilon = optim.scale_by_adam(0.9, 0.999, 0.01, epsilon_hat=hat), 0.999, 0.01
+    ours, b2, epsilon = transforms.scale_by_adam(0.9, 0.999, 0.01, epsilon_hat=hat), 0.999, 0.01
     state = ours.init(PARAMS)
     with jax.enable_x64(True):
         other = optax.scale_by_adam(0.9).init(jax.tree.map(np.float64, PARAMS))
@@ -326,7 +344,7 @@ def test_buffers_of_a_new_state_can_all_be_donated():
 
 
 def clipped_by_leaf(max_norm: float, *leaves) -> list[np.ndarray]:
-    clip = optim.clip_by_leaf_norm(max_norm)
+    clip = transforms.clip_by_leaf_norm(max_norm)
     found, _ = clip.update([jnp.asarray(leaf, jnp.float32) for leaf in leaves], clip.init(None))
     return [np.asarray(leaf) for leaf in found]
 
