@@ -103,9 +103,11 @@ class Model(Options):
     hidden: int = option(0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0)
     gate: str = option(
         'preset', "The gates' squashing function, in place of the preset's.",
-        choices=('preset', 'sigmoid', 'hard_sigmoid'),
+        choices=('preset', 'sigmoid', 'hard_sigmoid'), later=True,
     )  # fmt: skip
-    mask_padding: bool = option(False, 'End each word at its last letter: padding moves no state.')
+    mask_padding: bool = option(
+        False, 'End each word at its last letter: padding moves no state.', later=True
+    )
     recurrence: str = option(
         'fast', "The recurrence with a hand-written backward pass, or the plain scan that JAX differentiates.",
         choices=('fast', 'reference'),
@@ -183,7 +185,9 @@ class Training(Options):
     seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
     batch_size: int = option(32, 'Words in a batch.', at_least=1)
     skip_batches: str = option(
-        '', 'Steps whose batch is left out, that of the step before in its place; as 1302,1400-1410.'
+        '',
+        'Steps whose batch is left out, that of the step before in its place; as 1302,1400-1410.',
+        later=True,
     )
     digest_every: int = option(1, 'Steps between digests of the state, which prove a replay.', at_least=1)
     debug_nans: bool = option(False, "Run under JAX's own jax_debug_nans.")

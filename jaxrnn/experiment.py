@@ -189,6 +189,7 @@ class Experiments:
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
         self._snapshots: dict[int, Tree] = {}
+        self._made: dict[str, Changed] = {}  # by name, so that each is compiled once
 
     def run(self, changes: Sequence[Change]) -> Told:
         """Control, nudge, and as many of the changes as the budget allows, in their order; then the best replayed on,
@@ -276,7 +277,9 @@ class Experiments:
         horizon = self.window.horizon if horizon is None else horizon
         if self.steps_replayed + horizon - start > self.left:
             return None
-        changed = change.make()
+        if change.name not in self._made:
+            self._made[change.name] = change.make()
+        changed = self._made[change.name]
         state = changed.convert(self._state(start))
         history = [*self._history, *(row for row in self._control if row['step'] < start)]
         rows: list[Row] = []

@@ -74,6 +74,7 @@ REMEDIES = (
         'half the learning rate', 'optimiser', lambda config: _slower(config, 0.5),
         'steps are half as long',
     ),
+    Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut'),
     Remedy(
         'an eighth of the learning rate', 'optimiser', lambda config: _slower(config, 0.125),
         'steps are an eighth as long',
@@ -88,7 +89,6 @@ REMEDIES = (
     ),
     _fixed('ZClip', 'optimiser', 'gradients far above their running norm are cut', clip='zclip'),
     _fixed('norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', clip='global_norm', clip_threshold=1.0),
-    Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut'),
     _fixed('masked padding', 'model', 'a word ends at its last letter', mask_padding=True),
     Remedy('float32 products', 'precision', _wider_products, 'products keep their digits'),
 )  # fmt: skip
