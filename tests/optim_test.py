@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import re
 
 import formulas
 import jax
@@ -9,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerance import assert_close
 
 from jaxrnn import cells, config, optim, train, transforms
@@ -264,6 +269,27 @@ def test_the_step_records_the_learning_rate_applied(schedule):
         assert_close(record['learning_rate'], rate(options, number), 'float32 schedule')
 
 
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+def test_the_learning_rate_told_under_a_guard_is_the_one_applied(schedule):
+    """A skipped step leaves the schedule where it was."""
+    options = options_of('none', schedule, guard=True)
+    optimiser = build(options)
+    update = jax.jit(lambda state, loss: optimiser.update(GRADIENTS[0], state, PARAMS, value=loss))
+    told = jax.jit(lambda step, state: optim.current_learning_rate(options, step, state))
+    state, rates = optimiser.init(PARAMS), []
+    for step, loss in enumerate(np.insert(LOSSES, [0, 3, 3, 7], np.nan)):
+        found = told(step, state)
+        assert found.dtype == jnp.float32
+        updates, state = update(state, loss)
+        if np.isfinite(loss):
+            rates.append(found)
+        else:
+            assert not np.any(updates['kernel'])
+    assert state.skipped == 4
+    for step, found in enumerate(rates):
+        assert_close(found, rate(options, step), 'float32 schedule')
+
+
 def test_schedules_by_hand():
     """Peak 1e-3, warm-up of 2 steps, decay by step 10, half at 5 and 9."""
     expected = {
@@ -390,3 +416,237 @@ def test_clip_by_leaf_norm_makes_no_nan_of_its_own():
 def test_bad_options(flag, options):
     with pytest.raises(UserError, match=f'^{flag}: .* found, .* expected'):
         build(config.Optimiser(**options))
+
+
+class Before:
+    """The chain as it was when the first runs were recorded, which must be replayable: not a line of it changes."""
+
+    @staticmethod
+    def adam(b1, b2, eps, epsilon_hat):
+        def one_minus_power(b, t):
+            return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
+
+        def init(params):
+            m, v = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+            return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=m, nu=v)
+
+        def update(grads, state, params=None):
+            t = optax.safe_increment(state.count)
+            m = jax.tree.map(lambda m, g: m + (g - m) * (1 - b1), state.mu, grads)
+            v = jax.tree.map(lambda v, g: v + (jnp.square(g) - v) * (1 - b2), state.nu, grads)
+            root = jnp.sqrt(one_minus_power(b2, t))
+            correction = root / one_minus_power(b1, t)
+            epsilon = eps if epsilon_hat else eps * root
+            updates = jax.tree.map(lambda m, v: m * correction / (jnp.sqrt(v) + epsilon), m, v)
+            return updates, optax.ScaleByAdamState(count=t, mu=m, nu=v)
+
+        return optax.GradientTransformation(init, update)
+
+    @classmethod
+    def build(cls, options, epsilon, epsilon_hat):
+        return optax.with_extra_args_support(
+            optax.chain(
+                optax.identity(),
+                cls.adam(options.b1, options.b2, epsilon, epsilon_hat),
+                optax.scale_by_learning_rate(optax.constant_schedule(options.learning_rate)),
+            )
+        )
+
+
+@pytest.mark.parametrize('preset', cells.PRESETS)
+def test_the_default_optimiser_is_that_of_the_runs_of_before(preset):
+    """State tree, jaxpr of the whole train step, and bits."""
+    made = small.configuration(preset=preset)
+    program = train.make_program(made, small.dataset())
+    chosen = cells.PRESETS[preset]
+    before = Before.build(made.optimiser, chosen.epsilon, chosen.epsilon_hat)
+    rate = made.optimiser.learning_rate
+    step = train.make_step(program.predict, before, lambda state: jnp.asarray(rate, jnp.float32))
+    ours, theirs = program.init(), program.init()
+    theirs = theirs._replace(opt_state=before.init(theirs.params))
+    assert described(ours) == described(theirs)
+    batch = program.batch_at(0)
+    # In the addresses of functions alone may they differ.
+    jaxprs = [re.sub('0x[0-9a-f]+', '', str(jax.make_jaxpr(f)(ours, batch))) for f in (program.step, step)]
+    assert jaxprs[0] == jaxprs[1]
+    compiled = [jax.jit(program.step), jax.jit(step)]
+    for number in range(6):
+        (ours, one), (theirs, other) = (
+            f(state, program.batch_at(number)) for f, state in zip(compiled, (ours, theirs), strict=True)
+        )
+        assert one.keys() == other.keys()
+        for a, b in zip(jax.tree.leaves((ours, one)), jax.tree.leaves((theirs, other)), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_a_configuration_of_before_is_read_and_keeps_its_digest():
+    """As it was written before there were the options that are marked `later`."""
+    written = config.Config().to_json()
+    written['optimiser'] = {
+        'learning_rate': 0.001, 'b1': 0.9, 'b2': 0.999, 'epsilon': 0.0, 'clip': 'none', 'clip_threshold': 1.0,
+        'schedule': 'constant', 'warmup_steps': 0, 'decay_steps': 10000, 'decay_rate': 0.5,
+        'end_learning_rate': 0.0, 'boundaries': '', 'plateau_patience': 10, 'plateau_window': 100,
+    }  # fmt: skip
+    read = config.Config.from_json(written)
+    assert read == config.Config() and not read.differences(config.Config())
+    assert read.digest() == 'c37d6bcec1a31e55'
+
+
+@pytest.mark.parametrize('changes', EVERY_CHOICE[-8:], ids=str)
+def test_a_later_option_that_is_chosen_alters_the_digest(changes):
+    chosen = config.Config(optimiser=config.Optimiser(**changes))
+    assert (chosen.digest() == config.Config().digest()) == (chosen.optimiser == config.Optimiser())
+    assert config.Config.from_json(chosen.to_json()).digest() == chosen.digest()
+
+
+def test_a_guarded_run_records_what_it_skipped():
+    made = small.configuration()
+    made = dataclasses.replace(made, optimiser=dataclasses.replace(made.optimiser, guard=True))
+    program = train.make_program(made, small.dataset())
+    step, state, told = jax.jit(program.step), program.init(), []
+    for number in range(5):
+        batch = program.batch_at(number)
+        if number in (1, 2, 4):
+            batch = batch._replace(targets=batch.targets * np.nan)
+        before, (state, record) = state.params, step(state, batch)
+        same = [
+            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
+        ]
+        assert all(same) if number in (1, 2, 4) else not any(same)
+        told.append((int(record['skipped']), int(record['skipped_in_a_row'])))
+    assert told == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+# From one configuration to another.
+
+
+def after_steps(options: config.Optimiser, steps: int = 7):
+    """A state that's far from a fresh one."""
+    optimiser = build(options)
+    update = jax.jit(lambda state, g, loss: optimiser.update(g, state, PARAMS, value=loss)[1])
+    state = optimiser.init(PARAMS)
+    for gradients, loss in zip(GRADIENTS[:steps], LOSSES, strict=False):
+        state = update(state, gradients, loss)
+    return state
+
+
+def assert_same(found, expected) -> None:
+    assert described(found) == described(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(a, b)
+
+
+def links(options: config.Optimiser, state) -> tuple:
+    return state.inner if options.guard else state
+
+
+@pytest.mark.parametrize('chosen', EVERY_CHOICE, ids=str)
+def test_converted_to_itself_it_is_itself(chosen):
+    options = options_with(**chosen)
+    state = after_steps(options, 2)
+    assert_same(optim.convert(state, options, options, PARAMS), state)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        **{name: st.sampled_from(CHOICES[name]) for name in ('clip', 'schedule', 'second_moment')},
+        'update_clip': st.sampled_from([0.0, 1.0]),
+        'spectral_cap': st.sampled_from([0.0, 0.05]),
+        'guard': st.booleans(),
+    }
+)
+
+
+def assert_converts(before: config.Optimiser, after: config.Optimiser) -> None:
+    """That the result has the type of what `after` starts with, whence it can be stepped."""
+    old, new = (jax.eval_shape(build(options).init, PARAMS) for options in (before, after))
+    found = jax.eval_shape(lambda state: optim.convert(state, before, after, PARAMS), old)
+    assert described(found) == described(new)
+
+
+@pytest.mark.parametrize('chosen', EVERY_CHOICE, ids=str)
+def test_every_choice_converts_to_every_other(chosen):
+    for other in EVERY_CHOICE:
+        assert_converts(options_with(**chosen), options_with(**other))
+
+
+@given(OPTIONS, OPTIONS)
+@settings(max_examples=60, deadline=None)
+def test_every_configuration_converts_to_every_other(before, after):
+    assert_converts(options_with(**before), options_with(**after))
+
+
+@pytest.mark.parametrize('after', EVERY_CHOICE, ids=str)
+def test_moments_and_counts_are_carried(after):
+    before = options_with(clip='zclip', second_moment='amsgrad', spectral_cap=0.1)
+    state = after_steps(before)
+    found = links(options_with(**after), optim.convert(state, before, options_with(**after), PARAMS))
+    assert found[1].count == found[2].count == 7
+    assert_same((found[1].mu, found[1].nu), (state[1].mu, state[1].nu))
+    if after.get('clip') == 'zclip':
+        assert_same(found[0], state[0])
+    else:
+        assert all(not np.any(leaf) for leaf in jax.tree.leaves(found[0]))
+
+
+def test_the_largest_v_starts_at_the_v_there_is():
+    adam, amsgrad = options_with(), options_with(second_moment='amsgrad')
+    state = after_steps(adam)
+    found = optim.convert(state, adam, amsgrad, PARAMS)
+    assert_same(found[1].nu_max, state[1].nu)
+    jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)(found)
+    assert_same(optim.convert(after_steps(amsgrad), amsgrad, adam, PARAMS), after_steps(adam))
+
+
+def test_a_converted_state_steps_as_the_formula():
+    """Adam for seven steps, then AMSGrad: the largest of v from there on."""
+    before, after = options_with(warmup_steps=0), options_with(warmup_steps=0, second_moment='amsgrad')
+    state = optim.convert(after_steps(before), before, after, PARAMS)
+    g = [np.float64(gradients['bias']) for gradients in GRADIENTS]
+    m = v = 0 * g[0]
+    for t, x in enumerate(g, 1):
+        m, v = 0.9 * m + 0.1 * x, 0.999 * v + 0.001 * x**2
+        if t >= 7:
+            largest = v if t == 7 else np.maximum(largest, v)  # noqa: F821
+        if t > 7:
+            updates, state = build(after).update(GRADIENTS[t - 1], state, PARAMS, value=1.0)
+            expected = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(largest) + 1e-7)
+            assert_close(updates['bias'], -1e-3 * expected, 'float32 adam')
+
+
+def test_a_plateau_goes_on():
+    """Scale and best are kept; what is counted to another end is counted anew, as it may be beyond it."""
+    before = options_with(schedule='plateau', plateau_window=5, plateau_patience=9)
+    state = after_steps(before)
+    state = (*state[:3], state[3]._replace(scale=jnp.float32(0.25), plateau_count=jnp.int32(4)))
+    assert state[3].count == 2
+    for changes, count, bad in (
+        ({}, 2, 4),
+        ({'plateau_window': 2}, 0, 4),
+        ({'plateau_patience': 3}, 2, 0),
+        ({'learning_rate': 0.1, 'guard': True}, 2, 4),
+    ):
+        after = dataclasses.replace(before, **changes)
+        found = links(after, optim.convert(state, before, after, PARAMS))[3]
+        assert (found.scale, found.count, found.plateau_count) == (0.25, count, bad)
+        assert found.best_value == state[3].best_value
+    constant = options_with()
+    assert (
+        optim.convert(optim.convert(state, before, constant, PARAMS), constant, before, PARAMS)[3].scale == 1
+    )
+
+
+def test_leaving_a_guard_the_schedule_catches_up():
+    guarded, free = options_with(schedule='exponential', guard=True), options_with(schedule='exponential')
+    optimiser, state = build(guarded), after_steps(guarded, 4)
+    for _ in range(3):
+        _, state = optimiser.update(GRADIENTS[0], state, PARAMS, value=jnp.float32(jnp.nan))
+    found = optim.convert(state, guarded, free, PARAMS)
+    assert (found[1].count, found[2].count) == (4, 7)
+    updates, _ = build(free).update(GRADIENTS[5], found, PARAMS, value=1.0)
+    reference, _ = build(options_with()).update(GRADIENTS[5], found, PARAMS, value=1.0)
+    told = optim.current_learning_rate(free, jnp.int32(7), found)
+    assert_close(updates['bias'] / reference['bias'] * 1e-3, np.full(4, told), 'float32 schedule')
+    back = optim.convert(found, free, guarded, PARAMS)
+    assert (back.skipped, back.in_a_row, back.inner[2].count) == (0, 0, 7)
+    assert_same(optim.convert(state, guarded, dataclasses.replace(guarded, b1=0.5), PARAMS), state)
