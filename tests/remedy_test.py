@@ -1,0 +1,84 @@
+"""Remedies: flags that say what is replayed, states that go on, and a diagnosis whose advice holds in a fresh run."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from jaxrnn import cells, config, remedy, train
+
+NAMES = [each.name for each in remedy.REMEDIES]
+CONFIG = small.configuration('lstm', preset='keras1').changed(dtype='bfloat16', learning_rate=6e-3)
+"""One to which all of them apply."""
+
+
+def by_name(name):
+    return next(each for each in remedy.REMEDIES if each.name == name)
+
+
+def test_names_are_told_apart():
+    assert len(set(NAMES)) == len(NAMES)
+    assert {each.points_to for each in remedy.REMEDIES} <= {'data', 'model', 'optimiser', 'precision'}
+    assert [each.name for each in remedy.applicable(CONFIG)] == NAMES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_flags_are_what_is_replayed(name):
+    """Read from the command line, beside those of the run."""
+    values = {
+        field.name: value
+        for group in dataclasses.fields(CONFIG)
+        for field in dataclasses.fields(getattr(CONFIG, group.name))
+        for value in [getattr(getattr(CONFIG, group.name), field.name)]
+    }
+    for text in remedy.flags(CONFIG, by_name(name)).split(' '):
+        option, _, value = text.removeprefix('--').partition('=')
+        kind = type(values[option])
+        values[option] = value == 'true' if kind is bool else kind(value)
+    groups = {
+        group.name: group.type(**{f.name: values[f.name] for f in dataclasses.fields(group.type)})
+        for group in dataclasses.fields(config.Config)
+    }
+    assert config.Config(**groups) == remedy.applied(CONFIG, by_name(name)) != CONFIG
+
+
+def test_what_changes_nothing_is_not_applicable():
+    changed = CONFIG.changed(
+        gate='sigmoid',
+        epsilon=1e-4,
+        b2=0.9,
+        schedule='exponential',
+        dtype='float32',
+        mask_padding=True,
+        update_clip=1.0,
+        clip='zclip',
+        second_moment='amsgrad',
+    )
+    left = {each.name for each in remedy.applicable(changed)}
+    assert left == {'half the learning rate', 'an eighth of the learning rate', 'norm clipping'}
+    assert cells.PRESETS['keras3'].gate is cells.SIGMOID
+    assert 'sigmoid gates' not in {each.name for each in remedy.applicable(small.configuration())}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_running_state_goes_on_under_each(name):
+    """Its parameters and moments are kept, and the next step is finite."""
+    program = small.program('lstm', preset='keras1')
+    made = small.configuration('lstm', preset='keras1').changed(dtype='bfloat16')
+    state = program.init()
+    step = jax.jit(program.step)
+    for number in range(3):
+        state, _ = step(state, program.batch_at(number))
+    changed = remedy.change(made, small.dataset(), by_name(name)).make()
+    other = changed.convert(state)
+    jax.tree.map(np.testing.assert_array_equal, other.params, state.params)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    kept = [np.asarray(leaf) for leaf in jax.tree.leaves(other.opt_state)]
+    for moment in moments:
+        assert any(leaf.shape == moment.shape and np.array_equal(leaf, moment) for leaf in kept)
+    expected = jax.eval_shape(train.make_program(remedy.applied(made, by_name(name)), small.dataset()).init)
+    assert jax.tree.structure(other) == jax.tree.structure(expected)
+    after, record = jax.jit(changed.step)(other, changed.batch_at(3))
+    assert np.isfinite(record['loss']) and int(after.step) == 4
