@@ -2,16 +2,17 @@
 
 jaxrnn.record(step, batch_at, init, 'runs/mine', max_steps=1000)
 diagnosis, rows = jaxrnn.bisect(step, batch_at, 'runs/mine', like=init)
+diagnosis, told = jaxrnn.diagnose(step, batch_at, 'runs/mine', changes, like=init)
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxrnn import detect, inside, loop, replay, telemetry
+from jaxrnn import detect, experiment, inside, loop, replay, telemetry
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.telemetry import Row
@@ -68,18 +69,71 @@ def bisect(
     Raises:
         UserError: no checkpoints, damaged ones, or a rule that can't be read.
     """
+    detectors = _detectors(when, symptom)
+    subject = _subject(step, batch_at, directory, like, digest_every)
+    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad)
+    return inside.into(subject, diagnosis)[0], rows
+
+
+def diagnose(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    changes: Sequence[experiment.Change] = (),
+    *,
+    budget: int = experiment.BUDGET,
+    like: Tree | Callable[[], Tree] = None,
+    when: str = '',
+    symptom: str = '',
+    good: int | None = None,
+    bad: int | None = None,
+    digest_every: int = 1,
+) -> tuple[Diagnosis, experiment.Told | None]:
+    """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
+
+    Args:
+        step, batch_at, directory: as in `bisect`.
+        changes: what is tried beside other batches, in this order; see `experiment.Change`.
+        budget: steps that may be replayed, those of the bisection included.
+        like, when, symptom, good, bad, digest_every: as in `bisect`.
+
+    Returns:
+        The diagnosis with cause and remedies, and what the experiments gave, None where there was nothing to explain.
+
+    Raises:
+        UserError: as `bisect`.
+    """
+    detectors = _detectors(when, symptom)
+    subject = _subject(step, batch_at, directory, like, digest_every)
+    diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad)
+    diagnosis, _ = inside.into(subject, diagnosis)
+
+    def tried(window: experiment.Window, bad_batches: Sequence[int]) -> list[experiment.Change]:
+        return experiment.in_order(subject, window, bad_batches, changes)
+
+    return experiment.explain(subject, diagnosis, tried, detectors, budget=budget)
+
+
+def _detectors(when: str, symptom: str) -> Sequence[detect.Detector]:
     if when and symptom:
         raise UserError('when and symptom: both found, one expected')
-    detectors = [detect.custom(when)] if when else [detect.by_name(symptom)] if symptom else detect.DETECTORS
+    return [detect.custom(when)] if when else [detect.by_name(symptom)] if symptom else detect.DETECTORS
+
+
+def _subject(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    like: Tree | Callable[[], Tree],
+    digest_every: int,
+) -> replay.Subject:
     structure = jax.eval_shape(like) if callable(like) else like
     paths = loop.Paths(Path(directory))
     ours = paths.checkpoints.is_dir()
-    subject = replay.subject(
+    return replay.subject(
         step,
         batch_at,
         Checkpoints(paths.checkpoints if ours else paths.root, like=structure),
         telemetry.RecordFile(paths.records).read() if ours else (),
         digest_every=digest_every,
     )
-    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad)
-    return inside.into(subject, diagnosis)[0], rows

@@ -3,6 +3,7 @@
 Knows nothing of networks: a change is another step, other batches, or another state to start from.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +14,13 @@ import numpy as np
 
 from jaxrnn import detect, loop, predicate, telemetry
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Cause, Symptom
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.replay import Replayer, Subject
 from jaxrnn.telemetry import Row
 from jaxrnn.types import BatchAt, Series, Step, Tree
+
+BUDGET = 2000
+"""Steps that a diagnosis may replay."""
 
 LEAD = 60
 """Steps before a symptom from which on a change acts, at least: most remedies must act for a while."""
@@ -419,6 +423,62 @@ def _rank(outcome: Outcome) -> tuple[int, float]:
 
 
 # What the outcomes say.
+
+
+def explain(
+    subject: Subject,
+    diagnosis: Diagnosis,
+    changes: Callable[[Window, Sequence[int]], Sequence[Change]],
+    detectors: Sequence[Detector] = detect.DETECTORS,
+    *,
+    budget: int,
+) -> tuple[Diagnosis, Told | None]:
+    """A bisect's diagnosis with cause and remedies; as it was where there is nothing to explain.
+
+    Args:
+        subject: the run, with its step.
+        diagnosis: of `replay.bisect`.
+        changes: of the window and the steps whose batches are bad -> what is to be tried, in that order.
+        detectors: as the bisect had them.
+        budget: steps that may be replayed, those of the bisect included.
+    """
+    symptom, replayed = diagnosis.symptom, diagnosis.replay.steps_replayed
+    if symptom is None or diagnosis.first_bad_step is None:
+        return diagnosis, None
+    experiments = Experiments(subject, symptom, detectors, budget=budget - replayed)
+    bad: tuple[int, ...] = ()
+    tried: Sequence[Change] = ()
+    if experiments.window is not None:
+        bad = experiments.bad_batches()
+        tried = changes(experiments.window, bad)
+    told = experiments.run(tried)
+    made = dataclasses.replace(
+        diagnosis,
+        cause=cause_of(told, by_batch=bool(bad)),
+        remedies=tuple(_as_remedy(outcome) for outcome in told.outcomes),
+        replay=dataclasses.replace(diagnosis.replay, steps_replayed=replayed + told.steps_replayed),
+    )
+    return made, told
+
+
+def in_order(
+    subject: Subject, window: Window, bad_batches: Sequence[int], changes: Sequence[Change]
+) -> list[Change]:
+    """Changes with those of the data: these first where there are bad batches, else last."""
+    left_out = [without_batch(subject, step) for step in bad_batches or [window.symptom] if step]
+    others = other_batches(subject, window)
+    return [*left_out, *changes, others] if bad_batches else [*changes, others, *left_out]
+
+
+def _as_remedy(outcome: Outcome) -> dict[str, Any]:
+    """As a diagnosis states it."""
+    return {
+        'name': outcome.change.name,
+        'flags': outcome.change.flags,
+        'outcome': outcome.verdict,
+        'loss_at_horizon': outcome.loss if np.isfinite(outcome.loss) else None,
+        'point_of_no_return': outcome.point_of_no_return,
+    }
 
 
 def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:

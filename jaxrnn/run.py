@@ -35,10 +35,6 @@ AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
 
 
-BUDGET = 2000
-"""Steps that a diagnosis may replay."""
-
-
 class Trained(NamedTuple):
     """What `train_run` leaves."""
 
@@ -171,7 +167,7 @@ def diagnose_run(
     directory: str | os.PathLike,
     detectors: Sequence[Detector] = detect.DETECTORS,
     *,
-    budget: int = BUDGET,
+    budget: int = experiment.BUDGET,
     good: int | None = None,
     bad: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -186,28 +182,19 @@ def diagnose_run(
         good, bad: as in `replay.bisect`.
         say: gets a line before slow work.
     """
-    say('bisecting')
     bisected = bisect_run(directory, detectors, good=good, bad=bad)
     diagnosis, opened = bisected.diagnosis, bisected.opened
-    told, by_batch = None, None
-    step, symptom = diagnosis.first_bad_step, diagnosis.symptom
-    if step is not None and symptom is not None:
-        left = budget - diagnosis.replay.steps_replayed
-        subject = _subject(opened, opened.records)
-        experiments = experiment.Experiments(subject, symptom, detectors, budget=left)
-        bad_batches = experiments.bad_batches() if experiments.window else ()
-        by_batch = bool(bad_batches)
-        changes = _changes(opened, subject, experiments, bad_batches)
-        say(f'trying {len(changes)} changes on the steps before the symptom')
-        told = experiments.run(changes)
-        diagnosis = dataclasses.replace(
-            diagnosis,
-            cause=experiment.cause_of(told, by_batch=by_batch),
-            remedies=tuple(_remedy(outcome) for outcome in told.outcomes),
-            replay=dataclasses.replace(
-                diagnosis.replay, steps_replayed=diagnosis.replay.steps_replayed + told.steps_replayed
-            ),
-        )
+    subject = _subject(opened, opened.records)
+
+    def changes(window: experiment.Window, bad_batches: Sequence[int]) -> list[experiment.Change]:
+        remedies = [
+            remedy.change(opened.config, opened.dataset, each) for each in remedy.applicable(opened.config)
+        ]
+        say(f'replaying the steps from {window.start} on, under one change at a time')
+        return experiment.in_order(subject, window, bad_batches, remedies)
+
+    diagnosis, told = experiment.explain(subject, diagnosis, changes, detectors, budget=budget)
+    step = diagnosis.first_bad_step
     evidence = checks.Evidence(
         opened.dataset,
         telemetry.series(opened.records),
@@ -219,32 +206,6 @@ def diagnose_run(
     diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return Diagnosed(diagnosis, bisected, told)
-
-
-def _changes(
-    opened: Opened, subject: replay.Subject, experiments: experiment.Experiments, bad_batches: Sequence[int]
-) -> list[experiment.Change]:
-    """What is tried, in its order: what the data suggests first, where it suggests anything."""
-    if experiments.window is None:
-        return []
-    suspects = bad_batches or (experiments.symptom.step,)
-    batches = [experiment.without_batch(subject, step) for step in suspects if step]
-    remedies = [
-        remedy.change(opened.config, opened.dataset, each) for each in remedy.applicable(opened.config)
-    ]
-    others = experiment.other_batches(subject, experiments.window)
-    return [*batches, *remedies, others] if bad_batches else [*remedies, others, *batches]
-
-
-def _remedy(outcome: experiment.Outcome) -> dict[str, Any]:
-    """As a diagnosis states it."""
-    return {
-        'name': outcome.change.name,
-        'flags': outcome.change.flags,
-        'outcome': outcome.verdict,
-        'loss_at_horizon': outcome.loss if np.isfinite(outcome.loss) else None,
-        'point_of_no_return': outcome.point_of_no_return,
-    }
 
 
 def look_into_run(

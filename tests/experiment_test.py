@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxrnn
 from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
 from jaxrnn.experiment import Change, Changed
 
@@ -226,3 +227,31 @@ def test_a_window_starts_early_enough_where_it_can(tmp_path):
     assert experiment.window_of(subject, 50 + lead).start == 50
     assert experiment.window_of(subject, 49 + lead).start == 0
     assert experiment.window_of(subject, 10).start == 0
+
+
+def test_anybody_s_run_is_diagnosed(tmp_path):
+    """A batch that is not a number, in a run of which nothing is known but its step."""
+
+    def batch_at(step):
+        return np.float32(np.nan if step == 120 else 1e-3 * (1 + step % 7))
+
+    jaxrnn.record(halving, batch_at, first, tmp_path, max_steps=200, checkpoint_every=50)
+    changes = [Change('half', 'optimiser', lambda: Changed(halving, batch_at, lambda x: x / 2))]
+    diagnosis, told = jaxrnn.diagnose(halving, batch_at, tmp_path, changes, like=first)
+    assert (diagnosis.first_bad_step, diagnosis.cause.kind) == (120, 'data')
+    assert diagnosis.where['source'] == 'batch'
+    outcomes = {remedy['name']: remedy['outcome'] for remedy in diagnosis.remedies}
+    assert outcomes == {
+        'without the batch of step 120': 'averted',
+        'other batches': 'averted',
+        'half': 'unchanged',
+    }
+    assert diagnosis.replay.steps_replayed == 21 + told.steps_replayed <= 2000
+    best = diagnosis.remedies[0]
+    assert (best['flags'], best['point_of_no_return']) == ('--skip_batches=120', 120)
+
+
+def test_a_healthy_run_has_nothing_to_explain(tmp_path):
+    jaxrnn.record(halving, no_batch, first, tmp_path, max_steps=60, checkpoint_every=20)
+    diagnosis, told = jaxrnn.diagnose(halving, no_batch, tmp_path, like=first)
+    assert (diagnosis.symptom, diagnosis.remedies, told) == (None, (), None)

@@ -234,14 +234,19 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     assert {name: told[name] for name in found['where']} == found['where']
     screen = call('trace', f'--run_dir={tmp_path / "run"}', f'--step={step}').stdout
     assert f'step {step}: {told["kind"]}' in screen and 'operand' in screen
-    diagnosed = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=600', '--json')
+    diagnosed = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=110', '--json')
     assert diagnosed.returncode == 3, diagnosed.stderr
     told = last_json(diagnosed)
     assert told == json.loads((tmp_path / 'run' / 'diagnosis.json').read_text())
     assert (told['first_bad_step'], told['where']) == (step, found['where'])
     assert [check['ok'] for check in told['checks']][1:3] == [True, False] and len(told['checks']) == 7
-    assert {remedy['outcome'] for remedy in told['remedies']} <= {'averted', 'delayed', 'unchanged', 'worse'}
-    assert told['replay']['bit_identical'] and told['replay']['steps_replayed'] <= 600
+    assert told['remedies'] and {remedy['outcome'] for remedy in told['remedies']} <= {
+        'averted',
+        'delayed',
+        'unchanged',
+        'worse',
+    }
+    assert told['replay']['bit_identical'] and told['replay']['steps_replayed'] <= 110
     assert told['cause']['why']
 
 
