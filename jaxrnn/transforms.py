@@ -279,8 +279,8 @@ def spectral_cap(ratio: float) -> optax.GradientTransformation:
     """Scales the update of a matrix W so that its spectral norm is at most ratio max(norm(W), 1e-3).
 
     It stands behind the learning rate. Both norms are estimates by power iteration: never above the true ones, so
-    the cap of W is never too high, and that of the update is exceeded by what the estimate lacks (of noise under
-    Adam's b1 = 0.9, the hardest there is: up to 15 % at first, 7 % after some steps). Leaves of other ranks pass,
+    the cap of W is never too high, and that of the update is exceeded by what the estimate lacks: of noise under
+    Adam's b1 = 0.9, the hardest there is, 1 % in the median and 23 % at worst. Leaves of other ranks pass,
     as does a matrix whose norms aren't finite.
     """
 
