@@ -143,6 +143,7 @@ class Training(Options):
     seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
     batch_size: int = option(32, 'Words in a batch.', at_least=1)
     digest_every: int = option(1, 'Steps between digests of the state, which prove a replay.', at_least=1)
+    signals: bool = option(False, 'Record the early-warning signals of every step.')
     debug_nans: bool = option(False, "Run under JAX's own jax_debug_nans.")
     checkify: bool = option(False, "Run under JAX's own checkify.float_checks.")
 
@@ -197,6 +198,8 @@ class Config:
         """16 hex digits over every option that decides bits: all groups but `loop`."""
         values = self.to_json()
         del values['loop']
+        if not values['training']['signals']:
+            del values['training']['signals']  # as the runs were digested that know of none
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: 'Config') -> list[str]:

@@ -22,7 +22,7 @@ def build(
         epsilon_hat: which form of Adam, see `scale_by_adam`.
     """
     parts = [
-        _clipping(options),
+        clipping(options),
         scale_by_adam(options.b1, options.b2, options.epsilon or epsilon, epsilon_hat=epsilon_hat),
         optax.scale_by_learning_rate(learning_rate(options)),
     ]
@@ -57,8 +57,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, epsilon_hat: bool) -> opt
         t = optax.safe_increment(state.count)
         m = jax.tree.map(lambda m, g: m + (g - m) * (1 - b1), state.mu, grads)
         v = jax.tree.map(lambda v, g: v + (jnp.square(g) - v) * (1 - b2), state.nu, grads)
-        root = jnp.sqrt(_one_minus_power(b2, t))
-        correction = root / _one_minus_power(b1, t)
+        root = jnp.sqrt(one_minus_power(b2, t))
+        correction = root / one_minus_power(b1, t)
         epsilon = eps if epsilon_hat else eps * root
         updates = jax.tree.map(lambda m, v: m * correction / (jnp.sqrt(v) + epsilon), m, v)
         return updates, optax.ScaleByAdamState(count=t, mu=m, nu=v)
@@ -66,7 +66,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, epsilon_hat: bool) -> opt
     return optax.GradientTransformation(init, update)
 
 
-def _one_minus_power(b: float, t: Array) -> Array:
+def one_minus_power(b: float, t: Array) -> Array:
     """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
     return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
 
@@ -134,7 +134,8 @@ def _boundaries(options: config.Optimiser) -> list[int]:
     return boundaries
 
 
-def _clipping(options: config.Optimiser) -> optax.GradientTransformation:
+def clipping(options: config.Optimiser) -> optax.GradientTransformation:
+    """What gradients go through before Adam; stateless."""
     match options.clip:
         case 'none':
             return optax.identity()

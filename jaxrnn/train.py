@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, models, optim, tree
-from jaxrnn.config import Config
+from jaxrnn import cells, data, models, optim, signals, tree
+from jaxrnn.config import Config, Optimiser
 from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree
 
 TINY = 1e-12
@@ -59,13 +59,42 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     batch_at = functools.partial(
         data.batch_at, dataset, batch_size=config.training.batch_size, seed=config.training.seed
     )
-    return Program(init, make_step(predict, optimiser, rate), batch_at, predict)
+    warnings = _signals_of(config.optimiser, preset, rate) if config.training.signals else None
+    return Program(init, make_step(predict, optimiser, rate, warnings), batch_at, predict)
+
+
+SignalsOf = Callable[[TrainState, TrainState, Tree, Tree], Record]
+"""State before a step, state after it, gradients, updates -> what is recorded beside the rest."""
+
+
+def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState], Array]) -> SignalsOf:
+    clipping = optim.clipping(options)
+
+    def signals_of(before: TrainState, after: TrainState, gradients: Tree, updates: Tree) -> Record:
+        clipped, _ = clipping.update(gradients, clipping.init(before.params), before.params)
+        found = signals.of_adam(
+            after.params,
+            clipped,
+            updates,
+            signals.adam_state(before.opt_state),
+            signals.adam_state(after.opt_state),
+            learning_rate=rate(before),
+            b1=options.b1,
+            b2=options.b2,
+            eps=options.epsilon or preset.epsilon,
+            epsilon_hat=preset.epsilon_hat,
+        )
+        # What was clipped has another norm than the loss's gradient.
+        return {name: found[name] for name in found if options.clip == 'none' or name != 'gradient_norm'}
+
+    return signals_of
 
 
 def make_step(
     predict: Callable[[Tree, Array], Array],
     optimiser: optax.GradientTransformationExtraArgs,
     rate: Callable[[TrainState], Array],
+    signals_of: SignalsOf | None = None,
 ) -> Step:
     """The train step: mean squared error, its gradient, one update, and the record of it all."""
 
@@ -89,7 +118,8 @@ def make_step(
             'finite_gradients': tree.all_finite(gradients),
             'finite_updates': tree.all_finite(updates),
         }
-        return TrainState(state.step + 1, params, opt_state), record
+        after = TrainState(state.step + 1, params, opt_state)
+        return after, record | signals_of(state, after, gradients, updates) if signals_of else record
 
     return step
 

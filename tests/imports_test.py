@@ -5,8 +5,8 @@ from pathlib import Path
 
 FLOORS = {
     0: ('types', 'tree', 'axes', 'config', 'environment', 'diagnosis'),
-    1: ('cells', 'scan', 'optim', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate'),
-    2: ('layers', 'detect'),
+    1: ('cells', 'scan', 'optim', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate', 'signals'),
+    2: ('layers', 'detect', 'curvature'),
     3: ('models', 'loop'),
     4: ('train', 'replay'),
     5: ('inside',),
@@ -18,7 +18,13 @@ DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'jax.extend': 'trace', 'absl':
 
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Plain definitions that their own floor may use.
-ALLOWED_BESIDE = {('diagnosis', 'environment'), ('config', 'types'), ('tree', 'types'), ('scan', 'cells')}
+ALLOWED_BESIDE = {
+    ('diagnosis', 'environment'),
+    ('config', 'types'),
+    ('tree', 'types'),
+    ('scan', 'cells'),
+    ('signals', 'optim'),
+}
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'
 

@@ -1,0 +1,376 @@
+"""Early-warning signals of an Adam step, from its gradients, moments, update and parameters, in one pass over them.
+
+For any loop whose optimiser is Adam, optax's or ours, inside its compiled step:
+
+    before, after = signals.adam_state(opt_state), signals.adam_state(new_opt_state)
+    record |= signals.of_adam(new_params, gradients, updates, before, after, learning_rate=1e-3)
+
+All numbers are finite where the step's are: a field that isn't makes the run diverge, by `predicate.ALL_FINITE`.
+A new signal is a property of `_Measured` and an entry of SIGNALS; detectors, reports and docs read that table.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxrnn import optim, tree
+from jaxrnn.types import Array, Record, Tree, UserError
+
+SATURATED = 0.9
+"""|m̂/√v̂| from here on is a coordinate whose gradients agree in sign: of independent ones, of which the ratio is
+normal with a deviation of .229, one in 11,000 (Molybog et al. 2023, 2304.09871; √((1-b1)/(1+b1)) derived)."""
+
+ULPS = 4
+"""Roundings that v may be off by: ours and Kingma's way to write the average differ by two."""
+
+SAMPLE = 1024
+"""Coordinates of a tensor that the median is taken of: its rank is right to 1.6 % of a standard deviation."""
+
+ROW = 1024
+"""Terms summed one after the other; what is longer is summed by rows."""
+
+
+class Signal(NamedTuple):
+    """What a number in the record warns of."""
+
+    name: str  # of the field
+    formula: str
+    worst: str  # 'highest' or 'lowest' over the tensors; 'whole': of all tensors as one
+    alarm: str  # in the language of `predicate`; '' where the number is to be read beside others
+    means: str
+    source: str
+    cost: str
+    lead: str  # steps from alarm to symptom
+
+
+ELEMENTWISE = 'one pass over g, m, v, u, θ, shared by all'
+"""What each signal of `of_adam` costs."""
+
+HESSIAN_VECTOR = 'products of the Hessian and a vector: 2 to 2.5 gradients each'
+
+SIGNALS = (
+    Signal(
+        'update_rms',
+        '√mean(g² / max(v̂, ε²))',
+        'highest',
+        'update_rms > 2.3 and update_rms > 2 * max(update_rms, 100)',
+        'the gradient outgrew its own average: v is too slow for it, and the step too long',
+        'Wortsman et al. 2023, 2304.13013',
+        ELEMENTWISE,
+        '1-8',
+    ),
+    Signal(
+        'decoupling',
+        '1 - mean(g²) / mean(v̂)',
+        'highest',
+        '',
+        'near 1: the gradient is small against √v, which decays by itself while the step grows',
+        'Bai et al. 2026, 2506.04805',
+        ELEMENTWISE,
+        '100s',
+    ),
+    Signal(
+        'epsilon_margin',
+        'median(√v̂) / ε, of at most 1024 coordinates evenly spread',
+        'lowest',
+        '',
+        'below 10: ε, not v, sets the step of many coordinates, and keeps it from growing further',
+        'Molybog et al. 2023, 2304.09871; Wortsman et al. 2023, 2309.14322',
+        ELEMENTWISE,
+        '',
+    ),
+    Signal(
+        'descent_cosine',
+        'cos(u, -g)',
+        'whole',
+        '',
+        'near 0 with long steps, or negative: the update no longer goes downhill',
+        'Molybog et al. 2023, 2304.09871',
+        ELEMENTWISE,
+        '10s',
+    ),
+    Signal(
+        'saturated_ratio',
+        'share of |m̂ / √v̂| > .9',
+        'highest',
+        '',
+        'coordinates all take their full step, as correlated gradients make them',
+        'Molybog et al. 2023, 2304.09871',
+        ELEMENTWISE,
+        '10s',
+    ),
+    Signal(
+        'step_rms',
+        'RMS(u) / η',
+        'highest',
+        '',
+        '.23 for independent gradients, 1 for equal ones; more where gradients outrun √v',
+        'derived: √((1-b1)/(1+b1))',
+        ELEMENTWISE,
+        '10s',
+    ),
+    Signal(
+        'momentum_cosine',
+        'cos(g, m before it)',
+        'whole',
+        '',
+        'below 0 the gradient turns back each step: the edge of stability',
+        'Cohen et al. 2022, 2207.14484',
+        ELEMENTWISE,
+        '5-20',
+    ),
+    Signal(
+        'relative_step',
+        '‖u‖ / ‖θ‖, θ after the step',
+        'highest',
+        '',
+        'about 1e-3 in health; a step that rewrites a tensor is 1e-1',
+        'WeSaR (Nishida et al. 2024)',
+        ELEMENTWISE,
+        '',
+    ),
+    Signal(
+        'bound',
+        'max|u| / (η C_t), C_t = (1-b1)/(1-b1^t) √((1-b2^t)/(1-b2)) √((1-ρ^t)/(1-ρ)), ρ = b1²/b2',
+        'highest',
+        'bound > 1.001',
+        'a step longer than Adam can take: a corrupted moment, or an update that is not Adam alone',
+        'Cauchy-Schwarz, derived; C is 1 at t = 1 and 7.27 for ever, by default',
+        ELEMENTWISE,
+        '0',
+    ),
+    Signal(
+        'second_moment_broken',
+        'share of v_t < b2 v_tm1 beyond 4 ulp, or v_t < 0',
+        'highest',
+        'second_moment_broken > 0',
+        'v fell faster than it can: a corrupted moment',
+        'algebra: v_t - b2 v_tm1 = (1 - b2) g² >= 0',
+        ELEMENTWISE,
+        '0',
+    ),
+)
+
+
+def adam_state(opt_state: Tree) -> optax.ScaleByAdamState:
+    """Adam's moments within an optimiser's state, wherever in its chain. Raises UserError unless there is one."""
+    found = [
+        leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(leaf)
+    ]
+    if len(found) != 1:
+        raise UserError(f'optimiser: {len(found)} states of optax.scale_by_adam found, one expected')
+    return found[0]
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+class Adam(NamedTuple):
+    """What Adam's step was made with, and at what count."""
+
+    b1: float
+    b2: float
+    learning_rate: Array  # []
+    mean: Array  # 1 - b1^t
+    square: Array  # 1 - b2^t
+    epsilon: Array  # as algorithm 1 adds it to √v̂
+    bound: Array  # of |m̂|/√v̂
+
+
+class _Sums(NamedTuple):
+    """Of one tensor's terms, in the wider of its type and float32; of several, added up."""
+
+    size: int
+    gg: Array
+    uu: Array
+    mm: Array  # of m before the step
+    pp: Array
+    ug: Array
+    gm: Array
+    v: Array
+    normalised: Array  # g² / max(v̂, ε²)
+    saturated: Array
+    broken: Array
+    largest: Array  # max|u|
+
+
+def of_adam(
+    params: Tree,
+    gradients: Tree,
+    updates: Tree,
+    before: optax.ScaleByAdamState,
+    after: optax.ScaleByAdamState,
+    *,
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    epsilon_hat: bool = False,
+) -> Record:
+    """The signals of one step: those of SIGNALS, each the worst over the tensors or of the whole tree, and
+    `gradient_norm`, `update_norm` and `parameter_norm`, which fall out of the same pass.
+
+    Tensors that are empty, of integers, or not Adam's are left out. Where a ratio is 0/0 (no gradient yet, a
+    learning rate of 0) it is 0. A NaN in a tensor makes its signals NaN; it counts as broken, not as saturated.
+
+    Args:
+        params: after the step, so that a bias that starts at zero has a norm.
+        gradients: as Adam was given them, after any clipping.
+        updates: as added to the parameters: the learning rate in it, and nothing but Adam.
+        before: moments before the step, as `adam_state` finds them.
+        after: moments after it.
+        learning_rate: of this step.
+        eps: and `epsilon_hat`: as `optim.scale_by_adam` has them.
+    """
+    adam = _adam(after.count, learning_rate, b1, b2, eps, epsilon_hat)
+    tensors = _tensors(params, gradients, updates, before, after)
+    sums = [_sums(adam, *leaves) for leaves in tensors.values()]
+    each = [_signals(adam, s, leaves[-1]) for s, leaves in zip(sums, tensors.values(), strict=True)]
+    zero = jnp.float32(0)
+    whole = functools.reduce(_joined, sums) if sums else _Sums(0, *[zero] * (len(_Sums._fields) - 1))
+    wholes = _signals(adam, whole, None)
+    worst = {'highest': jnp.max, 'lowest': jnp.min}
+    record = {
+        signal.name: wholes[signal.name]
+        if signal.worst == 'whole'
+        else worst[signal.worst](jnp.stack([one[signal.name] for one in each]))
+        if each
+        else zero
+        for signal in SIGNALS
+    }
+    norms = {'gradient_norm': whole.gg, 'update_norm': whole.uu, 'parameter_norm': whole.pp}
+    return record | {name: jnp.sqrt(square) for name, square in norms.items()}
+
+
+def per_tensor(
+    params: Tree,
+    gradients: Tree,
+    updates: Tree,
+    before: optax.ScaleByAdamState,
+    after: optax.ScaleByAdamState,
+    *,
+    learning_rate: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    epsilon_hat: bool = False,
+) -> Mapping[str, Record]:
+    """The signals of each tensor, by path: for replays, where `of_adam` has said that something is wrong."""
+    adam = _adam(after.count, learning_rate, b1, b2, eps, epsilon_hat)
+    tensors = _tensors(params, gradients, updates, before, after)
+    return {name: _signals(adam, _sums(adam, *leaves), leaves[-1]) for name, leaves in tensors.items()}
+
+
+def largest_ratio(t: Array, b1: float, b2: float) -> Array:
+    """C_t: what |m̂_t| / √v̂_t can't exceed; inf where nothing bounds it.
+
+    By Cauchy and Schwarz, as m_t = (1-b1) Σ b1^(t-i) g_i and v_t = (1-b2) Σ b2^(t-i) g_i²:
+
+        C_t = (1-b1) / (1-b1^t) √((1-b2^t) / (1-b2)) √(Σ_{i<t} ρ^i),  ρ = b1² / b2
+
+    attained by g_i ~ (b1/b2)^(t-i). 1 at the first step, then rising to 7.27 for .9, .999.
+    """
+    if b1 and b1**2 >= b2:
+        terms = jnp.asarray(t, jnp.float32) if b1**2 == b2 else jnp.float32(np.inf)
+    else:
+        ratio = b1**2 / b2 if b1 else 0.0
+        terms = optim.one_minus_power(ratio, t) / (1 - ratio)
+    mean = optim.one_minus_power(b1, t) / (1 - b1)
+    return jnp.sqrt(optim.one_minus_power(b2, t) / (1 - b2) * terms) / mean
+
+
+def _adam(t: Array, learning_rate: Any, b1: float, b2: float, eps: float, epsilon_hat: bool) -> Adam:
+    t = jnp.asarray(t)
+    mean, square = optim.one_minus_power(b1, t), optim.one_minus_power(b2, t)
+    epsilon = eps / jnp.sqrt(square) if epsilon_hat else jnp.float32(eps)
+    return Adam(b1, b2, jnp.asarray(learning_rate), mean, square, epsilon, largest_ratio(t, b1, b2))
+
+
+def _tensors(params: Tree, gradients: Tree, updates: Tree, before: Any, after: Any) -> dict[str, tuple]:
+    """Path -> (θ, g, u, m before, v before, m, v) of each tensor that Adam moves."""
+    trees = [params, gradients, updates, before.mu, before.nu, after.mu, after.nu]
+    named = [tree.named_leaves(one) for one in trees]
+    return {
+        name: tuple(leaves[name] for leaves in named)
+        for name, leaf in named[-1].items()
+        if all(name in leaves for leaves in named)
+        and leaf.size
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and jnp.issubdtype(named[1][name].dtype, jnp.floating)
+    }
+
+
+def _sums(adam: Adam, p: Array, g: Array, u: Array, m_tm1: Array, v_tm1: Array, m: Array, v: Array) -> _Sums:
+    stored = jnp.finfo(v.dtype)
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    p, g, u, m_tm1, v_tm1, m, v = (x.astype(wide) for x in (p, g, u, m_tm1, v_tm1, m, v))
+    factor = 1 / adam.square
+    least = (adam.b2 * (1 - ULPS * float(stored.eps))) * v_tm1 - float(stored.tiny)
+    terms = (
+        g * g,
+        u * u,
+        m_tm1 * m_tm1,
+        p * p,
+        u * g,
+        g * m_tm1,
+        v,
+        g * g / jnp.maximum(v * factor, jnp.maximum(adam.epsilon**2, stored.tiny)),
+        (m * m > SATURATED**2 * adam.mean**2 * factor * v).astype(wide),
+        (~((v >= least) & (v >= 0))).astype(wide),
+        jnp.abs(u),
+    )
+    return _Sums(v.size, *_reduced(terms))
+
+
+def _reduced(terms: tuple[Array, ...]) -> list[Array]:
+    """Sums of all terms but the last, and the maximum of that: one loop, where XLA:CPU has a loop for each sum."""
+    zeros = tuple(np.zeros((), term.dtype) for term in terms)
+    rows = lax.reduce(terms, zeros, _combine, (terms[0].ndim - 1,)) if terms[0].ndim else terms
+    return [*(jnp.sum(row) for row in rows[:-1]), jnp.max(rows[-1])]
+
+
+def _combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return (*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), jnp.maximum(a[-1], b[-1]))
+
+
+def _joined(a: _Sums, b: _Sums) -> _Sums:
+    return _Sums(a.size + b.size, *_combine(a[1:], b[1:]))
+
+
+def _signals(adam: Adam, s: _Sums, v: Array | None) -> dict[str, Array]:
+    """Of one tensor's sums and its v, or of the whole tree's without."""
+    rms = jnp.sqrt(s.uu / max(s.size, 1))
+    signals = {
+        'update_rms': jnp.sqrt(s.normalised / max(s.size, 1)),
+        'decoupling': jnp.where(s.v == 0, 0, 1 - _ratio(s.gg * adam.square, s.v)),
+        'descent_cosine': _ratio(-s.ug, jnp.sqrt(s.uu) * jnp.sqrt(s.gg)),
+        'saturated_ratio': s.saturated / max(s.size, 1),
+        'step_rms': _ratio(rms, adam.learning_rate),
+        'momentum_cosine': _ratio(s.gm, jnp.sqrt(s.gg) * jnp.sqrt(s.mm)),
+        'relative_step': _ratio(jnp.sqrt(s.uu), jnp.sqrt(s.pp)),
+        'bound': _ratio(s.largest, adam.learning_rate * adam.bound),
+        'second_moment_broken': s.broken / max(s.size, 1),
+    }
+    return signals if v is None else signals | {'epsilon_margin': _margin(adam, v)}
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """a / b, but 0/0 = 0."""
+    return jnp.where((a == 0) & (b == 0), 0, a / jnp.where((a == 0) & (b == 0), 1, b))
+
+
+def _margin(adam: Adam, v: Array) -> Array:
+    """Without ε the margin is as large as a number can be, and still finite."""
+    sample = jnp.ravel(v)[:: max(v.size // SAMPLE, 1) | 1]
+    sample = sample.astype(jnp.promote_types(v.dtype, jnp.float32))
+    largest = jnp.finfo(sample.dtype)
+    margin = jnp.median(jnp.sqrt(sample / adam.square)) / jnp.maximum(adam.epsilon, largest.tiny)
+    return jnp.where(jnp.isnan(margin), margin, jnp.minimum(margin, largest.max))
