@@ -68,7 +68,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, epsilon_hat: bool) -> opt
 
 def one_minus_power(b: float, t: Array) -> Array:
     """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
-    return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
+    return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, float)
 
 
 def learning_rate(options: config.Optimiser) -> optax.Schedule:

@@ -2,11 +2,13 @@
 
 For any loop whose optimiser is Adam, optax's or ours, inside its compiled step:
 
-    before, after = signals.adam_state(opt_state), signals.adam_state(new_opt_state)
-    record |= signals.of_adam(new_params, gradients, updates, before, after, learning_rate=1e-3)
+    record |= signals.of_adam(params, gradients, updates, signals.adam_state(opt_state), learning_rate=1e-3)
+
+with parameters and state after the step. The moments before it are not read, though two signals are about them: a step
+whose buffers are donated overwrites them, and to read them would cost it a copy (docs/decisions/0008-signals.md).
 
 All numbers are finite where the step's are: a field that isn't makes the run diverge, by `predicate.ALL_FINITE`.
-A new signal is a property of `_Measured` and an entry of SIGNALS; detectors, reports and docs read that table.
+A new signal is a property of `_Measured` and an entry of OF_ADAM; detectors, reports and docs read that table.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ SAMPLE = 1024
 """Coordinates of a tensor that the median is taken of: its rank is right to 1.6 % of a standard deviation."""
 
 ROW = 1024
-"""Terms summed one after the other; what is longer is summed by rows."""
+"""Numbers of a vector summed one after the other; what is longer is summed by rows, as matrices are."""
 
 
 class Signal(NamedTuple):
@@ -55,7 +57,7 @@ ELEMENTWISE = 'one pass over g, m, v, u, θ, shared by all'
 
 HESSIAN_VECTOR = 'products of the Hessian and a vector: 2 to 2.5 gradients each'
 
-SIGNALS = (
+OF_ADAM = (
     Signal(
         'update_rms',
         '√mean(g² / max(v̂, ε²))',
@@ -148,15 +150,52 @@ SIGNALS = (
     ),
     Signal(
         'second_moment_broken',
-        'share of v_t < b2 v_tm1 beyond 4 ulp, or v_t < 0',
+        'share of v_t < b2 v_tm1 + (1-b2) g² beyond 4 ulp; v_tm1 counts as 0 where it is not given',
         'highest',
         'second_moment_broken > 0',
-        'v fell faster than it can: a corrupted moment',
-        'algebra: v_t - b2 v_tm1 = (1 - b2) g² >= 0',
+        'v is smaller than it can be: a corrupted moment',
+        'algebra',
         ELEMENTWISE,
         '0',
     ),
 )
+"""Those of `of_adam`."""
+
+OTHERS = (
+    Signal(
+        'gradient_norm',
+        '‖g‖',
+        'whole',
+        '',
+        'a gradient far above its average: an outlier in the batch, or the loss already turning',
+        'ZClip, 2504.02507',
+        'none: it is in every record',
+        '0-5',
+    ),
+    Signal(
+        'preconditioned_sharpness',
+        'λ₁(P⁻¹H) / ((2+2b1) / ((1-b1) η)), P = (1-b1^t) (√v̂ + ε)',
+        'whole',
+        'preconditioned_sharpness > 1',
+        'the edge of stability: Adam overshoots along the sharpest direction; for a spike it must last',
+        'Cohen et al. 2022, 2207.14484',
+        'two ' + HESSIAN_VECTOR,
+        '10s-100s',
+    ),
+    Signal(
+        'update_curvature',
+        'dᵀHd / dᵀPd / ((2+2b1) / ((1-b1) η)), d = P⁻¹g',
+        'whole',
+        'update_curvature > .8',
+        'the gradient turns into the direction along which Adam overshoots: from 1 on a spike is due',
+        'Bai et al. 2026, 2506.04805',
+        'one of the ' + HESSIAN_VECTOR,
+        '0-10',
+    ),
+)
+"""Those of `curvature`, under the names that a record has them by, and of the record itself."""
+
+SIGNALS = OF_ADAM + OTHERS
 
 
 def adam_state(opt_state: Tree) -> optax.ScaleByAdamState:
@@ -191,7 +230,7 @@ class _Sums(NamedTuple):
     size: int
     gg: Array
     uu: Array
-    mm: Array  # of m before the step
+    mm: Array
     pp: Array
     ug: Array
     gm: Array
@@ -206,16 +245,16 @@ def of_adam(
     params: Tree,
     gradients: Tree,
     updates: Tree,
-    before: optax.ScaleByAdamState,
-    after: optax.ScaleByAdamState,
+    state: optax.ScaleByAdamState,
     *,
+    before: optax.ScaleByAdamState | None = None,
     learning_rate: Any,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     epsilon_hat: bool = False,
 ) -> Record:
-    """The signals of one step: those of SIGNALS, each the worst over the tensors or of the whole tree, and
+    """The signals of one step: those of OF_ADAM, each the worst over the tensors or of the whole tree, and
     `gradient_norm`, `update_norm` and `parameter_norm`, which fall out of the same pass.
 
     Tensors that are empty, of integers, or not Adam's are left out. Where a ratio is 0/0 (no gradient yet, a
@@ -225,15 +264,15 @@ def of_adam(
         params: after the step, so that a bias that starts at zero has a norm.
         gradients: as Adam was given them, after any clipping.
         updates: as added to the parameters: the learning rate in it, and nothing but Adam.
-        before: moments before the step, as `adam_state` finds them.
-        after: moments after it.
+        state: Adam's after the step, as `adam_state` finds it.
+        before: Adam's before the step, to have v held against all of its recurrence and not only its last term.
         learning_rate: of this step.
         eps: and `epsilon_hat`: as `optim.scale_by_adam` has them.
     """
-    adam = _adam(after.count, learning_rate, b1, b2, eps, epsilon_hat)
-    tensors = _tensors(params, gradients, updates, before, after)
+    adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
+    tensors = _tensors(params, gradients, updates, state, before)
     sums = [_sums(adam, *leaves) for leaves in tensors.values()]
-    each = [_signals(adam, s, leaves[-1]) for s, leaves in zip(sums, tensors.values(), strict=True)]
+    each = [_signals(adam, s, leaves[4]) for s, leaves in zip(sums, tensors.values(), strict=True)]
     zero = jnp.float32(0)
     whole = functools.reduce(_joined, sums) if sums else _Sums(0, *[zero] * (len(_Sums._fields) - 1))
     wholes = _signals(adam, whole, None)
@@ -244,7 +283,7 @@ def of_adam(
         else worst[signal.worst](jnp.stack([one[signal.name] for one in each]))
         if each
         else zero
-        for signal in SIGNALS
+        for signal in OF_ADAM
     }
     norms = {'gradient_norm': whole.gg, 'update_norm': whole.uu, 'parameter_norm': whole.pp}
     return record | {name: jnp.sqrt(square) for name, square in norms.items()}
@@ -254,9 +293,9 @@ def per_tensor(
     params: Tree,
     gradients: Tree,
     updates: Tree,
-    before: optax.ScaleByAdamState,
-    after: optax.ScaleByAdamState,
+    state: optax.ScaleByAdamState,
     *,
+    before: optax.ScaleByAdamState | None = None,
     learning_rate: Any,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -264,9 +303,9 @@ def per_tensor(
     epsilon_hat: bool = False,
 ) -> Mapping[str, Record]:
     """The signals of each tensor, by path: for replays, where `of_adam` has said that something is wrong."""
-    adam = _adam(after.count, learning_rate, b1, b2, eps, epsilon_hat)
-    tensors = _tensors(params, gradients, updates, before, after)
-    return {name: _signals(adam, _sums(adam, *leaves), leaves[-1]) for name, leaves in tensors.items()}
+    adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
+    tensors = _tensors(params, gradients, updates, state, before)
+    return {name: _signals(adam, _sums(adam, *leaves), leaves[4]) for name, leaves in tensors.items()}
 
 
 def largest_ratio(t: Array, b1: float, b2: float) -> Array:
@@ -279,7 +318,7 @@ def largest_ratio(t: Array, b1: float, b2: float) -> Array:
     attained by g_i ~ (b1/b2)^(t-i). 1 at the first step, then rising to 7.27 for .9, .999.
     """
     if b1 and b1**2 >= b2:
-        terms = jnp.asarray(t, jnp.float32) if b1**2 == b2 else jnp.float32(np.inf)
+        terms = jnp.asarray(t, float) if b1**2 == b2 else jnp.inf
     else:
         ratio = b1**2 / b2 if b1 else 0.0
         terms = optim.one_minus_power(ratio, t) / (1 - ratio)
@@ -290,41 +329,42 @@ def largest_ratio(t: Array, b1: float, b2: float) -> Array:
 def _adam(t: Array, learning_rate: Any, b1: float, b2: float, eps: float, epsilon_hat: bool) -> Adam:
     t = jnp.asarray(t)
     mean, square = optim.one_minus_power(b1, t), optim.one_minus_power(b2, t)
-    epsilon = eps / jnp.sqrt(square) if epsilon_hat else jnp.float32(eps)
+    epsilon = eps / jnp.sqrt(square) if epsilon_hat else jnp.asarray(eps, square.dtype)
     return Adam(b1, b2, jnp.asarray(learning_rate), mean, square, epsilon, largest_ratio(t, b1, b2))
 
 
-def _tensors(params: Tree, gradients: Tree, updates: Tree, before: Any, after: Any) -> dict[str, tuple]:
-    """Path -> (θ, g, u, m before, v before, m, v) of each tensor that Adam moves."""
-    trees = [params, gradients, updates, before.mu, before.nu, after.mu, after.nu]
+def _tensors(params: Tree, gradients: Tree, updates: Tree, state: Any, before: Any) -> dict[str, tuple]:
+    """Path -> (θ, g, u, m, v[, v before]) of each tensor that Adam moves."""
+    trees = [params, gradients, updates, state.mu, state.nu, *([before.nu] if before else [])]
     named = [tree.named_leaves(one) for one in trees]
     return {
         name: tuple(leaves[name] for leaves in named)
-        for name, leaf in named[-1].items()
-        if all(name in leaves for leaves in named)
-        and leaf.size
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and jnp.issubdtype(named[1][name].dtype, jnp.floating)
+        for name, v in named[4].items()
+        if all(name in leaves for leaves in named) and v.size and _are_real([v, named[1][name]])
     }
 
 
-def _sums(adam: Adam, p: Array, g: Array, u: Array, m_tm1: Array, v_tm1: Array, m: Array, v: Array) -> _Sums:
+def _are_real(leaves: list[Array]) -> bool:
+    return all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+
+
+def _sums(adam: Adam, p: Array, g: Array, u: Array, m: Array, v: Array, v_tm1: Array | None = None) -> _Sums:
     stored = jnp.finfo(v.dtype)
     wide = jnp.promote_types(v.dtype, jnp.float32)
-    p, g, u, m_tm1, v_tm1, m, v = (x.astype(wide) for x in (p, g, u, m_tm1, v_tm1, m, v))
-    factor = 1 / adam.square
-    least = (adam.b2 * (1 - ULPS * float(stored.eps))) * v_tm1 - float(stored.tiny)
+    p, g, u, m, v = (x.astype(wide) for x in (p, g, u, m, v))
+    least = (1 - adam.b2) * g * g + (0 if v_tm1 is None else adam.b2 * v_tm1.astype(wide))
+    square = 1 / adam.square
     terms = (
         g * g,
         u * u,
-        m_tm1 * m_tm1,
+        m * m,
         p * p,
         u * g,
-        g * m_tm1,
+        g * m,
         v,
-        g * g / jnp.maximum(v * factor, jnp.maximum(adam.epsilon**2, stored.tiny)),
-        (m * m > SATURATED**2 * adam.mean**2 * factor * v).astype(wide),
-        (~((v >= least) & (v >= 0))).astype(wide),
+        g * g / jnp.maximum(v * square, jnp.maximum(adam.epsilon**2, stored.tiny)),
+        (m * m > SATURATED**2 * adam.mean**2 * square * v).astype(wide),
+        (~(v >= (1 - ULPS * float(stored.eps)) * least - float(stored.tiny))).astype(wide),
         jnp.abs(u),
     )
     return _Sums(v.size, *_reduced(terms))
@@ -332,9 +372,16 @@ def _sums(adam: Adam, p: Array, g: Array, u: Array, m_tm1: Array, v_tm1: Array, 
 
 def _reduced(terms: tuple[Array, ...]) -> list[Array]:
     """Sums of all terms but the last, and the maximum of that: one loop, where XLA:CPU has a loop for each sum."""
+    if terms[0].ndim < 2:
+        terms = tuple(_in_rows(term) for term in terms)
     zeros = tuple(np.zeros((), term.dtype) for term in terms)
-    rows = lax.reduce(terms, zeros, _combine, (terms[0].ndim - 1,)) if terms[0].ndim else terms
+    rows = lax.reduce(terms, zeros, _combine, (terms[0].ndim - 1,))
     return [*(jnp.sum(row) for row in rows[:-1]), jnp.max(rows[-1])]
+
+
+def _in_rows(x: Array) -> Array:
+    x = jnp.ravel(x)
+    return jnp.pad(x, (0, -x.size % ROW)).reshape(-1, ROW) if x.size > ROW else x
 
 
 def _combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -354,12 +401,20 @@ def _signals(adam: Adam, s: _Sums, v: Array | None) -> dict[str, Array]:
         'descent_cosine': _ratio(-s.ug, jnp.sqrt(s.uu) * jnp.sqrt(s.gg)),
         'saturated_ratio': s.saturated / max(s.size, 1),
         'step_rms': _ratio(rms, adam.learning_rate),
-        'momentum_cosine': _ratio(s.gm, jnp.sqrt(s.gg) * jnp.sqrt(s.mm)),
+        'momentum_cosine': _momentum_cosine(adam, s),
         'relative_step': _ratio(jnp.sqrt(s.uu), jnp.sqrt(s.pp)),
         'bound': _ratio(s.largest, adam.learning_rate * adam.bound),
         'second_moment_broken': s.broken / max(s.size, 1),
     }
     return signals if v is None else signals | {'epsilon_margin': _margin(adam, v)}
+
+
+def _momentum_cosine(adam: Adam, s: _Sums) -> Array:
+    """cos(g, m_tm1) from m_t = b1 m_tm1 + (1-b1) g; 0 where g is a thousand times m_tm1, whose digits are lost in it."""
+    gm = (s.gm - (1 - adam.b1) * s.gg) / (adam.b1 or 1)
+    mm = (s.mm - 2 * (1 - adam.b1) * s.gm + (1 - adam.b1) ** 2 * s.gg) / (adam.b1 or 1) ** 2
+    lost = mm <= 1e-6 * s.gg
+    return _ratio(jnp.where(lost, 0, gm), jnp.sqrt(jnp.where(lost, 0, mm)) * jnp.sqrt(s.gg))
 
 
 def _ratio(a: Array, b: Array) -> Array:

@@ -76,7 +76,6 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
             after.params,
             clipped,
             updates,
-            signals.adam_state(before.opt_state),
             signals.adam_state(after.opt_state),
             learning_rate=rate(before),
             b1=options.b1,
