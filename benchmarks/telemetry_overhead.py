@@ -23,6 +23,7 @@ from benchmarks.random_words import dataset
 from jaxrnn import config, environment, telemetry, train
 from scripts import common
 
+
 def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxrnn import optim
@@ -31,7 +30,12 @@ class Sharpness(NamedTuple):
 
 
 def preconditioner(
-    state: optax.ScaleByAdamState, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, epsilon_hat: bool = False
+    state: optax.ScaleByAdamState,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    epsilon_hat: bool = False,
 ) -> Tree:
     """The diagonal of P = (1-b1^t) (√v̂ + ε), by which Adam's momentum is divided.
 
@@ -107,7 +111,8 @@ def random_start(params: Tree, seed: int = 0) -> Tree:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
-        structure, [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+        structure,
+        [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)],
     )
 
 
@@ -123,7 +128,8 @@ def _climb(product: Callable[[Tree], Tree], start: Tree, iterations: int) -> Sha
         # The plane's matrix [[value, size], [size, beside]]: its upper eigenvector is (cos, sin).
         angle = jnp.arctan2(2 * size, value - _dot(w, aw)) / 2
         mixed = [
-            jax.tree.map(lambda a, b: jnp.cos(angle) * a + jnp.sin(angle) * b, *pair) for pair in ((x, w), (ax, aw))
+            jax.tree.map(lambda a, b: jnp.cos(angle) * a + jnp.sin(angle) * b, *pair)
+            for pair in ((x, w), (ax, aw))
         ]
         length = _norm(mixed[0])
         return _over(mixed[0], length), _over(mixed[1], length)

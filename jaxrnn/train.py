@@ -118,7 +118,8 @@ def make_step(
             'finite_updates': tree.all_finite(updates),
         }
         after = TrainState(state.step + 1, params, opt_state)
-        return after, record | signals_of(state, after, gradients, updates) if signals_of else record
+        more = signals_of(state, after, gradients, updates) if signals_of else {}
+        return after, {**record, **more}
 
     return step
 
