@@ -240,6 +240,17 @@ def assert_finite(record) -> None:
         assert np.isfinite(value), name
 
 
+@pytest.mark.parametrize('steps', [1, 2])
+def test_no_momentum_to_speak_of_has_no_direction(steps):
+    """At the first step, and where a gradient is so large that the momentum's digits are lost in it."""
+
+    def drawn(seed):
+        return jax.tree.map(lambda x: 1e5 ** (seed % 99) * x, draw(seed))
+
+    found = Step(steps=steps, draw=drawn).measure(signals.per_tensor)
+    assert all(record['momentum_cosine'] == 0 for record in found.values())
+
+
 def test_zero_gradients():
     step = Step(draw=lambda seed: jax.tree.map(jnp.zeros_like, draw(seed)), params=draw(0))
     record = step.measure()

@@ -38,7 +38,7 @@ TOLERANCES = {
     # Adam in float32 against float64, a dozen steps: some ten roundings of m and v, which are sums of terms of
     # their own size, and as many of the update's formula
     'float32 adam': Tolerance(relative=32 * ULP, scaled=8 * ULP),
-    # a ratio of float32 sums of at most 2,500 terms, one of them a difference of such sums; worst measured ..
+    # a ratio of float32 sums of at most 2,500 terms, one of them a difference of such sums
     'float32 signal': Tolerance(relative=64 * ULP, absolute=64 * ULP),
     # a learning rate: the few roundings of its schedule's formula, and of the ratio that it is inferred from
     'float32 schedule': Tolerance(relative=4 * ULP),
