@@ -190,6 +190,7 @@ class Training(Options):
         later=True,
     )
     digest_every: int = option(1, 'Steps between digests of the state, which prove a replay.', at_least=1)
+    signals: bool = option(False, 'Record the early-warning signals of every step.', later=True)
     debug_nans: bool = option(False, "Run under JAX's own jax_debug_nans.")
     checkify: bool = option(False, "Run under JAX's own checkify.float_checks.")
 

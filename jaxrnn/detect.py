@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxrnn import predicate
+import numpy as np
+
+from jaxrnn import predicate, signals
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.predicate import Rule
 from jaxrnn.telemetry import Row, series
@@ -99,6 +101,51 @@ def symptoms(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list
         return []
     found = (first(detector, columns) for detector in applicable(columns, detectors))
     return [symptom for symptom in found if symptom is not None]
+
+
+class Warned(NamedTuple):
+    """A signal whose alarm went on, and stayed on until a symptom."""
+
+    signal: str
+    step: int
+
+
+ONSETS = tuple(
+    _detector(signal.name, signal.alarm, signal.means) for signal in signals.SIGNALS if signal.alarm
+)
+"""The alarms of the table of signals."""
+
+HYSTERESIS = 16
+"""Records for which an alarm may fall silent and still count as on: as long as the windows that smooth it."""
+
+
+def onset(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ONSETS) -> Warned | None:
+    """The alarm that was on for the longest time before a symptom, without a break until then."""
+    found = onsets(columns, symptom, warnings)
+    return min(found, key=lambda warned: warned.step, default=None)
+
+
+def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ONSETS) -> list[Warned]:
+    """Every alarm that was on before a symptom, with the step it went on at; those alone whose fields the records
+    have. A record without a finite number for the alarm, such as one that is measured now and then, is passed over.
+    """
+    if not columns:
+        return []
+    before = columns[predicate.STEP] < symptom.step
+    columns = {name: values[before] for name, values in columns.items()}
+    found = ((w.kind, _went_on(w.rule, columns)) for w in applicable(columns, warnings))
+    return [Warned(name, step) for name, step in found if step is not None]
+
+
+def _went_on(rule: Rule, columns: Series) -> int | None:
+    """The first step of the stretch, with short breaks, in which a rule holds at the records' end."""
+    known = np.logical_and.reduce([np.isfinite(columns[field]) for field in rule.fields])
+    places = np.flatnonzero(predicate.holds(rule, columns)[known])
+    if not places.size or known.sum() - places[-1] - 1 > HYSTERESIS:
+        return None
+    breaks = np.flatnonzero(np.diff(places) - 1 > HYSTERESIS)
+    start = places[breaks[-1] + 1] if breaks.size else places[0]
+    return int(columns[predicate.STEP][known][start])
 
 
 class Watch:

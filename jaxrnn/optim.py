@@ -171,6 +171,11 @@ def _boundaries(options: config.Optimiser) -> list[int]:
     return boundaries
 
 
+def clipped(options: config.Optimiser, gradients: Tree, opt_state: Tree, params: Tree) -> Tree:
+    """What the clipping hands on to Adam, from the optimiser's state before the step."""
+    return _clipping(options).update(gradients, _named(options, opt_state)['clip'], params)[0]
+
+
 def _clipping(options: config.Optimiser) -> optax.GradientTransformation:
     match options.clip:
         case 'none' | 'spam':  # SPAM needs Adam's v: `_adam`

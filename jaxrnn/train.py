@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, loop, models, optim, transforms, tree
-from jaxrnn.config import Config
+from jaxrnn import cells, data, loop, models, optim, signals, transforms, tree
+from jaxrnn.config import Config, Optimiser
 from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree, UserError
 
 TINY = 1e-12
@@ -61,7 +61,39 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     )
     if config.training.skip_batches:
         batch_at = loop.without(batch_at, skipped(config.training.skip_batches))
-    return Program(init, make_step(predict, optimiser, rate), batch_at, predict)
+    warnings = _signals_of(config.optimiser, preset, rate) if config.training.signals else None
+    return Program(init, make_step(predict, optimiser, rate, warnings), batch_at, predict)
+
+
+SignalsOf = Callable[[TrainState, TrainState, Tree, Tree], Record]
+"""State before a step, state after it, gradients, updates -> what is recorded beside the rest."""
+
+
+def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState], Array]) -> SignalsOf:
+    left_out = set()
+    if options.clip not in ('none', 'spam'):
+        left_out.add('gradient_norm')  # what was clipped has another norm than the loss's gradient
+    if options.second_moment == 'yogi':
+        left_out.add('bound')  # of a v that forgets by a power
+    if options.second_moment == 'yogi' or options.clip == 'spam' or options.guard:
+        left_out.add('second_moment_broken')  # v saw another gradient, or none
+
+    def signals_of(before: TrainState, after: TrainState, gradients: Tree, updates: Tree) -> Record:
+        clipped = optim.clipped(options, gradients, before.opt_state, before.params)
+        found = signals.of_adam(
+            after.params,
+            clipped,
+            updates,
+            signals.adam_state(after.opt_state),
+            learning_rate=rate(before),
+            b1=options.b1,
+            b2=options.b2,
+            eps=options.epsilon or preset.epsilon,
+            epsilon_hat=preset.epsilon_hat,
+        )
+        return {name: value for name, value in found.items() if name not in left_out}
+
+    return signals_of
 
 
 def skipped(text: str) -> frozenset[int]:
@@ -89,6 +121,7 @@ def make_step(
     predict: Callable[[Tree, Array], Array],
     optimiser: optax.GradientTransformationExtraArgs,
     rate: Callable[[TrainState], Array],
+    signals_of: SignalsOf | None = None,
 ) -> Step:
     """The train step: mean squared error, its gradient, one update, and the record of it all."""
 
@@ -113,7 +146,9 @@ def make_step(
             'finite_updates': tree.all_finite(updates),
             **transforms.skips(opt_state),
         }
-        return TrainState(state.step + 1, params, opt_state), record
+        after = TrainState(state.step + 1, params, opt_state)
+        more = signals_of(state, after, gradients, updates) if signals_of else {}
+        return after, {**record, **more}
 
     return step
 

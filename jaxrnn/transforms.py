@@ -60,8 +60,8 @@ def scale_by_adam(
         t = optax.safe_increment(state.count)
         m = jax.tree.map(lambda m, g: m + (g - m) * (1 - b1), state.mu, grads)
         v = jax.tree.map(lambda v, g: rule(v, g, b2), state.nu, grads)
-        root = jnp.sqrt(_one_minus_power(b2, t))
-        correction = root / _one_minus_power(b1, t)
+        root = jnp.sqrt(one_minus_power(b2, t))
+        correction = root / one_minus_power(b1, t)
         epsilon = eps if epsilon_hat else eps * root
         state = state._replace(count=t, mu=m, nu=v)
         if second_moment == 'amsgrad':
@@ -85,7 +85,7 @@ def _divisor(state: Any) -> Tree:
     return getattr(state, 'nu_max', state.nu)
 
 
-def _one_minus_power(b: float, t: Array) -> Array:
+def one_minus_power(b: float, t: Array) -> Array:
     """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
     return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
 
@@ -104,7 +104,7 @@ def clip_update_rms(
 
     def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         updates, state = adam.update(grads, state, params)
-        root = jnp.sqrt(_one_minus_power(b2, state.count))
+        root = jnp.sqrt(one_minus_power(b2, state.count))
 
         def clip(u: Array, g: Array, v: Array) -> Array:
             ratio = g / jnp.maximum(jnp.sqrt(v) / root, eps)  # roots first: eps^2 can underflow

@@ -143,6 +143,61 @@ def test_watch_sees_what_the_whole_run_shows(kind):
     assert seen == expected and kind in seen
 
 
+def warned(columns, step: int, kind: str = 'spike') -> dict[str, int]:
+    return dict(detect.onsets(columns, detect.Symptom(kind, step)))
+
+
+def with_signals(steps: int = 1000) -> dict[str, np.ndarray]:
+    """Healthy, with some of the signals."""
+    rng = np.random.default_rng(4)
+    return healthy(steps) | {
+        'update_rms': np.exp(0.3 * rng.normal(size=steps)),
+        'momentum_cosine': rng.uniform(-0.6, 0.6, size=steps),
+        'bound': rng.uniform(0.1, 0.6, size=steps),
+    }
+
+
+def test_onset_is_where_an_alarm_went_on_for_good():
+    columns = with_signals()
+    assert warned(columns, 900) == {} and detect.onset(columns, detect.Symptom('spike', 900)) is None
+    columns['bound'][[500, 880, 893]] = 1.5  # 500 is another matter
+    columns['momentum_cosine'][850:] = -0.99
+    found = warned(columns, 900)
+    assert found.keys() == {'bound', 'momentum_cosine'}
+    assert found['bound'] == 880 and 850 < found['momentum_cosine'] <= 866
+    earliest = detect.onset(columns, detect.Symptom('spike', 900))
+    assert earliest == ('momentum_cosine', found['momentum_cosine'])
+
+
+def test_an_alarm_that_fell_silent_is_no_onset():
+    columns = with_signals()
+    columns['bound'][850:883] = 1.5
+    assert warned(columns, 900) == {}
+    columns['bound'][883] = 1.5
+    assert warned(columns, 900) == {'bound': 850}
+
+
+def test_an_alarm_at_or_after_the_symptom_is_no_warning():
+    columns = with_signals()
+    columns['bound'][900:] = 1.5
+    assert warned(columns, 900) == {}
+
+
+def test_signals_measured_now_and_then():
+    """Every 25 steps: a step without one says nothing for or against."""
+    columns = with_signals()
+    sharp = np.where(np.arange(1000) % 25 == 0, 0.5, np.nan)
+    sharp[700::25] = 1.2
+    columns['preconditioned_sharpness'] = sharp
+    assert warned(columns, 915) == {'preconditioned_sharpness': 700}
+
+
+def test_onset_of_records_without_signals():
+    assert warned(healthy(), 700) == {}
+    assert detect.onset({}, detect.Symptom('spike', 3)) is None
+    assert warned({'step': np.arange(9.0), 'loss': np.ones(9)}, 0) == {}
+
+
 def test_rows_and_columns_agree():
     rows = [{'step': 0, 'loss': 1.5, 'finite_state': True, 'digest': 'ab'}, {'step': 1, 'loss': math.nan}]
     columns = telemetry.series(rows)

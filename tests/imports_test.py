@@ -5,8 +5,19 @@ from pathlib import Path
 
 FLOORS = {
     0: ('types', 'tree', 'axes', 'config', 'environment', 'diagnosis'),
-    1: ('cells', 'scan', 'optim', 'transforms', 'data', 'telemetry', 'checkpoint', 'trace', 'predicate'),
-    2: ('layers', 'detect'),
+    1: (
+        'cells',
+        'scan',
+        'optim',
+        'transforms',
+        'data',
+        'telemetry',
+        'checkpoint',
+        'trace',
+        'predicate',
+        'signals',
+    ),
+    2: ('layers', 'detect', 'curvature'),
     3: ('models', 'loop'),
     4: ('train', 'replay'),
     5: ('inside', 'experiment'),
@@ -26,6 +37,7 @@ ALLOWED_BESIDE = {
     ('tree', 'types'),
     ('scan', 'cells'),
     ('optim', 'transforms'),
+    ('signals', 'transforms'),
 }
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

@@ -31,11 +31,15 @@ TOLERANCES = {
     'bfloat16 gradient': Tolerance(scaled=16 * 2.0**-8),
     # float64 against float64, order of summation aside
     'float64': Tolerance(scaled=1e-13),
+    # an eigenvalue by 400 iterations, and a Hessian's product: against the dense Hessian of another backward pass
+    'float64 Hessian': Tolerance(scaled=1e-9),
     # float64 central differences of step h = 1e-5: truncation h^2 f'''/6, rounding 2^-53 f/h, both about 1e-11
     'float64 differences': Tolerance(scaled=1e-9),
     # Adam in float32 against float64, a dozen steps: some ten roundings of m and v, which are sums of terms of
     # their own size, and as many of the update's formula
     'float32 adam': Tolerance(relative=32 * ULP, scaled=8 * ULP),
+    # a ratio of float32 sums of at most 2,500 terms, one of them a difference of such sums
+    'float32 signal': Tolerance(relative=64 * ULP, absolute=64 * ULP),
     # a learning rate: the few roundings of its schedule's formula, and of the ratio that it is inferred from
     'float32 schedule': Tolerance(relative=4 * ULP),
     # Q Q' of a float32 QR of at most 256 rows; worst measured 6 ULP
