@@ -259,8 +259,15 @@ def _diagnosis(replayer: Replayer, symptom: Symptom | None) -> Diagnosis:
         return Diagnosis(symptom=symptom, cause=_irreproducible(replayer, outcome), replay=outcome)
     if symptom is None:
         return Diagnosis(cause=Cause('none', 'no rule holds at any step'), replay=outcome)
-    why = 'not looked for: bisection names the step, not the cause'
-    return Diagnosis(symptom=symptom, first_bad_step=symptom.step, cause=Cause('none', why), replay=outcome)
+    rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
+    warned = detect.onset(telemetry.series(rows), symptom)
+    return Diagnosis(
+        symptom=symptom,
+        first_bad_step=symptom.step,
+        onset_step=None if warned is None else warned.step,
+        cause=Cause('none', 'not looked for: bisection names the step, not the cause'),
+        replay=outcome,
+    )
 
 
 def _irreproducible(replayer: Replayer, outcome: Replay) -> Cause:

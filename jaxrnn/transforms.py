@@ -87,7 +87,7 @@ def _divisor(state: Any) -> Tree:
 
 def one_minus_power(b: float, t: Array) -> Array:
     """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
-    return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, jnp.float32)
+    return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, float)
 
 
 def clip_update_rms(

@@ -41,7 +41,7 @@ def diagnosed(
     elif diagnosis.where is not None:
         parts.append(steps.place(diagnosis.where))
     if diagnosis.onset_step is not None:
-        parts.append(Text(f'its signs began at step {diagnosis.onset_step}'))
+        parts.append(Text(f'its first sign: step {diagnosis.onset_step}'))
     if told is not None:
         parts += [
             Text(),
