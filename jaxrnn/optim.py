@@ -145,7 +145,8 @@ def current_learning_rate(options: config.Optimiser, step: Array, opt_state: Any
 
 def _plateau(options: config.Optimiser) -> optax.GradientTransformationExtraArgs:
     """Differs from optax's in that a lowered rate takes force with the next step, as in Keras: so the rate
-    of a step follows from the state before it."""
+    of a step follows from the state before it; and in that the best loss starts as the largest number, not as an
+    infinity, which would count as a state gone bad."""
     optaxs = optax.contrib.reduce_on_plateau(
         factor=options.decay_rate,
         patience=options.plateau_patience,
@@ -156,7 +157,11 @@ def _plateau(options: config.Optimiser) -> optax.GradientTransformationExtraArgs
         _, after = optaxs.update(updates, state, params, value=value)
         return jax.tree.map(lambda u: state.scale * u, updates), after
 
-    return optax.GradientTransformationExtraArgs(optaxs.init, update)
+    def init(params: Any) -> Any:
+        state = optaxs.init(params)
+        return state._replace(best_value=jnp.asarray(jnp.finfo(state.best_value.dtype).max))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _boundaries(options: config.Optimiser) -> list[int]:

@@ -1,9 +1,9 @@
-"""A network that learns real words and then breaks by itself, and the exact step at which it did.
+"""A network that learns real words and then breaks by itself; at which step, why, and what would have averted it.
 
     python scripts/demo.py        (or: make demo)
 
 Trains word vectors on the Wikipedia articles that come with gensim, then the question's stacked network on its 256
-most frequent words, until its accuracy collapses: nothing is planted. Then bisects the run.
+most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
 """
 
 import sys
@@ -23,7 +23,7 @@ from scripts import common
 # AMD EPYC, two threads, jax 0.10.2).
 SETTING = (
     '--network=stacked --hidden=128 --preset=keras1 --learning_rate=6e-3 --num_words=256 --pad_to=20'
-    ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop'
+    ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop --signals'
 )
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     trained = _call('train', *SETTING.split(), f'--seed={flags.FLAGS.seed}', directory)
     if trained not in (common.HEALTHY, common.DIVERGED):
         return trained
-    found = _call('bisect', directory)
+    found = _call('diagnose', directory)
     print(f'\n{time.monotonic() - start:.0f} s in all')
     return common.HEALTHY if found == common.DIVERGED else found
 

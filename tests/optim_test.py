@@ -650,3 +650,11 @@ def test_leaving_a_guard_the_schedule_catches_up():
     back = optim.convert(found, free, guarded, PARAMS)
     assert (back.skipped, back.in_a_row, back.inner[2].count) == (0, 0, 7)
     assert_same(optim.convert(state, guarded, dataclasses.replace(guarded, b1=0.5), PARAMS), state)
+
+
+@pytest.mark.parametrize('schedule', CHOICES['schedule'])
+def test_a_state_is_finite_from_the_start(schedule):
+    """Else its run would be told to have diverged at its first step."""
+    made = config.Optimiser(schedule=schedule, boundaries='5')
+    state = optim.build(made, epsilon=1e-8, epsilon_hat=False).init(PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
