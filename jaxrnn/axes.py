@@ -300,6 +300,11 @@ def _reduce(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     return Axes(tuple(axis for n, axis in enumerate(ins[0].axes) if n not in gone))
 
 
+def _reduce_several(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """Of lax.reduce: operands first, then what each starts with."""
+    return _reduce({'axes': params['dimensions']}, ins, shape)
+
+
 def _dot_general(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     (contracted, batch) = params['dimension_numbers']
     kept = [ins[0].axes[n] for n in batch[0]]
@@ -439,6 +444,7 @@ _RULES: dict[str, Callable[[dict, list[Axes], tuple[int, ...]], Axes | None]] = 
     'gather': _gather,
     'conv_general_dilated': _convolution,
     'iota': _nothing,
+    'reduce': _reduce_several,
     **dict.fromkeys(
         ('dynamic_update_slice', 'scatter', 'scatter-add', 'scatter_add', 'scatter_mul', 'sort'), _as_first
     ),

@@ -101,8 +101,8 @@ def share_that_is_finite(x, hit):
 
 def taken_from_beyond_the_end(x, hit):
     """jnp.take fills with NaN."""
-    index = jnp.where(hit > 0, x.shape[-1] + 7, 0).astype(jnp.int32)
-    index = jnp.broadcast_to(index, (*x.shape[:-1], 1))
+    some = jnp.max(jnp.broadcast_to(hit, x.shape), axis=-1, keepdims=True) > 0
+    index = jnp.where(some, x.shape[-1] + 7, 0)
     taken = jnp.take_along_axis(x, index, axis=-1, mode='fill')
     return x + A_LITTLE * jnp.where(index < x.shape[-1], taken, 0)
 

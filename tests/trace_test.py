@@ -117,6 +117,30 @@ def test_through(name):
     assert (finding.op, line, finding.examples) == ('log', line_of(bad), (0,))
 
 
+def test_what_reduces_several_arrays_is_no_call():
+    """It holds what it does to two numbers, with as many arguments and results as it has itself."""
+
+    def add(a, b):
+        return a[0] + b[0], a[1] * b[1]
+
+    def sums(x):
+        logs = jnp.log(x - 0.6)  # here
+        return lax.reduce((logs, x), (np.float32(0), np.float32(1)), add, (1,))
+
+    finding, line = found(lambda w, x: w * sums(x)[0], np.float32(1), X)
+    assert (finding.op, line, finding.examples) == ('log', line_of(sums), (0,))
+
+    def step(w, x):
+        return jax.tree.map(lambda part: jnp.sum(w * part), sums(x + 1)), {'loss': w}
+
+    change = trace.compare(
+        lambda w, x: (step(w, x)[0][0], {'loss': w}), (np.float32(1), X), (np.float32(2), X)
+    )
+    assert change.scores['loss'] == (1, 1, 2)
+    told = trace.lost_precision(lambda w, x: (step(w, x)[0][0], {'loss': w}), np.float32(1), X)
+    assert told.lost is None and 'reduce' not in told.restarted
+
+
 def test_the_call_is_named_where_a_library_function_was_traced_before():
     """A function that is jitted within a library is traced once; it may remember its first caller's line."""
 

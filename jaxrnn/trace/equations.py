@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 OPENED = ('scan', 'while', 'cond', 'shard_map')
@@ -32,8 +33,19 @@ def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
     jaxpr, consts = (
         (held[0].jaxpr, held[0].consts) if isinstance(held[0], core.ClosedJaxpr) else (held[0], ())
     )
-    same = len(jaxpr.invars) == len(equation.invars) and len(jaxpr.outvars) == len(equation.outvars)
-    return (jaxpr, consts) if same else None
+    # Else it is what a reduction or a scatter does to two numbers, again and again.
+    same = _shapes(jaxpr.invars) == _shapes(equation.invars) and _shapes(jaxpr.outvars) == _shapes(
+        equation.outvars
+    )
+    return (jaxpr, consts) if same and equation.primitive.name not in REDUCERS else None
+
+
+REDUCERS = ('reduce', 'reduce_window', 'scatter', 'select_and_scatter')
+"""Primitives whose jaxpr is of two numbers; of numbers alone it would look like that of a call."""
+
+
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [np.shape(variable.aval) for variable in variables]
 
 
 def alone(equation: Any) -> Callable[..., list[Any]]:
