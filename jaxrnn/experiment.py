@@ -287,7 +287,8 @@ class Experiments:
         state = changed.convert(self._state(start))
         history = [*self._history, *(row for row in self._control if row['step'] < start)]
         rows: list[Row] = []
-        observed = telemetry.instrument(changed.step)
+        ours = self.subject
+        observed = ours.observed if changed.step is ours.step else telemetry.instrument(changed.step)
         for first in range(start, horizon, LOOK_EVERY):
             stop = min(first + LOOK_EVERY, horizon)
             more, state = self._advance(observed, changed.batch_at, state, first, stop)
