@@ -301,7 +301,7 @@ def own(network: str, platform: str = 'cpu') -> Subject:
         return strike('dense', predictions, _examples_hit(letters))
 
     def update(gradients, opt_state, params, **extra):
-        count = optax.tree.get(opt_state, 'count')
+        count = optax.tree.get(opt_state, 'count', 0)  # some optimisers have none
         return ADAM.update(struck_gradients(gradients, 1.0 + 0 * count), opt_state, params)
 
     inner = train.make_step(
