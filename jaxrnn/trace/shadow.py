@@ -178,7 +178,8 @@ def _widened(name: str, value: Any) -> Any:
     """A parameter of an equation for float64 operands."""
     if name in ('new_dtype', 'preferred_element_type', 'dtype') and value is not None:
         return _wide(value) if jnp.issubdtype(value, jnp.inexact) else value
-    if isinstance(value, core.ClosedJaxpr) and not value.consts:
+    # From jax 0.11 on the two classes are one.
+    if isinstance(value, core.ClosedJaxpr) and not isinstance(value, core.Jaxpr) and not value.consts:
         return core.ClosedJaxpr(_widened(name, value.jaxpr), ())
     if isinstance(value, core.Jaxpr):  # the sum of two scalars, as a scatter has it
         avals: list[Any] = [variable.aval for variable in value.invars]
