@@ -246,6 +246,7 @@ class Preset(NamedTuple):
 
     kernel: Initialiser
     recurrent_kernel: Initialiser
+    recurrent_gain: float  # that the recurrent kernel is orthogonal times
     dense_kernel: initializers.Initializer
     gate: Gate
     forget_bias: float  # initial bias of the LSTM's forget gate
@@ -255,11 +256,21 @@ class Preset(NamedTuple):
     epsilon_hat: bool  # whether it is added before bias correction (Kingma & Ba 2015, end of section 2)
 
 
+def with_gain(preset: Preset, gain: float) -> Preset:
+    """A preset whose recurrent kernels start with another gain."""
+
+    def make(key: Array, shape: tuple[int, ...], gates: int) -> Array:
+        return preset.recurrent_kernel(key, shape, gates) * (gain / preset.recurrent_gain)
+
+    return preset._replace(recurrent_kernel=make, recurrent_gain=gain)
+
+
 PRESETS = {
     # Keras 1.0.7 (August 2016): keras/layers/recurrent.py, initializations.py, optimizers.py
     'keras1': Preset(
         kernel=per_gate(initializers.glorot_uniform()),
         recurrent_kernel=per_gate(initializers.orthogonal(1.1)),
+        recurrent_gain=1.1,
         dense_kernel=initializers.glorot_uniform(),
         gate=HARD_SIGMOID,
         forget_bias=1.0,
@@ -272,6 +283,7 @@ PRESETS = {
     'keras3': Preset(
         kernel=joint(initializers.glorot_uniform()),
         recurrent_kernel=joint(initializers.orthogonal()),
+        recurrent_gain=1.0,
         dense_kernel=initializers.glorot_uniform(),
         gate=SIGMOID,
         forget_bias=1.0,
@@ -284,6 +296,7 @@ PRESETS = {
     'flax': Preset(
         kernel=per_gate(initializers.lecun_normal()),
         recurrent_kernel=per_gate(initializers.orthogonal()),
+        recurrent_gain=1.0,
         dense_kernel=initializers.lecun_normal(),
         gate=SIGMOID,
         forget_bias=0.0,

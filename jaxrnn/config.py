@@ -105,6 +105,10 @@ class Model(Options):
         'preset', "The gates' squashing function, in place of the preset's.",
         choices=('preset', 'sigmoid', 'hard_sigmoid'), later=True,
     )  # fmt: skip
+    recurrent_gain: float = option(
+        0.0, "Gain of the initial recurrent weights, which are orthogonal; 0: the preset's, 1.1 for keras1, else 1.",
+        at_least=0, later=True,
+    )  # fmt: skip
     mask_padding: bool = option(
         False, 'End each word at its last letter: padding moves no state.', later=True
     )
@@ -130,6 +134,13 @@ class Optimiser(Options):
         'adam', "Rule of the squared gradient's mean: adam; amsgrad, which divides by its largest so far; yogi, "
         'which lets it fall slowly (published with --epsilon=1e-3; here, too, 0 takes the preset\'s).',
         choices=('adam', 'amsgrad', 'yogi'), later=True,
+    )  # fmt: skip
+    bias_correction: bool = option(
+        True, 'Adam: divide its means by 1 - b1^t and 1 - b2^t, as they start at zero.', later=True
+    )
+    moment_dtype: str = option(
+        'float32', "What Adam's means are kept as between steps; bfloat16 halves their memory, but its v does not "
+        'follow changes below .4 %.', choices=('float32', 'bfloat16'), later=True,
     )  # fmt: skip
     clip: str = option(
         'none', 'What gradients are clipped by: the norm of all, of each leaf, relative to the weights; or against '

@@ -75,6 +75,8 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
     preset = cells.PRESETS[options.preset]
     if options.gate != 'preset':
         preset = preset._replace(gate=cells.GATES[options.gate])
+    if options.recurrent_gain:
+        preset = cells.with_gain(preset, options.recurrent_gain)
     made = {
         'preset': preset,
         'masked': options.mask_padding,

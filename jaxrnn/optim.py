@@ -39,6 +39,7 @@ def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, 
         plateau    scale and best loss are kept; counts of windows or steps start anew where what they count to
                    differs. Another schedule has no use for the scale: the rate is then what that schedule says
         cap        its vectors start at random where there were none, and are good after a few steps
+        moments    are rounded where they are kept in fewer bits
         guard      its counts are kept, or start at 0. The schedule stands still on a skipped step under a guard
                    alone: on leaving it, the skipped steps are added to the schedule's count
 
@@ -69,10 +70,10 @@ def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, 
 
 def _adam_as(start: Any, old: Any) -> Any:
     """The moments of `old` in the type of `start`."""
-    if type(start) is type(old):
-        return old
-    shared = old._asdict() | {'nu_max': jax.tree.map(jnp.copy, old.nu)}
-    return type(start)(**{name: shared[name] for name in start._fields})
+    if type(start) is not type(old):
+        shared = old._asdict() | {'nu_max': jax.tree.map(jnp.copy, old.nu)}
+        old = type(start)(**{name: shared[name] for name in start._fields})
+    return jax.tree.map(lambda new, known: known.astype(new.dtype), start, old)
 
 
 def _plateau_as(start: Any, old: Any, before: config.Optimiser, after: config.Optimiser) -> Any:
@@ -199,11 +200,20 @@ def _clipping(options: config.Optimiser) -> optax.GradientTransformation:
 
 
 def _adam(options: config.Optimiser, epsilon: float, epsilon_hat: bool) -> optax.GradientTransformation:
+    corrected = options.bias_correction
     adam = transforms.scale_by_adam(
-        options.b1, options.b2, epsilon, epsilon_hat=epsilon_hat, second_moment=options.second_moment
+        options.b1,
+        options.b2,
+        epsilon,
+        epsilon_hat=epsilon_hat,
+        second_moment=options.second_moment,
+        bias_correction=corrected,
+        dtype=None if options.moment_dtype == 'float32' else options.moment_dtype,
     )
     if options.update_clip:
-        adam = transforms.clip_update_rms(adam, options.b2, epsilon, options.update_clip)
+        adam = transforms.clip_update_rms(
+            adam, options.b2, epsilon, options.update_clip, bias_correction=corrected
+        )
     if options.clip == 'spam':
         adam = transforms.clip_spikes(adam, options.spam_threshold)
     return adam

@@ -22,6 +22,9 @@ GAUSSIAN_MAD = 1.4826
 STEP, ALL_FINITE = 'step', 'all_finite'
 """Fields every run has: the step's number; whether each number and each `finite_*` flag of its record is good."""
 
+SKIPPED, MOST_SKIPPED = 'skipped_in_a_row', 10
+"""Field of runs that have a guard: steps that it has skipped up to this one; and how many may be."""
+
 CHUNK = 8192
 """Windows computed at once, which bounds memory: 8192 windows of 200 are 13 MB."""
 
@@ -112,11 +115,16 @@ def holds(rule: Rule, columns: Series) -> np.ndarray:
 
 
 def all_finite(columns: Series) -> np.ndarray:
-    """Whether each number of a step's record is finite and each of its `finite_*` flags set, bool [S]."""
-    good = [
-        values == 1 if name.startswith('finite_') else np.isfinite(values) for name, values in columns.items()
-    ]
-    return np.logical_and.reduce(good)
+    """Whether each number of a step's record is finite and each of its `finite_*` flags set, bool [S]. A step that a
+    guard skipped is good, too, since it changed nothing; unless it is one of many in a row."""
+    good = np.logical_and.reduce(
+        [
+            values == 1 if name.startswith('finite_') else np.isfinite(values)
+            for name, values in columns.items()
+        ]
+    )
+    skipped = columns.get(SKIPPED, np.zeros(1))
+    return good | ((skipped > 0) & (skipped <= MOST_SKIPPED))
 
 
 def _build(node: ast.expr, text: str) -> _Node:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,12 @@ class Program(NamedTuple):
     step: Step
     batch_at: BatchAt
     predict: Callable[[Tree, Array], Array]  # params, letters [T, B] -> vectors [B, E]
+
+
+class Make(Protocol):
+    """Makes the program of a configuration; `make_program`, or what alters what that makes."""
+
+    def __call__(self, config: Config, dataset: data.Dataset, /) -> Program: ...
 
 
 def make_program(config: Config, dataset: data.Dataset) -> Program:
@@ -73,10 +79,12 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
     left_out = set()
     if options.clip not in ('none', 'spam'):
         left_out.add('gradient_norm')  # what was clipped has another norm than the loss's gradient
-    if options.second_moment == 'yogi':
-        left_out.add('bound')  # of a v that forgets by a power
+    if options.second_moment == 'yogi' or not options.bias_correction:
+        left_out.add('bound')  # of a v that forgets by a power, and of corrected means
     if options.second_moment == 'yogi' or options.clip == 'spam' or options.guard:
         left_out.add('second_moment_broken')  # v saw another gradient, or none
+    if options.moment_dtype != 'float32':
+        left_out |= {'bound', 'second_moment_broken', 'momentum_cosine'}  # of moments that are kept whole
 
     def signals_of(before: TrainState, after: TrainState, gradients: Tree, updates: Tree) -> Record:
         clipped = optim.clipped(options, gradients, before.opt_state, before.params)

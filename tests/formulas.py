@@ -1,5 +1,7 @@
 """Optimisers as their papers have them: float64 NumPy, one loop over steps, names as in the equations."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 Tree = dict[str, np.ndarray]
@@ -83,10 +85,13 @@ def adam(
     theta: float = np.inf,
     spam_warmup: int = 20,
     d: float = np.inf,
+    corrected: bool = True,
+    keep: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> list[np.ndarray]:
     """Kingma & Ba 2015: algorithm 1, or with `hat` the order of computation at the end of section 2.
 
-    With AMSGrad's or Yogi's v, SPAM's threshold theta, and StableAdamW's d.
+    With AMSGrad's or Yogi's v, SPAM's threshold theta, and StableAdamW's d; without the correction of bias; and with
+    means that lose digits by being kept until the next step.
     """
     m, v, largest, made = 0 * gs[0], 0 * gs[0], 0 * gs[0], []
     for t, g in enumerate(gs, 1):
@@ -96,10 +101,10 @@ def adam(
         v = v - (1 - b2) * (np.sign(v - g**2) * g**2 if second_moment == 'yogi' else v - g**2)
         largest = np.maximum(largest, v)
         used = largest if second_moment == 'amsgrad' else v
-        if hat:
-            u = np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(used) + epsilon)
-        else:
-            u = m / (1 - b1**t) / (np.sqrt(used / (1 - b2**t)) + epsilon)
-        rms = np.sqrt(np.mean(g**2 / np.maximum(used / (1 - b2**t), epsilon**2)))
+        c1, c2 = (1 - b1**t, 1 - b2**t) if corrected else (1, 1)
+        root = np.sqrt(used) / np.sqrt(c2)
+        u = m / c1 / (root + (epsilon / np.sqrt(c2) if hat else epsilon))
+        rms = np.sqrt(np.mean(g**2 / np.maximum(used / c2, epsilon**2)))
         made.append(u / max(1, rms / d))
+        m, v, largest = keep(m), keep(v), keep(largest)
     return made

@@ -173,3 +173,11 @@ def test_unknown_field_is_named_with_the_known_ones():
 def test_detectors_are_rules():
     for detector in detect.DETECTORS:
         assert predicate.parse(detector.rule.text).lookback == detector.rule.lookback
+
+
+def test_a_step_that_a_guard_skipped_is_good_unless_one_of_many():
+    in_a_row = np.array([0, 1, 2, 0, *range(1, 13)], float)
+    columns = {'loss': np.where(in_a_row, np.nan, 1.0), 'finite_loss': np.float64(in_a_row == 0)}
+    good = predicate.all_finite(columns | {'skipped_in_a_row': in_a_row})
+    assert good.tolist() == [True] * 14 + [False] * 2
+    assert predicate.all_finite(columns).tolist() == (in_a_row == 0).tolist()

@@ -66,6 +66,8 @@ TRANSFORMS = {
     'adam': adam(),
     'amsgrad': adam(second_moment='amsgrad'),
     'yogi': adam(second_moment='yogi'),
+    'adam in bfloat16': adam(dtype='bfloat16'),
+    'amsgrad in bfloat16': adam(dtype='bfloat16', second_moment='amsgrad'),
     'clip_by_leaf_norm': transforms.clip_by_leaf_norm(1.0),
     'clip_update_rms': transforms.clip_update_rms(adam(), 0.999, EPSILON, 1.0),
     'clip_spikes': transforms.clip_spikes(adam(), 4.0),
