@@ -1,8 +1,10 @@
-"""How often, and at which step, does the demo's setting break by itself?
+"""How often, and at which step, does the demo's setting break by itself; and does a remedy keep it from that?
 
     python benchmarks/natural_collapse.py --seeds=10
+    python benchmarks/natural_collapse.py --seeds=10 --steps=6400 --flags=--learning_rate=3e-3
 
-One process a seed, one after the other; takes one to five minutes each on 2 cores.
+The first stops each seed soon after its collapse. The second trains each for 6,400 steps, whatever comes, with a flag
+added. One process a seed on one thread, as many at once as there are processors: two to five minutes each.
 """
 
 import sys
@@ -10,62 +12,86 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent.parent)
 
+import concurrent.futures
 import json
+import shlex
 import subprocess
 import tempfile
 
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import environment
+from jaxrnn import detect, environment, telemetry
 from scripts import common, demo
 
+GRAVE = ('nonfinite', 'collapse', 'constant')
+"""Symptoms that lose what was learnt; a spike recovers, or ends as one of these."""
 
-def run(seed: int, directory: str) -> dict:
-    """Trains one seed; its symptom, and the accuracy before and after."""
+LAST = 160
+"""Steps over which the final accuracy is averaged: twenty epochs of the demo's 256 words."""
+
+
+def run(seed: int) -> dict:
+    """Trains one seed; its gravest symptom, and the accuracy around it, of 16 steps each."""
+    values = flags.FLAGS
     script = str(Path(demo.__file__).with_name('train.py'))
-    arguments = [
-        *demo.SETTING.split(),
-        f'--seed={seed}',
-        '--keep_latest=1',
-        f'--run_dir={directory}',
-        '--json',
-    ]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    if done.returncode not in (common.HEALTHY, common.DIVERGED):
-        raise SystemExit(done.stderr)
-    symptom = json.loads(done.stdout.splitlines()[-1])['symptom']
-    rows = [json.loads(line) for line in Path(directory, 'records.jsonl').read_text().splitlines()]
-    accuracy = [sum(row['accuracy'] for row in rows[n : n + 16]) / 16 for n in range(0, len(rows) - 15, 16)]
-    step = symptom['step'] if symptom else len(rows)
-    before = max(accuracy[: step // 16], default=0.0)
-    return {
+    more = [f'--max_steps={values.steps}', '--on_divergence=continue'] if values.steps else []
+    more += shlex.split(values.flags)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = [*demo.SETTING.split(), f'--seed={seed}', '--threads=1', '--keep_latest=1', *more]
+        done = subprocess.run(
+            [sys.executable, script, *arguments, f'--run_dir={directory}', '--json'],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode not in (common.HEALTHY, common.DIVERGED):
+            raise SystemExit(done.stderr)
+        columns = telemetry.series(telemetry.RecordFile(Path(directory, 'records.jsonl')).read())
+    grave = [symptom for symptom in detect.symptoms(columns) if symptom.kind in GRAVE]
+    accuracy = np.convolve(columns['accuracy'], np.full(16, 1 / 16), 'valid')
+    symptom = min(grave, key=lambda symptom: symptom.step, default=None)
+    warned = detect.onset(columns, symptom) if symptom else None
+    step = symptom.step if symptom else accuracy.size
+    found = {
         'seed': seed,
-        'steps': len(rows),
-        'symptom': symptom and symptom['kind'],
-        'step': symptom and symptom['step'],
-        'accuracy_before': round(before, 3),
-        'accuracy_lowest_after': round(min(accuracy[step // 16 :], default=before), 3),
+        'steps': columns['step'].size,
+        'symptom': symptom and symptom.kind,
+        'step': symptom and symptom.step,
+        'first_sign': warned and warned.step,
+        'accuracy_before': float(max(accuracy[:step], default=0.0)),
+        'lowest_after': float(min(accuracy[step:], default=np.nan)),
+        'best_accuracy': float(max(accuracy)),
+        'final_accuracy': float(np.mean(columns['accuracy'][-LAST:])),
     }
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
 
 
 def main(arguments: list[str]) -> int:
     del arguments
-    table = Table('seed', 'steps', 'symptom', 'at step', 'best accuracy before', 'lowest after')
-    found = []
-    for seed in range(flags.FLAGS.seeds):
-        with tempfile.TemporaryDirectory() as directory:
-            found.append(run(seed, directory))
-        table.add_row(*(str(value) for value in found[-1].values()))
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    Console(stderr=flags.FLAGS.json).print(table)
-    if flags.FLAGS.json:
-        common.print_json({'setting': demo.SETTING, 'machine': environment.describe(), 'seeds': found})
+    values = flags.FLAGS
+    first = values.first_seed
+    with concurrent.futures.ThreadPoolExecutor(environment.threads()) as pool:
+        found = list(pool.map(run, range(first, first + values.seeds)))
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*(f'{v:.3f}' if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console(stderr=values.json)
+    console.print(table)
+    broken = sum(row['symptom'] is not None for row in found)
+    console.print(f'{broken} of {len(found)} seeds broke')
+    if values.json:
+        setting = f'{demo.SETTING} {values.flags}'.strip()
+        common.print_json({'setting': setting, 'machine': environment.describe(), 'seeds': found})
     return common.HEALTHY
 
 
-common.define('run', 'seeds', 10, 'How many seeds, from 0.')
+common.define('run', 'seeds', 10, 'How many seeds.')
+common.define('run', 'first_seed', 0, 'The first of them.')
+common.define('run', 'steps', 0, 'Train each seed for so many steps; 0: until it has broken.')
+common.define('run', 'flags', '', 'Flags to add to the setting, as a diagnosis advises them.')
 common.define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
 
 if __name__ == '__main__':
