@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -61,8 +62,7 @@ class Checkpoints:
                 f"{path}: the checkpoint can't be read ({_first_line(error)}); "
                 'it is damaged or of another program: delete its folder to go on from the one before'
             ) from error
-        # Own buffers, never views of what orbax holds: the step donates its state.
-        state = jax.tree.map(jnp.copy, state)
+        state = jax.tree.map(_own, state)
         return state[0] if self.like is not None and _is_leaf(self.like) else state
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -143,6 +143,15 @@ class Writer:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def _own(leaf: Any) -> jax.Array:
+    """A leaf in a buffer of its own, never a view of what orbax holds: the step donates its state. On the first device
+    it is not bound to that, as what a program starts with is not either: else JAX compiles the step a second time."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if leaf.sharding == first and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return jnp.array(np.asarray(leaf))
+    return jnp.copy(leaf)
 
 
 def _is_leaf(state: Tree) -> bool:

@@ -86,6 +86,16 @@ def keep_memory() -> bool:
     return all([mallopt(M_ARENA_MAX, 1), mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)])
 
 
+def keep_compiled(directory: str | os.PathLike) -> None:
+    """Has JAX keep compiled programs in a directory, and find them there again; call it before it compiles any.
+
+    Programs are kept apart by all that `describe` knows of: one that was compiled for another processor can crash
+    this one. Nothing is changed where the user has set a directory of their own (JAX_COMPILATION_CACHE_DIR).
+    """
+    if not jax.config.values['jax_compilation_cache_dir']:
+        jax.config.update('jax_compilation_cache_dir', os.path.join(directory, digest(describe())))
+
+
 def _processor() -> str:
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:

@@ -56,6 +56,10 @@ class Paths(NamedTuple):
         return self.root / 'evaluation.json'
 
     @property
+    def compiled(self) -> Path:
+        return self.root / 'compiled'
+
+    @property
     def lock(self) -> Path:
         return self.root / 'lock'
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,38 @@ class Observation(NamedTuple):
     error: checkify.Error | None  # of checkify, where it is on
 
 
-class Observed(Protocol):
-    """A compiled step. It consumes `state`, whose buffers are donated.
+class Observed:
+    """A compiled step whose record also says whether the new state is finite, and its digest; see `instrument`."""
 
-    `digest`: whether this step's record shall have a digest of the state after it.
-    """
+    def __init__(self, step: Step, *, checks: bool):
+        def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
+            state, record = step(state, batch)
+            extra = {
+                FINITE_STATE: tree.all_finite(state),
+                DIGEST: jax.lax.cond(digest, tree.digest, lambda _: jnp.zeros(2, jnp.uint32), state),
+            }
+            return state, _scalars(record) | extra
 
-    def __call__(self, state: Tree, batch: Tree, digest: bool, /) -> tuple[Tree, Observation]: ...
+        self._checks = checks
+        whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
+        self._compiled = jax.jit(whole, donate_argnums=0)
+
+    def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+        """One step. It consumes `state`, whose buffers are donated.
+
+        Args:
+            state: what the step starts from.
+            batch: of the step.
+            digest: whether the record shall have a digest of the state after it.
+        """
+        out = self._compiled(state, batch, digest)
+        error, (state, record) = out if self._checks else (None, out)
+        return state, Observation(record, error)
+
+    def prepare(self, state: Tree, batch: Tree) -> None:
+        """Compiles for states and batches of the types of these, of which nothing else is read; so that another thread
+        can do it before the first call."""
+        self._compiled.lower(state, batch, False).compile()
 
 
 @functools.lru_cache(maxsize=16)
@@ -55,31 +80,7 @@ def instrument(step: Step, *, checks: bool = False) -> Observed:
         step: any pure train step; its record may be any tree of scalars.
         checks: run it under checkify.float_checks.
     """
-
-    def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
-        state, record = step(state, batch)
-        extra = {
-            FINITE_STATE: tree.all_finite(state),
-            DIGEST: jax.lax.cond(digest, tree.digest, lambda _: jnp.zeros(2, jnp.uint32), state),
-        }
-        return state, _scalars(record) | extra
-
-    if not checks:
-        compiled = jax.jit(observed, donate_argnums=0)
-
-        def run(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
-            state, record = compiled(state, batch, digest)
-            return state, Observation(record, None)
-
-        return run
-
-    checked = jax.jit(checkify.checkify(observed, errors=checkify.float_checks), donate_argnums=0)
-
-    def run_checked(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
-        error, (state, record) = checked(state, batch, digest)
-        return state, Observation(record, error)
-
-    return run_checked
+    return Observed(step, checks=checks)
 
 
 def row(step: int, observation: Observation) -> Row:

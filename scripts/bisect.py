@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
+    common.keep_compiled()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
     found = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
     diagnosis, opened = found.diagnosis, found.opened
@@ -36,20 +37,10 @@ def main(arguments: list[str]) -> int:
         console = Console(soft_wrap=True)
         console.print(report.bisected(diagnosis, found.rows, words, found.look), soft_wrap=False)
         if step is not None:
-            console.print(_next(directory, opened.config), soft_wrap=True, highlight=False)
+            console.print(f'next: python scripts/diagnose.py --run_dir={directory}', highlight=False)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
-
-
-def _next(directory: str, config) -> str:
-    directory = directory.rstrip('/')
-    rate = config.optimiser.learning_rate / 2
-    return (
-        'next: see whether half the learning rate averts it\n'
-        f'  python scripts/train.py --flagfile={directory}/flags.txt --learning_rate={rate:g} '
-        f'--run_dir={directory}-half'
-    )
 
 
 common.define_run('The directory of the run.')

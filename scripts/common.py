@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable
@@ -116,6 +117,13 @@ def run_dir() -> str:
     if not flags.FLAGS.run_dir:
         raise UserError('--run_dir: nothing found, the directory of a run expected')
     return flags.FLAGS.run_dir
+
+
+def keep_compiled() -> None:
+    """Keeps compiled steps with the run, so that whoever looks into it later need not wait for them again."""
+    from jaxrnn import environment, loop
+
+    environment.keep_compiled(loop.Paths(pathlib.Path(run_dir())).compiled)
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ time, beside a control without a change: what averts the symptom there is what i
 
 import sys
 
-sys.path[0] = sys.path[0].removesuffix('scripts')
+sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
 
 from absl import flags
 from rich.console import Console
@@ -17,19 +17,20 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report, run
+    from jaxrnn import experiment, report, run
     from jaxrnn.types import UserError
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
+    common.keep_compiled()
     budget = flags.FLAGS.budget_steps
-    if budget < 1:
+    if budget is not None and budget < 1:
         raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
     found = run.diagnose_run(
         directory,
         detectors,
-        budget=budget,
+        budget=experiment.BUDGET if budget is None else budget,
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
         say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
@@ -41,10 +42,13 @@ def main(arguments: list[str]) -> int:
         step = diagnosis.first_bad_step
         words = run.words_of(opened, step) if step is not None else ()
         directory = directory.rstrip('/')
-        command = f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2'
-        Console().print(
-            report.diagnosed(diagnosis, found.told, found.bisected.look, words, command), soft_wrap=False
-        )
+        console = Console()
+        console.print(report.diagnosed(diagnosis, found.told, found.bisected.look, words))
+        if added := report.advised(found.told):
+            train = (
+                f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2 {added}'
+            )
+            console.print(f'\nnext: {train}', soft_wrap=True, highlight=False)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
@@ -52,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 common.define_run('The directory of the run.')
 common.define_detectors('diagnose')
-common.define('diagnose', 'budget_steps', 2000, 'Steps that may be replayed in all.')
+common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
 
 if __name__ == '__main__':
     common.main(main, __doc__)

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, step = common.run_dir(), flags.FLAGS.step
+    common.keep_compiled()
     if step is None:
         raise UserError(
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'

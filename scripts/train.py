@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     config, directory = common.config_from_flags(), common.run_dir()
+    common.keep_compiled()
     console = Console(stderr=True, soft_wrap=True)
     display = Display(console, config.loop.max_steps)
     with display.progress:
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> int:
         return common.IRREPRODUCIBLE
     if diagnosis.symptom is None:
         return common.HEALTHY
-    console.print(f'next: python scripts/bisect.py --run_dir={directory}')
+    console.print(f'next: python scripts/diagnose.py --run_dir={directory}')
     return common.DIVERGED
 
 

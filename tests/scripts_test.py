@@ -250,6 +250,23 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     assert told['cause']['why']
 
 
+def test_compiled_steps_are_kept_with_the_run(vectors, tmp_path):
+    """Unless the user keeps them elsewhere; what is found there gives the same bits."""
+    run, kept = f'--run_dir={tmp_path / "run"}', {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    command = ['train', f'--vectors={vectors}', *SMALL, '--max_steps=30', run]
+    assert call(*command, **kept).returncode == 0 and not (tmp_path / 'run/compiled').exists()
+    shutil.rmtree(tmp_path / 'run')
+    kept['JAX_COMPILATION_CACHE_DIR'] = ''
+    assert call(*command, **kept).returncode == 0
+    (environment,) = (tmp_path / 'run/compiled').iterdir()
+    before = content(environment)
+    assert before
+    done = call('bisect', run, '--norecords', '--json', **kept)
+    assert done.returncode == 0 and last_json(done)['replay']['bit_identical']
+    names = {path.name.split('-')[0] for path in content(environment).keys() - before.keys()}
+    assert 'jit_observed' not in names and 'jit_observed' in {path.name.split('-')[0] for path in before}
+
+
 @pytest.mark.parametrize('check', ['--debug_nans', '--checkify'])
 def test_jax_own_checks(check, vectors, tmp_path):
     flags = [
