@@ -39,6 +39,7 @@ class Evidence(NamedTuple):
     batch: Batch | None  # of the first bad step
     where: dict[str, Any] | None
     told: experiment.Told | None
+    symptom: bool = False  # whether there is one
 
 
 def seven(evidence: Evidence) -> tuple[Check, ...]:
@@ -99,13 +100,15 @@ def steps_are_finite(evidence: Evidence) -> Check:
 def rate_may_stay(evidence: Evidence) -> Check:
     """4. Would a decaying learning rate have averted it? An experiment: 1 if it would."""
     name, told = 'a decaying learning rate is not missing', evidence.told
-    if told is None:
+    if not evidence.symptom:
         return _check(name, True, 0, 'there is nothing to avert')
-    tried = [outcome for outcome in told.outcomes if outcome.change.name == remedy.DECAY]
+    outcomes = () if told is None else told.outcomes
+    tried = [outcome for outcome in outcomes if outcome.change.name == remedy.DECAY]
     if not tried:
         return _check(name, None, 0, 'not tried')
     averted = tried[0].verdict == experiment.AVERTED
-    said = f'replayed from step {told.window.start if told.window else 0} with one, the symptom is {tried[0].verdict}'
+    since = told.window.start if told is not None and told.window is not None else 0
+    said = f'replayed from step {since} with one, the symptom is {tried[0].verdict}'
     return _check(name, not averted, averted, said)
 
 

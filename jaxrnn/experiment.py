@@ -3,6 +3,7 @@
 Knows nothing of networks: a change is another step, other batches, or another state to start from.
 """
 
+import concurrent.futures
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
@@ -49,6 +50,19 @@ NUDGE = 1e-6
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
 
+MECHANISMS = {
+    'low precision': 'rounding takes digits that training needs',
+    'missing bias correction': 'means that start at zero make the first steps too long',
+    'second-moment decay': "Adam's v decays in quiet steps until the next ones are too long",
+    'outrun second moment': 'gradients grow faster than v, their squared mean, follows',
+    'outlying gradients': 'single gradients far above the others throw the weights off',
+    'shut gates': 'hard gates pass no gradient where they are shut',
+    'recurrent gain': 'the recurrent weights amplify the state from step to step',
+    'padding': 'what follows the last letter overwrites the state',
+}
+"""What makes a run break, the narrowest first: what takes one of these away hardly touches those after it. A change
+that makes all steps shorter takes away none in particular."""
+
 AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
 """The best first."""
 
@@ -69,6 +83,16 @@ class Change(NamedTuple):
     make: Callable[[], Changed]
     flags: str = ''  # by which training has it
     means: str = ''  # why it may help, for a person
+    removes: str = (
+        ''  # the mechanism that it takes away, of MECHANISMS or one's own; '' where it would help any
+    )
+
+
+class Made(NamedTuple):
+    """A change that can be replayed."""
+
+    changed: Changed
+    observed: telemetry.Observed
 
 
 class Outcome(NamedTuple):
@@ -193,19 +217,23 @@ class Experiments:
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
         self._snapshots: dict[int, Tree] = {}
-        self._made: dict[str, Changed] = {}  # by name, so that each is compiled once
+        self._compiler = concurrent.futures.ThreadPoolExecutor(1)
+        self._made: dict[str, concurrent.futures.Future[Made]] = {}  # by name, so that each is compiled once
 
     def run(self, changes: Sequence[Change]) -> Told:
         """Control, nudge, and as many of the changes as the budget allows, in their order; then the best replayed on,
         and its point of no return."""
         if self.window is None:
             return Told(None, None, False, None, untried=tuple(changes))
-        control, identical = self._show()
+        control, identical = self._show(changes[:1])
         if not identical or control.verdict != UNCHANGED:
             return Told(self.window, control, identical, None, (), None, tuple(changes), self.steps_replayed)
         self.left = self.budget * (1 - RESERVED)
         nudge = self._attempt(nudged(self.subject))
-        tried = [(change, self._attempt(change)) for change in changes]
+        tried = [
+            (change, self._attempt(change, ahead=changes[place + 1 : place + 2]))
+            for place, change in enumerate(changes)
+        ]
         self.left = self.budget
         outcomes = [outcome for _, outcome in tried if outcome is not None]
         drawn = random.Random(self.symptom.step).choice(outcomes) if outcomes else None
@@ -251,7 +279,7 @@ class Experiments:
             and detect.first_since(spike, columns, start) is not None
         )
 
-    def _show(self) -> tuple[Outcome, bool]:
+    def _show(self, ahead: Sequence[Change]) -> tuple[Outcome, bool]:
         """The steps as they were, and whether they gave the run's records."""
         assert self.window is not None
         start, symptom, _ = self.window
@@ -262,6 +290,9 @@ class Experiments:
                 self._snapshots[number] = _copied(state)
 
         state = Replayer(self.subject).state(start)
+        self._snapshots[start] = _copied(state)
+        for change in ahead:
+            self._make(change)
         self._control, _ = self._advance(
             self.subject.observed, self.subject.batch_at, state, start, symptom + 1, keep
         )
@@ -272,23 +303,46 @@ class Experiments:
         unchanged = Change('none', '', lambda: Changed(_step(self.subject), self.subject.batch_at))
         return self._outcome(unchanged, found, self._control), identical
 
+    def _make(self, change: Change) -> 'concurrent.futures.Future[Made]':
+        """A change compiled, or being compiled by another thread."""
+        if change.name not in self._made:
+            self._made[change.name] = self._compiler.submit(self._compile, change)
+        return self._made[change.name]
+
+    def _compile(self, change: Change) -> Made:
+        assert self.window is not None
+        changed, ours = change.make(), self.subject
+        if changed.step is ours.step:
+            return Made(changed, ours.observed)
+        made = Made(changed, telemetry.instrument(changed.step))
+        start = self.window.start
+        made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
+        return made
+
     def _attempt(
-        self, change: Change, *, start: int | None = None, horizon: int | None = None
+        self,
+        change: Change,
+        *,
+        start: int | None = None,
+        horizon: int | None = None,
+        ahead: Sequence[Change] = (),
     ) -> Outcome | None:
-        """What becomes of the symptom under a change; None where the budget doesn't reach the horizon."""
+        """What becomes of the symptom under a change; None where the budget doesn't reach the horizon.
+
+        `ahead`: changes to be compiled meanwhile, if the budget will reach to one more.
+        """
         assert self.window is not None
         start = self.window.start if start is None else start
         horizon = self.window.horizon if horizon is None else horizon
         if self.steps_replayed + horizon - start > self.left:
             return None
-        if change.name not in self._made:
-            self._made[change.name] = change.make()
-        changed = self._made[change.name]
+        changed, observed = self._make(change).result()
+        if self.steps_replayed + 2 * (horizon - start) <= self.left:
+            for later in ahead:
+                self._make(later)
         state = changed.convert(self._state(start))
         history = [*self._history, *(row for row in self._control if row['step'] < start)]
         rows: list[Row] = []
-        ours = self.subject
-        observed = ours.observed if changed.step is ours.step else telemetry.instrument(changed.step)
         for first in range(start, horizon, LOOK_EVERY):
             stop = min(first + LOOK_EVERY, horizon)
             more, state = self._advance(observed, changed.batch_at, state, first, stop)
@@ -495,16 +549,33 @@ def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
         kind = 'none' if told.control is None or told.identical else 'nondeterminism'
         return Cause(kind, undecided)
     averting = [outcome for outcome in told.outcomes if outcome.verdict == AVERTED]
-    if by_batch is not None:
+    if by_batch is False:
         # From a state at the edge any other batch averts a spike, too.
-        averting = [o for o in averting if (o.change.points_to == 'data') == by_batch] or averting
-    best = averting[0]
-    held = f'{best.change.name} averts it'
-    others = [o.change.name for o in averting[1:]]
+        averting = [outcome for outcome in averting if outcome.change.points_to != 'data']
+    elif by_batch:
+        averting = [outcome for outcome in averting if outcome.change.points_to == 'data'] or averting
     failed = [o.change.name for o in told.outcomes if o.verdict != AVERTED]
-    also = f'; so does {_listed(others)}' if others else ''
     fails = f'; not so {_listed(failed)}' if failed else ''
-    return Cause(best.change.points_to, held + also + fails)
+    if not averting:
+        only = _listed([outcome.change.name for outcome in told.outcomes if outcome.verdict == AVERTED])
+        return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
+    mechanism = _mechanism(told.outcomes, averting)
+    # What takes the mechanism away speaks before what would have helped against any.
+    averting.sort(key=lambda outcome: outcome.change.removes != mechanism)
+    best, *others = averting
+    also = f'; so does {_listed([o.change.name for o in others])}' if others else ''
+    named = f'{mechanism} ({MECHANISMS[mechanism]}): ' if mechanism in MECHANISMS else ''
+    named = named or (f'{mechanism}: ' if mechanism else '')
+    return Cause(best.change.points_to, f'{named}{best.change.name} averts it{also}{fails}')
+
+
+def _mechanism(outcomes: Sequence[Outcome], averting: Sequence[Outcome]) -> str:
+    """The narrowest that a change of those averting takes away, and that none takes away without averting; '' where
+    there is none."""
+    refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED}
+    left = dict.fromkeys(o.change.removes for o in averting if o.change.removes not in {'', *refuted})
+    order = [*MECHANISMS, *left]
+    return min(left, key=order.index, default='')
 
 
 def _why_undecided(told: Told) -> str:

@@ -7,6 +7,8 @@ A new one is an entry of REMEDIES. Formulas and sources of what they switch on a
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxrnn import cells, data, optim, train
 from jaxrnn.config import Config
 from jaxrnn.experiment import Change, Changed
@@ -22,10 +24,11 @@ class Remedy(NamedTuple):
     points_to: str  # the cause where it averts a symptom: data, model, optimiser, precision
     options: Callable[[Config], Options]  # option -> value; empty where it changes nothing
     means: str  # why it may help
+    removes: str = ''  # the mechanism that it takes away, of experiment.MECHANISMS
 
 
-def _fixed(name: str, points_to: str, means: str, **options: Any) -> Remedy:
-    return Remedy(name, points_to, lambda config: options, means)
+def _fixed(name: str, points_to: str, means: str, removes: str = '', **options: Any) -> Remedy:
+    return Remedy(name, points_to, lambda config: options, means, removes)
 
 
 def _slower(config: Config, by: float) -> Options:
@@ -53,44 +56,65 @@ def _soft_gates(config: Config) -> Options:
     return {'gate': 'sigmoid'} if hard and gate != 'sigmoid' else {}
 
 
-def _wider_products(config: Config) -> Options:
-    return {'dtype': 'float32'} if config.model.dtype != 'float32' else {}
+def _smaller_gain(config: Config) -> Options:
+    return {'recurrent_gain': 1.0} if gain(config) > 1 else {}
+
+
+def gain(config: Config) -> float:
+    """Of the initial recurrent weights."""
+    return config.model.recurrent_gain or cells.PRESETS[config.model.preset].recurrent_gain
 
 
 DECAY = 'decaying learning rate'
 """The fourth of the seven checks."""
 
 REMEDIES = (
+    # What is out of the ordinary, and so the first to be suspected, and applies to few runs.
+    _fixed('float32 products', 'precision', 'products keep their digits', 'low precision', dtype='float32'),
+    _fixed(
+        'float32 moments', 'precision', "v follows small changes of the gradients' size", 'low precision',
+        moment_dtype='float32',
+    ),
+    _fixed(
+        'bias correction', 'optimiser', 'the first steps are no longer than the others',
+        'missing bias correction', bias_correction=True,
+    ),
     _fixed(
         'update clipping', 'optimiser', 'no update is larger than the squared gradients of the past justify',
-        update_clip=1.0,
+        'outrun second moment', update_clip=1.0,
     ),
     Remedy(
         'faster second moment', 'optimiser', lambda config: _faster_forgetting(config, 0.99),
-        "Adam's squared gradients follow a burst within 100 steps, not 1,000",
+        "Adam's squared gradients follow a burst within 100 steps, not 1,000", 'outrun second moment',
     ),
     Remedy(DECAY, 'optimiser', _decaying, 'steps shrink as the loss landscape sharpens'),
     Remedy(
         'half the learning rate', 'optimiser', lambda config: _slower(config, 0.5),
         'steps are half as long',
     ),
-    Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut'),
+    Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut', 'shut gates'),
     Remedy(
         'an eighth of the learning rate', 'optimiser', lambda config: _slower(config, 0.125),
         'steps are an eighth as long',
     ),
     _fixed(
         'AMSGrad', 'optimiser', 'the second moment never decays, so quiet steps do not make the next ones long',
-        second_moment='amsgrad',
+        'second-moment decay', second_moment='amsgrad',
     ),
     Remedy(
         'larger epsilon', 'optimiser', _larger_epsilon,
-        'coordinates with tiny gradients take no full steps',
+        'coordinates with tiny gradients take no full steps', 'second-moment decay',
     ),
-    _fixed('ZClip', 'optimiser', 'gradients far above their running norm are cut', clip='zclip'),
+    Remedy(
+        'recurrent gain of 1', 'model', _smaller_gain, 'the state is not amplified from step to step',
+        'recurrent gain',
+    ),
+    _fixed(
+        'ZClip', 'optimiser', 'gradients far above their running norm are cut', 'outlying gradients', clip='zclip',
+    ),
     _fixed('norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', clip='global_norm', clip_threshold=1.0),
-    _fixed('masked padding', 'model', 'a word ends at its last letter', mask_padding=True),
-    Remedy('float32 products', 'precision', _wider_products, 'products keep their digits'),
+    _fixed('masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True),
+    _fixed('guard', 'data', 'a step that is not finite changes nothing', guard=True),
 )  # fmt: skip
 """In the order in which they are tried."""
 
@@ -115,18 +139,27 @@ def flags(config: Config, remedy: Remedy) -> str:
     )
 
 
-def change(config: Config, dataset: data.Dataset, remedy: Remedy) -> Change:
+def change(
+    config: Config, dataset: data.Dataset, remedy: Remedy, make_program: train.Make = train.make_program
+) -> Change:
     """A remedy as an experiment on a run of a configuration."""
 
     def make() -> Changed:
         other = applied(config, remedy)
-        program = train.make_program(other, dataset)
+        program = make_program(other, dataset)
         return Changed(program.step, program.batch_at, lambda state: converted(config, other, state))
 
-    return Change(remedy.name, remedy.points_to, make, flags(config, remedy), remedy.means)
+    return Change(remedy.name, remedy.points_to, make, flags(config, remedy), remedy.means, remedy.removes)
 
 
 def converted(config: Config, other: Config, state: train.TrainState) -> train.TrainState:
-    """A train state of one configuration as that of another: moments are kept, never zeroed."""
+    """A train state of one configuration as that of another: moments are kept, never zeroed. Another recurrent gain
+    scales the recurrent kernels there are, so that from step 0 it is what the flag would have given."""
     opt_state: Tree = optim.convert(state.opt_state, config.optimiser, other.optimiser, state.params)
-    return state._replace(opt_state=opt_state)
+    factor = gain(other) / gain(config)
+    params = state.params
+    if factor != 1:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * factor if path[-1].key == 'recurrent_kernel' else leaf, params
+        )
+    return state._replace(params=params, opt_state=opt_state)

@@ -57,9 +57,7 @@ class Diagnosed(NamedTuple):
 
     diagnosis: Diagnosis
     bisected: Bisected
-    told: (
-        experiment.Told | None
-    )  # of the experiments; None where there was no symptom, or it isn't reproducible
+    told: experiment.Told | None  # None where there was no symptom, or it isn't reproducible
 
 
 class Opened(NamedTuple):
@@ -70,12 +68,14 @@ class Opened(NamedTuple):
     program: train.Program
     checkpoints: Checkpoints
     records: list[Row]
+    make_program: train.Make
 
 
 def train_run(
     config: Config,
     directory: str | os.PathLike,
     *,
+    make_program: train.Make = train.make_program,
     say: Callable[[str], None] = lambda line: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Trained:
@@ -84,6 +84,8 @@ def train_run(
     Args:
         config: of the run.
         directory: its home.
+        make_program: what the configuration and its data are made into. Whatever looks into the run later must be
+            given the same.
         say: gets a line before slow work.
         on_row: sees every record, a step late.
 
@@ -95,7 +97,7 @@ def train_run(
     optim.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
     with _directory(paths.root):
         dataset = _dataset(paths, config, say)
-    program = train.make_program(config, dataset)
+    program = make_program(config, dataset)
     _describe(paths, config, dataset)
     stop = _Stop(config.loop.on_divergence == 'stop')
     stop.see_all(telemetry.RecordFile(paths.records).read())
@@ -121,14 +123,15 @@ def train_run(
     return Trained(ended, diagnosis, evaluation)
 
 
-def open_run(directory: str | os.PathLike) -> Opened:
+def open_run(directory: str | os.PathLike, make_program: train.Make = train.make_program) -> Opened:
     """Reads a run back. Raises UserError where the directory holds none, or not a whole one."""
     paths = loop.Paths(Path(directory))
     config = read_config(paths)
     dataset = _dataset(paths, config, say=lambda line: None)
-    program = train.make_program(config, dataset)
+    program = make_program(config, dataset)
     checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
-    return Opened(config, dataset, program, checkpoints, telemetry.RecordFile(paths.records).read())
+    records = telemetry.RecordFile(paths.records).read()
+    return Opened(config, dataset, program, checkpoints, records, make_program)
 
 
 def newest_params(opened: Opened) -> Tree:
@@ -146,9 +149,10 @@ def bisect_run(
     good: int | None = None,
     bad: int | None = None,
     use_records: bool = True,
+    make_program: train.Make = train.make_program,
 ) -> Bisected:
     """Bisects a run of jaxrnn's own (see `replay.bisect`), looks into the step, and writes the diagnosis."""
-    opened = open_run(directory)
+    opened = open_run(directory, make_program)
     options = opened.config.training
     subject = _subject(opened, opened.records if use_records else ())
     with jax.debug_nans(options.debug_nans):
@@ -170,6 +174,7 @@ def diagnose_run(
     budget: int = experiment.BUDGET,
     good: int | None = None,
     bad: int | None = None,
+    make_program: train.Make = train.make_program,
     say: Callable[[str], None] = lambda line: None,
 ) -> Diagnosed:
     """Bisects a run, looks into the step, makes the seven checks and, where there is a symptom, experiments; writes the
@@ -180,15 +185,17 @@ def diagnose_run(
         detectors: as in `replay.bisect`.
         budget: steps that may be replayed, those of the bisection included.
         good, bad: as in `replay.bisect`.
+        make_program: as in `train_run`; it is given the changed configurations, too.
         say: gets a line before slow work.
     """
-    bisected = bisect_run(directory, detectors, good=good, bad=bad)
+    bisected = bisect_run(directory, detectors, good=good, bad=bad, make_program=make_program)
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
 
     def changes(window: experiment.Window, bad_batches: Sequence[int]) -> list[experiment.Change]:
         remedies = [
-            remedy.change(opened.config, opened.dataset, each) for each in remedy.applicable(opened.config)
+            remedy.change(opened.config, opened.dataset, each, make_program)
+            for each in remedy.applicable(opened.config)
         ]
         say(f'replaying the steps from {window.start} on, under one change at a time')
         return experiment.in_order(subject, window, bad_batches, remedies)
@@ -202,6 +209,7 @@ def diagnose_run(
         None if step is None else opened.program.batch_at(step),
         diagnosis.where,
         told,
+        diagnosis.symptom is not None,
     )
     diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
@@ -215,6 +223,7 @@ def look_into_run(
     against: int | None = None,
     screens: Sequence[str] = (),
     float64: bool = False,
+    make_program: train.Make = train.make_program,
 ) -> tuple[inside.Look, list[str]]:
     """Looks into one step of a run (see `inside.look`).
 
@@ -224,7 +233,7 @@ def look_into_run(
     Raises:
         UserError: no run, no such step, or no checkpoint before it.
     """
-    opened = open_run(directory)
+    opened = open_run(directory, make_program)
     for flag, value in (('--step', step), ('--against', against)):
         if value is None:
             continue
@@ -349,7 +358,7 @@ def _of_records(found: list[Symptom], ended: loop.Ended) -> Diagnosis:
         return Diagnosis(symptom=found[0] if found else None, cause=cause)
     if not found:
         return Diagnosis(cause=Cause('none', 'no rule holds at any step'))
-    return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run bisect.py'))
+    return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run diagnose.py'))
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,56 @@ def test_nothing_averts(subject):
     assert (cause.kind, cause.why) == ('none', 'undecided: nothing tried averts it: faster')
 
 
+def outcomes(*made):
+    """(name, points to, removes, verdict) -> what experiments told, in that order."""
+    found = [
+        experiment.Outcome(Change(name, points_to, lambda: None, removes=removes), verdict, None, 0.1, 200)
+        for name, points_to, removes, verdict in made
+    ]
+    window, control = (
+        experiment.Window(100, 150, 201),
+        experiment.Outcome(found[0].change, 'unchanged', None, 1, 151),
+    )
+    return experiment.Told(window, control, True, control, tuple(found))
+
+
+def test_a_mechanism_is_named_where_all_that_takes_it_away_averts():
+    """And speaks before what would have helped against any, and before what is wider."""
+    told = outcomes(
+        ('half', 'optimiser', '', 'averted'),
+        ('masked', 'model', 'padding', 'averted'),
+        ('amsgrad', 'optimiser', 'second-moment decay', 'averted'),
+        ('epsilon', 'optimiser', 'second-moment decay', 'averted'),
+        ('sigmoid', 'model', 'shut gates', 'worse'),
+    )
+    cause = experiment.cause_of(told)
+    assert cause.kind == 'optimiser' and cause.why == (
+        "second-moment decay (Adam's v decays in quiet steps until the next ones are too long): amsgrad averts it; "
+        'so does epsilon, half, masked; not so sigmoid'
+    )
+    refuted = told._replace(outcomes=(*told.outcomes[:3], told.outcomes[3]._replace(verdict='delayed')))
+    cause = experiment.cause_of(refuted)
+    assert cause.kind == 'model' and cause.why.startswith('padding (')
+    own = outcomes(('mine', 'model', 'a worn bearing', 'averted'))
+    assert experiment.cause_of(own).why == 'a worn bearing: mine averts it'
+
+
+def test_the_narrowest_mechanism_is_named():
+    wide = ('sigmoid', 'model', 'shut gates', 'averted')
+    narrow = ('float32', 'precision', 'low precision', 'averted')
+    assert experiment.cause_of(outcomes(wide, narrow)).kind == 'precision'
+    assert experiment.cause_of(outcomes(narrow, wide)).kind == 'precision'
+
+
+def test_data_alone_averts_but_an_earlier_state_bears_the_batch():
+    told = outcomes(('other batches', 'data', '', 'averted'), ('half', 'optimiser', '', 'worse'))
+    cause = experiment.cause_of(told, by_batch=False)
+    assert cause.kind == 'none' and cause.why == (
+        'undecided: other batches averts it, but an earlier state bears the batch; not so half'
+    )
+    assert experiment.cause_of(told).kind == experiment.cause_of(told, by_batch=True).kind == 'data'
+
+
 def with_a_bad_batch(step):
     return np.float32(5 if step == 200 else 1e-3 * (1 + step % 7))
 
@@ -249,6 +300,34 @@ def test_anybody_s_run_is_diagnosed(tmp_path):
     assert diagnosis.replay.steps_replayed == 21 + told.steps_replayed <= 2000
     best = diagnosis.remedies[0]
     assert (best['flags'], best['point_of_no_return']) == ('--skip_batches=120', 120)
+
+
+def test_a_change_is_compiled_while_another_is_replayed(tmp_path, monkeypatch):
+    """By another thread, and once."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    prepared, prepare = [], telemetry.Observed.prepare
+
+    def see(self, state, batch):
+        prepared.append(threading.current_thread() is threading.main_thread())
+        prepare(self, state, batch)
+
+    monkeypatch.setattr(telemetry.Observed, 'prepare', see)
+    made = experiments(subject)
+    told = made.run([change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
+    assert len(told.outcomes) == 3 and prepared == [False] * 3
+    for future in made._made.values():
+        observed = future.result().observed
+        assert observed is subject.observed or observed._compiled._cache_size() == 1
+
+
+def test_what_can_not_be_made_is_said(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def make():
+        raise ValueError('no such step')
+
+    with pytest.raises(ValueError, match='no such step'):
+        experiments(subject).run([Change('broken', 'model', make)])
 
 
 def test_a_healthy_run_has_nothing_to_explain(tmp_path):

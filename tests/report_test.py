@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxrnn import inside, report, trace
-from jaxrnn.diagnosis import Diagnosis, Replay, Symptom
+from jaxrnn import experiment, inside, report, trace
+from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']
@@ -230,3 +230,96 @@ def test_json_has_no_nan(words):
     }
     assert told['change']['leaps'][0]['pass'] == 'backward' and told['finding'] is None
     assert told['against'] == 10 and told['step'] == 12
+
+
+def outcome(name, verdict, symptom=None, *, loss=0.25, reached=63, flags='', last=None):
+    made = experiment.Change(name, 'optimiser', lambda: None, flags, 'because')
+    return experiment.Outcome(made, verdict, symptom, loss, reached, last)
+
+
+TOLD = experiment.Told(
+    experiment.Window(0, 12, 63),
+    outcome('none', 'unchanged', Symptom('spike', 12), reached=13),
+    True,
+    outcome('nudge', 'unchanged', Symptom('spike', 13), reached=14),
+    (
+        outcome('half the learning rate', 'averted', flags='--learning_rate=0.5', reached=200, last=9),
+        outcome('other batches', 'averted'),
+        outcome('sigmoid gates', 'worse', Symptom('nonfinite', 3), loss=float('nan'), reached=4),
+    ),
+    outcome('other batches', 'averted'),
+    (experiment.Change('ZClip', 'optimiser', lambda: None),),
+    300,
+)
+
+DIAGNOSED = """
+spike at step 12: the loss leapt far above its trailing median
+against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+  parameters: cell/kernel 80 %
+  saturated: cell/forget gate 0.1 → 0.5 (most at time step 4)
+  backward: cell, most at time step 2, 0.01 → 0.2
+  half of it by 1 of 2 examples: stone
+its first sign: step 7
+
+cause: optimiser: half the learning rate averts it
+do: train again with --learning_rate=0.5 (because)
+it still averts the symptom when it is switched on at step 9
+
+the steps from 0 on, again, each under one change
+
+ change                  outcome                up to  loss
+ ──────────────────────────────────────────────────────────
+ half the learning rate  averted                  199  0.25
+ other batches           averted                   62  0.25
+ sigmoid gates           worse, nonfinite at 3      3   nan
+
+without a change: spike at 12; nudged by a millionth: unchanged, spike at 13;
+one drawn at random (other batches): averted; the budget did not reach to: ZClip
+
+ ok data is finite: all of 28 numbers are
+ no predictions vary: their variance is so small that there would be no saying
+    which word it was that the network had been given
+  ? training set can be learnt: not tried
+proven: 303 steps replayed from 1 checkpoint, bit for bit as recorded
+"""
+
+
+def test_a_diagnosis():
+    names = {'data is finite': True, 'predictions vary': False, 'training set can be learnt': None}
+    why = {
+        'data is finite': 'all of 28 numbers are',
+        'predictions vary': 'their variance is so small that there would be no saying which word it was that the '
+        'network had been given',
+        'training set can be learnt': 'not tried',
+    }
+    diagnosis = Diagnosis(
+        symptom=Symptom('spike', 12),
+        first_bad_step=12,
+        onset_step=7,
+        where=LOOK.where(),
+        cause=Cause('optimiser', 'half the learning rate averts it'),
+        checks=tuple({'name': n, 'ok': ok, 'value': 0.0, 'why': why[n]} for n, ok in names.items()),
+        replay=Replay(True, None, 303, 1),
+    )
+    assert shown(report.diagnosed(diagnosis, TOLD, LOOK, WORDS)).strip() == DIAGNOSED.strip()
+    assert report.advised(TOLD) == '--learning_rate=0.5'
+
+
+@pytest.mark.parametrize('told', [None, TOLD._replace(outcomes=TOLD.outcomes[1:])])
+def test_nothing_is_advised_where_no_flag_averts(told):
+    undecided = Diagnosis(
+        symptom=Symptom('spike', 12), first_bad_step=12, cause=Cause('none', 'undecided: so')
+    )
+    assert report.advised(told) == ''
+    screen = shown(report.diagnosed(undecided, told))
+    assert 'do:' not in screen and ('undecided: so' in screen) == (told is not None)
+
+
+def test_a_healthy_diagnosis():
+    healthy = Diagnosis(cause=Cause('none', 'no rule holds at any step'))
+    screen = shown(report.diagnosed(healthy, None))
+    assert (
+        'healthy: no rule holds at any step' in screen
+        and 'nothing replayed' in screen
+        and 'do:' not in screen
+    )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from jaxrnn import experiment, inside
@@ -24,7 +25,6 @@ def diagnosed(
     told: experiment.Told | None,
     look: inside.Look | None = None,
     words: Sequence[str] = (),
-    command: str = '',
 ) -> RenderableType:
     """One screen on a diagnosis.
 
@@ -33,7 +33,6 @@ def diagnosed(
         told: of its experiments.
         look: into the first bad step.
         words: of the first bad step's batch.
-        command: that trains the run again, to which flags are added.
     """
     parts: list[RenderableType] = [runs.verdict(diagnosis, rule=False)]
     if look is not None and look.change is not None:
@@ -46,7 +45,7 @@ def diagnosed(
         parts += [
             Text(),
             _why(diagnosis),
-            _advice(told, command),
+            _advice(told),
             Text(),
             _experiments(told),
             _baselines(told),
@@ -62,9 +61,20 @@ def _why(diagnosis: Diagnosis) -> Text:
     return Text.assemble(('cause: ', 'bold'), (cause.kind, 'bold red'), f': {cause.why}')
 
 
-def _advice(told: experiment.Told, command: str) -> Text:
+def advised(told: experiment.Told | None) -> str:
+    """The flags that avert the symptom and leave the lowest loss; '' where there are none."""
+    best = _best(told)
+    return '' if best is None else best.change.flags
+
+
+def _best(told: experiment.Told | None) -> experiment.Outcome | None:
+    outcomes = () if told is None else told.outcomes
+    return next((o for o in outcomes if o.verdict == experiment.AVERTED and o.change.flags), None)
+
+
+def _advice(told: experiment.Told) -> Text:
     """What to do, where something averts the symptom."""
-    best = next((o for o in told.outcomes if o.verdict == experiment.AVERTED and o.change.flags), None)
+    best = _best(told)
     if best is None:
         return Text()
     lines = Text.assemble(
@@ -74,8 +84,6 @@ def _advice(told: experiment.Told, command: str) -> Text:
         lines.append(
             f'\nit still averts the symptom when it is switched on at step {best.point_of_no_return}'
         )
-    if command:
-        lines.append(f'\n  {command} {best.change.flags}', style='cyan')
     return lines
 
 
@@ -114,11 +122,9 @@ def _baselines(told: experiment.Told) -> Text:
 
 
 def _checks(checks: Sequence[Any]) -> RenderableType:
-    lines = Text()
+    lines = Table.grid(padding=(0, 1))
     for check in checks:
-        mark, style = {True: (' ok', 'green'), False: (' no', 'red')}.get(check['ok'], ('  ?', 'yellow'))
-        lines.append(mark, style=style).append(f'  {check["name"]}: ').append(
-            f'{check["why"]}\n', style='dim'
-        )
-    lines.right_crop(1)
+        mark, style = {True: ('ok', 'green'), False: ('no', 'red')}.get(check['ok'], ('?', 'yellow'))
+        said = Text(f'{check["name"]}: ').append(check['why'], style='dim')
+        lines.add_row(Text(mark.rjust(3), style=style), said)
     return lines
