@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrnn import data, experiment, predicate, remedy, tree
+from jaxrnn import data, predicate, remedy, tree
+from jaxrnn.outcome import AVERTED, Told
 from jaxrnn.types import Batch, Series, Tree
 
 Check = dict[str, Any]
@@ -38,7 +39,7 @@ class Evidence(NamedTuple):
     initial: Tree  # parameters before the first step
     batch: Batch | None  # of the first bad step
     where: dict[str, Any] | None
-    told: experiment.Told | None
+    told: Told | None
     symptom: bool = False  # whether there is one
 
 
@@ -106,7 +107,7 @@ def rate_may_stay(evidence: Evidence) -> Check:
     tried = [outcome for outcome in outcomes if outcome.change.name == remedy.DECAY]
     if not tried:
         return _check(name, None, 0, 'not tried')
-    averted = tried[0].verdict == experiment.AVERTED
+    averted = tried[0].verdict == AVERTED
     since = told.window.start if told is not None and told.window is not None else 0
     said = f'replayed from step {since} with one, the symptom is {tried[0].verdict}'
     return _check(name, not averted, averted, said)

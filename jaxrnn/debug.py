@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxrnn import detect, experiment, inside, loop, replay, telemetry
+from jaxrnn import detect, experiment, inside, loop, outcome, replay, telemetry
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.telemetry import Row
@@ -79,7 +79,7 @@ def diagnose(
     step: Step,
     batch_at: BatchAt,
     directory: str | os.PathLike,
-    changes: Sequence[experiment.Change] = (),
+    changes: Sequence[outcome.Change] = (),
     *,
     budget: int = experiment.BUDGET,
     like: Tree | Callable[[], Tree] = None,
@@ -88,12 +88,12 @@ def diagnose(
     good: int | None = None,
     bad: int | None = None,
     digest_every: int = 1,
-) -> tuple[Diagnosis, experiment.Told | None]:
+) -> tuple[Diagnosis, outcome.Told | None]:
     """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
 
     Args:
         step, batch_at, directory: as in `bisect`.
-        changes: what is tried beside other batches, in this order; see `experiment.Change`.
+        changes: what is tried beside other batches, in this order; see `outcome.Change`.
         budget: steps that may be replayed, those of the bisection included.
         like, when, symptom, good, bad, digest_every: as in `bisect`.
 
@@ -108,7 +108,7 @@ def diagnose(
     diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad)
     diagnosis, _ = inside.into(subject, diagnosis)
 
-    def tried(window: experiment.Window, bad_batches: Sequence[int]) -> list[experiment.Change]:
+    def tried(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         return experiment.in_order(subject, window, bad_batches, changes)
 
     return experiment.explain(subject, diagnosis, tried, detectors, budget=budget)

@@ -23,10 +23,11 @@ class Detector(NamedTuple):
     kind: str
     rule: Rule
     means: str  # what it usually means, for a person
+    lasting: Rule | None = None  # the state that the rule waits for, where it waits before it says so
 
 
-def _detector(kind: str, rule: str, means: str) -> Detector:
-    return Detector(kind, predicate.parse(rule), means)
+def _detector(kind: str, rule: str, means: str, lasting: str = '') -> Detector:
+    return Detector(kind, predicate.parse(rule), means, predicate.parse(lasting) if lasting else None)
 
 
 DETECTORS = (
@@ -51,6 +52,7 @@ DETECTORS = (
         'variance_ratio < .01 and max(variance_ratio, 16) < .01'
         ' and (max(variance_ratio, 200) > .05 or step >= 1000)',
         'the network gives nearly the same output for every input',
+        lasting='variance_ratio < .01 and max(variance_ratio, 16) < .01',
     ),
     # Three times the trailing median is what a reader calls a spike; six standard deviations keep out noise, of the
     # logarithm, since a loss scatters by factors.
@@ -146,6 +148,18 @@ def _went_on(rule: Rule, columns: Series) -> int | None:
     breaks = np.flatnonzero(np.diff(places) - 1 > HYSTERESIS)
     start = places[breaks[-1] + 1] if breaks.size else places[0]
     return int(columns[predicate.STEP][known][start])
+
+
+def began(detector: Detector, columns: Series, symptom: Symptom) -> int:
+    """The step from which on the state that a detector waited for lasted until its symptom; that of the symptom
+    itself for one that doesn't wait, and without records of it."""
+    if detector.lasting is None or not columns or not detector.lasting.fields <= columns.keys():
+        return symptom.step
+    until = columns[predicate.STEP] <= symptom.step
+    steps, held = columns[predicate.STEP][until], predicate.holds(detector.lasting, columns)[until]
+    broken = np.flatnonzero(~held)
+    first = broken[-1] + 1 if broken.size else 0
+    return int(steps[first]) if first < steps.size else symptom.step
 
 
 class Watch:

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import detect, loop, predicate, telemetry
+from jaxrnn.cause import cause_of, ranked
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.outcome import AVERTED, DELAYED, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
 from jaxrnn.replay import Replayer, Subject
 from jaxrnn.telemetry import Row
 from jaxrnn.types import BatchAt, Series, Step, Tree
@@ -31,6 +33,9 @@ AFTER = 50
 
 FARTHER = 400
 """Steps after a symptom through which the best is replayed on, as far as the budget reaches."""
+
+ALIVE = 200
+"""Steps after which a network that did not start to learn must have started under a change."""
 
 SHIFT, SHIFTED = 10, 0.1
 """A symptom comes earlier or later if by so many steps, and by this share of those since the start."""
@@ -50,92 +55,25 @@ NUDGE = 1e-6
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
 
-MECHANISMS = {
-    'low precision': 'rounding takes digits that training needs',
-    'missing bias correction': 'means that start at zero make the first steps too long',
-    'second-moment decay': "Adam's v decays in quiet steps until the next ones are too long",
-    'outrun second moment': 'gradients grow faster than v, their squared mean, follows',
-    'outlying gradients': 'single gradients far above the others throw the weights off',
-    'shut gates': 'hard gates pass no gradient where they are shut',
-    'recurrent gain': 'the recurrent weights amplify the state from step to step',
-    'padding': 'what follows the last letter overwrites the state',
-}
-"""What makes a run break, the narrowest first: what takes one of these away hardly touches those after it. A change
-that makes all steps shorter takes away none in particular."""
 
-AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
-"""The best first."""
+def window_of(subject: Subject, step: int, began: int | None = None) -> Window | None:
+    """From the newest checkpoint that gives changes time to act, else from the newest before the symptom.
 
-
-class Changed(NamedTuple):
-    """What a change makes of a run."""
-
-    step: Step
-    batch_at: BatchAt
-    convert: Callable[[Tree], Tree] = lambda state: state  # the run's state -> the changed run's
-
-
-class Change(NamedTuple):
-    """One thing done otherwise."""
-
-    name: str
-    points_to: str  # what it changes: data, model, optimiser, precision; '' of a baseline
-    make: Callable[[], Changed]
-    flags: str = ''  # by which training has it
-    means: str = ''  # why it may help, for a person
-    removes: str = (
-        ''  # the mechanism that it takes away, of MECHANISMS or one's own; '' where it would help any
-    )
-
-
-class Made(NamedTuple):
-    """A change that can be replayed."""
-
-    changed: Changed
-    observed: telemetry.Observed
-
-
-class Outcome(NamedTuple):
-    """What became of the symptom."""
-
-    change: Change
-    verdict: str  # of VERDICTS
-    symptom: Symptom | None  # what showed, if anything did
-    loss: float  # mean of the last steps; NaN where there is none, or one isn't finite
-    reached: int  # the step after the last
-    point_of_no_return: int | None = None  # the last step from which on the change still averts
-
-
-class Window(NamedTuple):
-    """The steps of an experiment."""
-
-    start: int  # a checkpoint
-    symptom: int
-    horizon: int  # the step after the last
-
-
-class Told(NamedTuple):
-    """What all experiments gave."""
-
-    window: Window | None  # None where there is no checkpoint before the symptom
-    control: (
-        Outcome | None
-    )  # the steps as they were: 'unchanged' if they showed the symptom where the run had it
-    identical: bool  # whether the control gave the run's records, bit for bit
-    nudge: Outcome | None
-    outcomes: tuple[Outcome, ...] = ()  # the best first
-    drawn: Outcome | None = None  # one of them, drawn at random
-    untried: tuple[Change, ...] = ()  # for want of budget
-    steps_replayed: int = 0
-
-
-def window_of(subject: Subject, step: int) -> Window | None:
-    """From the newest checkpoint that gives changes time to act, else from the newest before the symptom."""
+    Args:
+        subject: the run.
+        step: of the symptom.
+        began: when the state set in that the symptom's rule waited for. If that was long before, changes must act from
+            there on, and the symptom is averted if the state is gone after ALIVE steps.
+    """
     before = [at for at in subject.checkpoints.steps() if at <= step]
     if not before:
         return None
     early = [at for at in before if at <= step - LEAD]
-    return Window(early[-1] if early else before[0], step, step + 1 + AFTER)
+    start = early[-1] if early else before[0]
+    if began is None or began > start:
+        return Window(start, step, step + 1 + AFTER)
+    start = max((at for at in before if at <= began), default=before[0])
+    return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)
 
 
 # Changes that anybody's run can be given.
@@ -187,6 +125,13 @@ def _step(subject: Subject) -> Step:
     return subject.step
 
 
+class Made(NamedTuple):
+    """A change that can be replayed."""
+
+    changed: Changed
+    observed: telemetry.Observed
+
+
 class Experiments:
     """Experiments on one symptom of a run.
 
@@ -212,7 +157,9 @@ class Experiments:
         graver = [detector for detector in detectors[:own] if detector.kind != symptom.kind]
         nonfinite = detect.by_name('nonfinite')
         self.detectors = [nonfinite, *(d for d in [*graver, detectors[own]] if d.kind != nonfinite.kind)]
-        self.window = window_of(subject, symptom.step)
+        self._own = detectors[own]
+        columns = telemetry.series(subject.records) if subject.records else {}
+        self.window = window_of(subject, symptom.step, detect.began(self._own, columns, symptom))
         self.steps_replayed = 0
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
@@ -220,9 +167,9 @@ class Experiments:
         self._compiler = concurrent.futures.ThreadPoolExecutor(1)
         self._made: dict[str, concurrent.futures.Future[Made]] = {}  # by name, so that each is compiled once
 
-    def run(self, changes: Sequence[Change]) -> Told:
+    def run(self, changes: Sequence[Change], *, by_batch: bool | None = None) -> Told:
         """Control, nudge, and as many of the changes as the budget allows, in their order; then the best replayed on,
-        and its point of no return."""
+        and its point of no return. `by_batch`: as in `cause.cause_of`."""
         if self.window is None:
             return Told(None, None, False, None, untried=tuple(changes))
         control, identical = self._show(changes[:1])
@@ -242,7 +189,7 @@ class Experiments:
             control,
             identical,
             nudge,
-            tuple(self._proven(sorted(outcomes, key=_rank))),
+            tuple(self._proven(outcomes, by_batch)),
             drawn,
             tuple(change for change, outcome in tried if outcome is None),
             self.steps_replayed,
@@ -252,7 +199,7 @@ class Experiments:
         """Steps in the window on whose batch the state that the window starts from fares badly, too: among the
         symptom's own and those whose loss or gradient stands out most."""
         assert self.window is not None
-        start, symptom, _ = self.window
+        start, symptom = self.window.start, self.window.symptom
         columns = telemetry.series(row for row in self.subject.records if start <= row['step'] <= symptom)
         standing_out = _standing_out(columns) if columns else []
         steps = list(dict.fromkeys([symptom, *standing_out]))[:most]
@@ -282,7 +229,7 @@ class Experiments:
     def _show(self, ahead: Sequence[Change]) -> tuple[Outcome, bool]:
         """The steps as they were, and whether they gave the run's records."""
         assert self.window is not None
-        start, symptom, _ = self.window
+        start, symptom = self.window.start, self.window.symptom
         every = max(1, (symptom + 1 - start) // SNAPSHOTS)
 
         def keep(number: int, state: Tree) -> None:
@@ -299,7 +246,7 @@ class Experiments:
         recorded = {row['step']: row for row in self.subject.records}
         shared = [row for row in self._control if row['step'] in recorded]
         identical = all(telemetry.same(recorded[row['step']], row) for row in shared)
-        found = self._first([*self._history, *self._control], start)
+        found = self._found([*self._history, *self._control], start)
         unchanged = Change('none', '', lambda: Changed(_step(self.subject), self.subject.batch_at))
         return self._outcome(unchanged, found, self._control), identical
 
@@ -349,13 +296,15 @@ class Experiments:
             rows += more
             if self._first([*history, *rows], first) is not None:
                 break
-        return self._outcome(change, self._first([*history, *rows], start), rows)
+        return self._outcome(change, self._found([*history, *rows], start), rows)
 
-    def _proven(self, ranked: list[Outcome]) -> list[Outcome]:
-        """The best that holds when it is replayed on comes first, with its point of no return."""
+    def _proven(self, outcomes: list[Outcome], by_batch: bool | None) -> list[Outcome]:
+        """Outcomes in their order, of which the first has held when it was replayed on, and has its point of no
+        return."""
         assert self.window is not None
-        for _ in range(len(ranked)):
-            best = ranked[0]
+        outcomes = ranked(outcomes, by_batch=by_batch)
+        for _ in range(len(outcomes)):
+            best = outcomes[0]
             left = self.budget - self.steps_replayed - 2 * (self.window.horizon - self.window.start)
             horizon = min(self.window.symptom + FARTHER, self.window.start + left)
             if best.verdict != AVERTED:
@@ -364,12 +313,12 @@ class Experiments:
                 again = self._attempt(best.change, horizon=horizon)
                 assert again is not None
                 if again.verdict != AVERTED:
-                    ranked = sorted([again, *ranked[1:]], key=_rank)
+                    outcomes = ranked([again, *outcomes[1:]], by_batch=by_batch)
                     continue
                 best = again
-            ranked[0] = best._replace(point_of_no_return=self._point_of_no_return(best.change))
+            outcomes[0] = best._replace(point_of_no_return=self._point_of_no_return(best.change))
             break
-        return ranked
+        return outcomes
 
     def _point_of_no_return(self, change: Change) -> int:
         """By bisection, as far as the budget reaches; a change that averts from one step on is taken to do so from
@@ -378,7 +327,8 @@ class Experiments:
         averts, fails = self.window.start, self.window.symptom + 1
         while fails - averts > 1:
             middle = (averts + fails) // 2
-            outcome = self._attempt(change, start=middle)
+            later = middle - self.window.start if self.window.lasting else 0
+            outcome = self._attempt(change, start=middle, horizon=self.window.horizon + later)
             if outcome is None:
                 break
             averts, fails = (middle, fails) if outcome.verdict == AVERTED else (averts, middle)
@@ -427,10 +377,22 @@ class Experiments:
         self.steps_replayed += replayer.steps_replayed
         return rows
 
+    def _found(self, rows: Sequence[Row], since: int) -> Symptom | None:
+        """What showed from a step on; of a state that lasts, what holds at the end."""
+        assert self.window is not None
+        found = self._first(rows, since)
+        if found is not None or not self.window.lasting:
+            return found
+        rule, columns = self._own.lasting, telemetry.series(rows)
+        assert rule is not None
+        return Symptom(self._own.kind, rows[-1]['step']) if predicate.holds(rule, columns)[-1] else None
+
     def _first(self, rows: Sequence[Row], since: int) -> Symptom | None:
         """The gravest symptom from a step on."""
+        assert self.window is not None
         columns = telemetry.series(rows)
-        for detector in detect.applicable(columns, self.detectors):
+        at_once = [d for d in self.detectors if not (self.window.lasting and d.kind == self._own.kind)]
+        for detector in detect.applicable(columns, at_once):
             if (found := detect.first_since(detector, columns, since)) is not None:
                 return found
         return None
@@ -447,6 +409,8 @@ class Experiments:
             return AVERTED
         if found.kind != self.symptom.kind:
             return WORSE
+        if self.window.lasting:
+            return UNCHANGED
         since = self.symptom.step - self.window.start
         shift = max(SHIFT, SHIFTED * since)
         if abs(found.step - self.symptom.step) <= shift:
@@ -470,11 +434,6 @@ def _standing_out(columns: Series) -> list[int]:
 def _copied(state: Tree) -> Tree:
     """Which may be consumed, as a step does."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
-
-
-def _rank(outcome: Outcome) -> tuple[int, float]:
-    loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
-    return VERDICTS.index(outcome.verdict), loss
 
 
 # What the outcomes say.
@@ -506,7 +465,7 @@ def explain(
     if experiments.window is not None:
         bad = experiments.bad_batches()
         tried = changes(experiments.window, bad)
-    told = experiments.run(tried)
+    told = experiments.run(tried, by_batch=bool(bad))
     made = dataclasses.replace(
         diagnosis,
         cause=cause_of(told, by_batch=bool(bad)),
@@ -534,65 +493,3 @@ def _as_remedy(outcome: Outcome) -> dict[str, Any]:
         'loss_at_horizon': outcome.loss if np.isfinite(outcome.loss) else None,
         'point_of_no_return': outcome.point_of_no_return,
     }
-
-
-def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
-    """The cause that the pattern of outcomes names; of kind 'none' where it is undecided.
-
-    Args:
-        told: of `Experiments.run`.
-        by_batch: whether the symptom is the batch's doing rather than the state's, if that is known: what isn't
-            finite was born in the data, or an ordinary state, too, fares badly on the batch.
-    """
-    undecided = _why_undecided(told)
-    if undecided:
-        kind = 'none' if told.control is None or told.identical else 'nondeterminism'
-        return Cause(kind, undecided)
-    averting = [outcome for outcome in told.outcomes if outcome.verdict == AVERTED]
-    if by_batch is False:
-        # From a state at the edge any other batch averts a spike, too.
-        averting = [outcome for outcome in averting if outcome.change.points_to != 'data']
-    elif by_batch:
-        averting = [outcome for outcome in averting if outcome.change.points_to == 'data'] or averting
-    failed = [o.change.name for o in told.outcomes if o.verdict != AVERTED]
-    fails = f'; not so {_listed(failed)}' if failed else ''
-    if not averting:
-        only = _listed([outcome.change.name for outcome in told.outcomes if outcome.verdict == AVERTED])
-        return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
-    mechanism = _mechanism(told.outcomes, averting)
-    # What takes the mechanism away speaks before what would have helped against any.
-    averting.sort(key=lambda outcome: outcome.change.removes != mechanism)
-    best, *others = averting
-    also = f'; so does {_listed([o.change.name for o in others])}' if others else ''
-    named = f'{mechanism} ({MECHANISMS[mechanism]}): ' if mechanism in MECHANISMS else ''
-    named = named or (f'{mechanism}: ' if mechanism else '')
-    return Cause(best.change.points_to, f'{named}{best.change.name} averts it{also}{fails}')
-
-
-def _mechanism(outcomes: Sequence[Outcome], averting: Sequence[Outcome]) -> str:
-    """The narrowest that a change of those averting takes away, and that none takes away without averting; '' where
-    there is none."""
-    refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED}
-    left = dict.fromkeys(o.change.removes for o in averting if o.change.removes not in {'', *refuted})
-    order = [*MECHANISMS, *left]
-    return min(left, key=order.index, default='')
-
-
-def _why_undecided(told: Told) -> str:
-    if told.window is None or told.control is None:
-        return 'undecided: no checkpoint before the symptom, so nothing can be tried'
-    if not told.identical:
-        return 'not reproducible: the steps before the symptom came out otherwise than they were recorded'
-    if told.control.verdict != UNCHANGED:
-        return 'undecided: the same steps did not show the symptom again'
-    if told.nudge is not None and told.nudge.verdict == AVERTED:
-        return 'undecided: the symptom depends on chance; a state moved by a millionth averts it, too'
-    if not told.outcomes:
-        return 'undecided: the budget of steps allowed no experiment'
-    if all(outcome.verdict != AVERTED for outcome in told.outcomes):
-        return f'undecided: nothing tried averts it: {_listed([o.change.name for o in told.outcomes])}'
-    return ''
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ', '.join(names)

@@ -11,7 +11,7 @@ import jax
 
 from jaxrnn import cells, data, optim, train
 from jaxrnn.config import Config
-from jaxrnn.experiment import Change, Changed
+from jaxrnn.outcome import Change, Changed
 from jaxrnn.types import Tree
 
 Options = Mapping[str, Any]
@@ -24,11 +24,24 @@ class Remedy(NamedTuple):
     points_to: str  # the cause where it averts a symptom: data, model, optimiser, precision
     options: Callable[[Config], Options]  # option -> value; empty where it changes nothing
     means: str  # why it may help
-    removes: str = ''  # the mechanism that it takes away, of experiment.MECHANISMS
+    removes: str = ''  # the mechanism that it takes away, of cause.MECHANISMS
+    unusual: bool = (
+        False  # whether it takes back what few runs have, and is the first to be suspected where it is
+    )
+    against: str = ''  # the one kind of symptom that it is for; '' for any
 
 
-def _fixed(name: str, points_to: str, means: str, removes: str = '', **options: Any) -> Remedy:
-    return Remedy(name, points_to, lambda config: options, means, removes)
+def _fixed(
+    name: str,
+    points_to: str,
+    means: str,
+    removes: str = '',
+    *,
+    unusual: bool = False,
+    against: str = '',
+    **options: Any,
+) -> Remedy:
+    return Remedy(name, points_to, lambda config: options, means, removes, unusual, against)
 
 
 def _slower(config: Config, by: float) -> Options:
@@ -69,16 +82,19 @@ DECAY = 'decaying learning rate'
 """The fourth of the seven checks."""
 
 REMEDIES = (
-    # What is out of the ordinary, and so the first to be suspected, and applies to few runs.
-    _fixed('float32 products', 'precision', 'products keep their digits', 'low precision', dtype='float32'),
+    _fixed(
+        'float32 products', 'precision', 'products keep their digits', 'low precision', unusual=True,
+        dtype='float32',
+    ),
     _fixed(
         'float32 moments', 'precision', "v follows small changes of the gradients' size", 'low precision',
-        moment_dtype='float32',
+        unusual=True, moment_dtype='float32',
     ),
     _fixed(
         'bias correction', 'optimiser', 'the first steps are no longer than the others',
-        'missing bias correction', bias_correction=True,
+        'missing bias correction', unusual=True, bias_correction=True,
     ),
+    _fixed('guard', 'data', 'a step that is not finite changes nothing', against='nonfinite', guard=True),
     _fixed(
         'update clipping', 'optimiser', 'no update is larger than the squared gradients of the past justify',
         'outrun second moment', update_clip=1.0,
@@ -114,7 +130,6 @@ REMEDIES = (
     ),
     _fixed('norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', clip='global_norm', clip_threshold=1.0),
     _fixed('masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True),
-    _fixed('guard', 'data', 'a step that is not finite changes nothing', guard=True),
 )  # fmt: skip
 """In the order in which they are tried."""
 
@@ -122,6 +137,15 @@ REMEDIES = (
 def applicable(config: Config) -> list[Remedy]:
     """Those that change something of a configuration."""
     return [remedy for remedy in REMEDIES if applied(config, remedy) != config]
+
+
+def suspects(config: Config, kind: str, *, lasting: bool = False) -> list[Remedy]:
+    """Those that may avert a symptom of a kind, the first suspected first. `lasting`: it is of a network that never
+    started to learn, for which the network is to be suspected before the optimiser."""
+    found = [remedy for remedy in applicable(config) if remedy.against in ('', kind)]
+    if lasting:
+        found.sort(key=lambda remedy: (not remedy.unusual, remedy.points_to != 'model'))
+    return sorted(found, key=lambda remedy: (not remedy.unusual, not remedy.against))
 
 
 def applied(config: Config, remedy: Remedy) -> Config:

@@ -19,6 +19,7 @@ from jaxrnn import (
     inside,
     loop,
     optim,
+    outcome,
     remedy,
     replay,
     telemetry,
@@ -57,7 +58,7 @@ class Diagnosed(NamedTuple):
 
     diagnosis: Diagnosis
     bisected: Bisected
-    told: experiment.Told | None  # None where there was no symptom, or it isn't reproducible
+    told: outcome.Told | None  # None where there was no symptom, or it isn't reproducible
 
 
 class Opened(NamedTuple):
@@ -192,10 +193,12 @@ def diagnose_run(
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
 
-    def changes(window: experiment.Window, bad_batches: Sequence[int]) -> list[experiment.Change]:
+    def changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
+        symptom = diagnosis.symptom
+        assert symptom is not None
         remedies = [
             remedy.change(opened.config, opened.dataset, each, make_program)
-            for each in remedy.applicable(opened.config)
+            for each in remedy.suspects(opened.config, symptom.kind, lasting=window.lasting)
         ]
         say(f'replaying the steps from {window.start} on, under one change at a time')
         return experiment.in_order(subject, window, bad_batches, remedies)

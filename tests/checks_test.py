@@ -6,7 +6,7 @@ import pytest
 import small
 
 from jaxrnn import checks, remedy
-from jaxrnn.experiment import Change, Outcome, Told, Window
+from jaxrnn.outcome import Change, Outcome, Told, Window
 
 DATASET = small.dataset()
 VARIANCE = float(np.mean(np.var(DATASET.vectors, axis=0)))

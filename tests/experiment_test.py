@@ -11,7 +11,8 @@ import pytest
 
 import jaxrnn
 from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
-from jaxrnn.experiment import Change, Changed
+from jaxrnn.cause import cause_of, ranked
+from jaxrnn.outcome import VERDICTS, Change, Changed, Outcome, Told, Window
 
 RATE, FIRST, STEPS = 1.1, 1e-8, 320
 SYMPTOM = math.floor(math.log(1 / FIRST) / math.log(RATE)) + 1  # the first step that starts above 1
@@ -68,7 +69,7 @@ def test_outcomes(subject):
             change('a smaller number', growing(RATE), convert=lambda x: x * 0),
         ]
     )
-    assert told.window == (100, SYMPTOM, SYMPTOM + 51) and told.identical
+    assert told.window == (100, SYMPTOM, SYMPTOM + 51, False) and told.identical
     assert told.control.symptom == detect.Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
     assert told.nudge.verdict == 'unchanged'
     assert {outcome.change.name: outcome.verdict for outcome in told.outcomes} == {
@@ -81,7 +82,7 @@ def test_outcomes(subject):
         'not finite': 'worse',
     }
     assert [outcome.verdict for outcome in told.outcomes] == sorted(
-        (outcome.verdict for outcome in told.outcomes), key=experiment.VERDICTS.index
+        (outcome.verdict for outcome in told.outcomes), key=VERDICTS.index
     )
     assert told.untried == () and told.drawn.change.name in {o.change.name for o in told.outcomes}
 
@@ -113,33 +114,33 @@ def test_the_budget_is_kept(tmp_path, budget):
         c.name for c in changes
     }
     if budget < 100:
-        assert experiment.cause_of(told).why.startswith('undecided: the budget')
+        assert cause_of(told).why.startswith('undecided: the budget')
 
 
 def test_a_cause_is_what_the_best_change_points_to(subject):
     told = experiments(subject).run(
         [change('faster', growing(2.0), 'data'), change('shrinking', growing(0.5), 'optimiser')]
     )
-    cause = experiment.cause_of(told)
+    cause = cause_of(told)
     assert (cause.kind, cause.why) == ('optimiser', 'shrinking averts it; not so faster')
 
 
 def test_nothing_averts(subject):
-    cause = experiment.cause_of(experiments(subject).run([change('faster', growing(2.0))]))
+    cause = cause_of(experiments(subject).run([change('faster', growing(2.0))]))
     assert (cause.kind, cause.why) == ('none', 'undecided: nothing tried averts it: faster')
 
 
 def outcomes(*made):
     """(name, points to, removes, verdict) -> what experiments told, in that order."""
     found = [
-        experiment.Outcome(Change(name, points_to, lambda: None, removes=removes), verdict, None, 0.1, 200)
+        Outcome(Change(name, points_to, lambda: None, removes=removes), verdict, None, 0.1, 200)
         for name, points_to, removes, verdict in made
     ]
     window, control = (
-        experiment.Window(100, 150, 201),
-        experiment.Outcome(found[0].change, 'unchanged', None, 1, 151),
+        Window(100, 150, 201),
+        Outcome(found[0].change, 'unchanged', None, 1, 151),
     )
-    return experiment.Told(window, control, True, control, tuple(found))
+    return Told(window, control, True, control, tuple(found))
 
 
 def test_a_mechanism_is_named_where_all_that_takes_it_away_averts():
@@ -151,32 +152,49 @@ def test_a_mechanism_is_named_where_all_that_takes_it_away_averts():
         ('epsilon', 'optimiser', 'second-moment decay', 'averted'),
         ('sigmoid', 'model', 'shut gates', 'worse'),
     )
-    cause = experiment.cause_of(told)
+    cause = cause_of(told)
     assert cause.kind == 'optimiser' and cause.why == (
         "second-moment decay (Adam's v decays in quiet steps until the next ones are too long): amsgrad averts it; "
         'so does epsilon, half, masked; not so sigmoid'
     )
     refuted = told._replace(outcomes=(*told.outcomes[:3], told.outcomes[3]._replace(verdict='delayed')))
-    cause = experiment.cause_of(refuted)
+    cause = cause_of(refuted)
     assert cause.kind == 'model' and cause.why.startswith('padding (')
     own = outcomes(('mine', 'model', 'a worn bearing', 'averted'))
-    assert experiment.cause_of(own).why == 'a worn bearing: mine averts it'
+    assert cause_of(own).why == 'a worn bearing: mine averts it'
+
+
+def test_what_speaks_for_the_cause_is_ranked_first():
+    """Although others leave a lower loss."""
+    told = outcomes(
+        ('half', 'optimiser', '', 'averted'),
+        ('amsgrad', 'optimiser', 'second-moment decay', 'averted'),
+        ('without the batch', 'data', '', 'averted'),
+        ('sigmoid', 'model', 'shut gates', 'worse'),
+    )
+    made = [o._replace(loss=loss) for o, loss in zip(told.outcomes, (0.1, 0.3, 0.5, 0.01), strict=True)]
+
+    def names(**options):
+        return [outcome.change.name for outcome in ranked(made, **options)]
+
+    assert names() == names(by_batch=False) == ['amsgrad', 'half', 'without the batch', 'sigmoid']
+    assert names(by_batch=True) == ['without the batch', 'half', 'amsgrad', 'sigmoid']
 
 
 def test_the_narrowest_mechanism_is_named():
     wide = ('sigmoid', 'model', 'shut gates', 'averted')
     narrow = ('float32', 'precision', 'low precision', 'averted')
-    assert experiment.cause_of(outcomes(wide, narrow)).kind == 'precision'
-    assert experiment.cause_of(outcomes(narrow, wide)).kind == 'precision'
+    assert cause_of(outcomes(wide, narrow)).kind == 'precision'
+    assert cause_of(outcomes(narrow, wide)).kind == 'precision'
 
 
 def test_data_alone_averts_but_an_earlier_state_bears_the_batch():
     told = outcomes(('other batches', 'data', '', 'averted'), ('half', 'optimiser', '', 'worse'))
-    cause = experiment.cause_of(told, by_batch=False)
+    cause = cause_of(told, by_batch=False)
     assert cause.kind == 'none' and cause.why == (
         'undecided: other batches averts it, but an earlier state bears the batch; not so half'
     )
-    assert experiment.cause_of(told).kind == experiment.cause_of(told, by_batch=True).kind == 'data'
+    assert cause_of(told).kind == cause_of(told, by_batch=True).kind == 'data'
 
 
 def with_a_bad_batch(step):
@@ -199,7 +217,7 @@ def test_a_bad_batch(tmp_path):
         'other batches': 'averted',
         'half': 'averted',
     }
-    cause = experiment.cause_of(told, by_batch=True)
+    cause = cause_of(told, by_batch=True)
     assert cause.kind == 'data' and 'batch' in cause.why
     assert next(o for o in told.outcomes if 'without' in o.change.name).change.flags == '--skip_batches=200'
 
@@ -220,7 +238,7 @@ def test_a_batch_that_a_state_at_the_edge_cannot_bear_is_not_bad(tmp_path):
         ]
     )
     assert {o.verdict for o in told.outcomes} == {'averted'}
-    assert experiment.cause_of(told, by_batch=False).kind == 'model'
+    assert cause_of(told, by_batch=False).kind == 'model'
 
 
 def logistic_map(x, batch):
@@ -237,7 +255,7 @@ def test_what_depends_on_chance_is_undecided(tmp_path):
     assert made.symptom.step == highest
     told = made.run([change('still', lambda x, batch: (x, {'loss': x * 0}))])
     assert told.nudge.verdict == 'averted' and told.outcomes[0].verdict == 'averted'
-    cause = experiment.cause_of(told)
+    cause = cause_of(told)
     assert cause.kind == 'none' and 'chance' in cause.why
 
 
@@ -253,14 +271,14 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
         [change('still', growing(1.0))]
     )
     assert not told.identical and told.outcomes == () and told.nudge is None
-    assert experiment.cause_of(told).kind == 'nondeterminism'
+    assert cause_of(told).kind == 'nondeterminism'
 
 
 def test_steps_that_do_not_show_the_symptom_again_are_not_experimented_on(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path, records=False)
     other = detect.Symptom('when', SYMPTOM - 30)
     told = experiment.Experiments(subject, other, (LARGE,), budget=2000).run([change('still', growing(1.0))])
-    assert told.outcomes == () and 'did not show' in experiment.cause_of(told).why
+    assert told.outcomes == () and 'did not show' in cause_of(told).why
 
 
 def test_without_a_checkpoint_nothing_is_tried(tmp_path):
@@ -269,7 +287,7 @@ def test_without_a_checkpoint_nothing_is_tried(tmp_path):
     assert experiment.window_of(subject, -1) is None
     made.window = None
     told = made.run([change('still', growing(1.0))])
-    assert told.outcomes == () and 'no checkpoint' in experiment.cause_of(told).why
+    assert told.outcomes == () and 'no checkpoint' in cause_of(told).why
 
 
 def test_a_window_starts_early_enough_where_it_can(tmp_path):

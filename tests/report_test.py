@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxrnn import experiment, inside, report, trace
+from jaxrnn import inside, report, trace
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
+from jaxrnn.outcome import Change, Outcome, Told, Window
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']
@@ -233,12 +234,12 @@ def test_json_has_no_nan(words):
 
 
 def outcome(name, verdict, symptom=None, *, loss=0.25, reached=63, flags='', last=None):
-    made = experiment.Change(name, 'optimiser', lambda: None, flags, 'because')
-    return experiment.Outcome(made, verdict, symptom, loss, reached, last)
+    made = Change(name, 'optimiser', lambda: None, flags, 'because')
+    return Outcome(made, verdict, symptom, loss, reached, last)
 
 
-TOLD = experiment.Told(
-    experiment.Window(0, 12, 63),
+TOLD = Told(
+    Window(0, 12, 63),
     outcome('none', 'unchanged', Symptom('spike', 12), reached=13),
     True,
     outcome('nudge', 'unchanged', Symptom('spike', 13), reached=14),
@@ -248,7 +249,7 @@ TOLD = experiment.Told(
         outcome('sigmoid gates', 'worse', Symptom('nonfinite', 3), loss=float('nan'), reached=4),
     ),
     outcome('other batches', 'averted'),
-    (experiment.Change('ZClip', 'optimiser', lambda: None),),
+    (Change('ZClip', 'optimiser', lambda: None),),
     300,
 )
 

@@ -7,22 +7,23 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxrnn import experiment, inside
+from jaxrnn import inside
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.outcome import AVERTED, DELAYED, UNCHANGED, WORSE, Outcome, Told
 from jaxrnn.report import runs, steps
 from jaxrnn.report.text import number, table
 
 STYLES = {
-    experiment.AVERTED: 'green',
-    experiment.DELAYED: 'yellow',
-    experiment.UNCHANGED: 'dim',
-    experiment.WORSE: 'red',
+    AVERTED: 'green',
+    DELAYED: 'yellow',
+    UNCHANGED: 'dim',
+    WORSE: 'red',
 }
 
 
 def diagnosed(
     diagnosis: Diagnosis,
-    told: experiment.Told | None,
+    told: Told | None,
     look: inside.Look | None = None,
     words: Sequence[str] = (),
 ) -> RenderableType:
@@ -61,18 +62,18 @@ def _why(diagnosis: Diagnosis) -> Text:
     return Text.assemble(('cause: ', 'bold'), (cause.kind, 'bold red'), f': {cause.why}')
 
 
-def advised(told: experiment.Told | None) -> str:
+def advised(told: Told | None) -> str:
     """The flags that avert the symptom and leave the lowest loss; '' where there are none."""
     best = _best(told)
     return '' if best is None else best.change.flags
 
 
-def _best(told: experiment.Told | None) -> experiment.Outcome | None:
+def _best(told: Told | None) -> Outcome | None:
     outcomes = () if told is None else told.outcomes
-    return next((o for o in outcomes if o.verdict == experiment.AVERTED and o.change.flags), None)
+    return next((o for o in outcomes if o.verdict == AVERTED and o.change.flags), None)
 
 
-def _advice(told: experiment.Told) -> Text:
+def _advice(told: Told) -> Text:
     """What to do, where something averts the symptom."""
     best = _best(told)
     if best is None:
@@ -87,7 +88,7 @@ def _advice(told: experiment.Told) -> Text:
     return lines
 
 
-def _experiments(told: experiment.Told) -> RenderableType:
+def _experiments(told: Told) -> RenderableType:
     window = told.window
     if window is None or not told.outcomes:
         return Text()
@@ -102,13 +103,13 @@ def _experiments(told: experiment.Told) -> RenderableType:
     return Group(Text(f'the steps from {window.start} on, again, each under one change', style='dim'), made)
 
 
-def _outcome(outcome: experiment.Outcome) -> str:
+def _outcome(outcome: Outcome) -> str:
     if outcome.symptom is None:
         return outcome.verdict
     return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'
 
 
-def _baselines(told: experiment.Told) -> Text:
+def _baselines(told: Told) -> Text:
     said = []
     if told.control is not None and told.control.symptom is not None:
         said.append(f'without a change: {told.control.symptom.kind} at {told.control.symptom.step}')

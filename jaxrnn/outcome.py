@@ -1,0 +1,66 @@
+"""What is done otherwise in an experiment, and what became of the symptom: plain data."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxrnn.diagnosis import Symptom
+from jaxrnn.types import BatchAt, Step, Tree
+
+AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
+"""The best first."""
+
+
+class Changed(NamedTuple):
+    """What a change makes of a run."""
+
+    step: Step
+    batch_at: BatchAt
+    convert: Callable[[Tree], Tree] = lambda state: state  # the run's state -> the changed run's
+
+
+class Change(NamedTuple):
+    """One thing done otherwise."""
+
+    name: str
+    points_to: str  # what it changes: data, model, optimiser, precision; '' of a baseline
+    make: Callable[[], Changed]
+    flags: str = ''  # by which training has it
+    means: str = ''  # why it may help, for a person
+    removes: str = (
+        ''  # the mechanism that it takes away, of cause.MECHANISMS or one's own; '' where it would help any
+    )
+
+
+class Outcome(NamedTuple):
+    """What became of the symptom."""
+
+    change: Change
+    verdict: str  # of VERDICTS
+    symptom: Symptom | None  # what showed, if anything did
+    loss: float  # mean of the last steps; NaN where there is none, or one isn't finite
+    reached: int  # the step after the last
+    point_of_no_return: int | None = None  # the last step from which on the change still averts
+
+
+class Window(NamedTuple):
+    """The steps of an experiment."""
+
+    start: int  # a checkpoint
+    symptom: int  # its step; of a state that lasts, the one at which it is looked for
+    horizon: int  # the step after the last
+    lasting: bool = False  # whether the symptom is a state that set in long before its rule said so
+
+
+class Told(NamedTuple):
+    """What all experiments gave."""
+
+    window: Window | None  # None where there is no checkpoint before the symptom
+    control: (
+        Outcome | None
+    )  # the steps as they were: 'unchanged' if they showed the symptom where the run had it
+    identical: bool  # whether the control gave the run's records, bit for bit
+    nudge: Outcome | None
+    outcomes: tuple[Outcome, ...] = ()  # the best first
+    drawn: Outcome | None = None  # one of them, drawn at random
+    untried: tuple[Change, ...] = ()  # for want of budget
+    steps_replayed: int = 0
