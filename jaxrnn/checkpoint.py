@@ -73,6 +73,11 @@ class Checkpoints:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.JsonRestore())
 
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start."""
+        for later in reversed([at for at in self.steps() if at > step]):
+            shutil.rmtree(self.directory / str(later))
+
     def _item(self, step: int) -> Path | None:
         for name in ('state', 'default'):  # `default` is what a CheckpointManager calls its only item
             path = self.directory / str(step) / name

@@ -216,8 +216,9 @@ class Loop(Options):
     keep_every: int = option(1000, 'Checkpoints at multiples of these steps are kept for ever.', at_least=1)
     on_divergence: str = option(
         'continue',
-        'What to do when a symptom shows: train on, or stop soon after.',
-        choices=('continue', 'stop'),
+        'What to do when a symptom shows: train on; stop soon after; or go back to a checkpoint before it and train on '
+        'from there, a second time without the batches around it, and stop after a few tries (rewinds.json).',
+        choices=('continue', 'stop', 'rewind'),
     )
 
 

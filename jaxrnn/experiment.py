@@ -16,7 +16,7 @@ import numpy as np
 from jaxrnn import detect, loop, predicate, telemetry
 from jaxrnn.cause import cause_of, ranked
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.outcome import AVERTED, DELAYED, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
 from jaxrnn.replay import Replayer, Subject
 from jaxrnn.telemetry import Row
@@ -253,17 +253,22 @@ class Experiments:
     def _make(self, change: Change) -> 'concurrent.futures.Future[Made]':
         """A change compiled, or being compiled by another thread."""
         if change.name not in self._made:
-            self._made[change.name] = self._compiler.submit(self._compile, change)
+            self._made[change.name] = self._compiler.submit(
+                self._compile, change, jax.config.values['jax_enable_x64']
+            )
         return self._made[change.name]
 
-    def _compile(self, change: Change) -> Made:
+    def _compile(self, change: Change, wide: bool) -> Made:
+        """In another thread, which must be told whether there are 64-bit types (`wide`). Whatever else JAX's contexts
+        hold for one thread alone costs another compilation, and no more."""
         assert self.window is not None
-        changed, ours = change.make(), self.subject
-        if changed.step is ours.step:
-            return Made(changed, ours.observed)
-        made = Made(changed, telemetry.instrument(changed.step))
-        start = self.window.start
-        made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
+        with jax.enable_x64(wide):
+            changed, ours = change.make(), self.subject
+            if changed.step is ours.step:
+                return Made(changed, ours.observed)
+            made = Made(changed, telemetry.instrument(changed.step))
+            start = self.window.start
+            made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
         return made
 
     def _attempt(
@@ -457,6 +462,9 @@ def explain(
         budget: steps that may be replayed, those of the bisect included.
     """
     symptom, replayed = diagnosis.symptom, diagnosis.replay.steps_replayed
+    if symptom is not None and diagnosis.cause.kind == 'hardware':
+        told = _computed_again(subject, symptom, detectors, budget - replayed)
+        return _with(diagnosis, diagnosis.cause, told), told
     if symptom is None or diagnosis.first_bad_step is None:
         return diagnosis, None
     experiments = Experiments(subject, symptom, detectors, budget=budget - replayed)
@@ -466,13 +474,31 @@ def explain(
         bad = experiments.bad_batches()
         tried = changes(experiments.window, bad)
     told = experiments.run(tried, by_batch=bool(bad))
-    made = dataclasses.replace(
+    return _with(diagnosis, cause_of(told, by_batch=bool(bad)), told), told
+
+
+def _with(diagnosis: Diagnosis, cause: Cause, told: Told) -> Diagnosis:
+    replay = diagnosis.replay
+    return dataclasses.replace(
         diagnosis,
-        cause=cause_of(told, by_batch=bool(bad)),
+        cause=cause,
         remedies=tuple(_as_remedy(outcome) for outcome in told.outcomes),
-        replay=dataclasses.replace(diagnosis.replay, steps_replayed=replayed + told.steps_replayed),
+        replay=dataclasses.replace(replay, steps_replayed=replay.steps_replayed + told.steps_replayed),
     )
-    return made, told
+
+
+def _computed_again(subject: Subject, symptom: Symptom, detectors: Sequence[Detector], budget: int) -> Told:
+    """The steps before a symptom that did not come out as they were recorded: does it show again?"""
+    experiments = Experiments(subject, symptom, detectors, budget=budget)
+    again = Change(
+        'the same steps again', 'hardware', lambda: Changed(_step(subject), subject.batch_at),
+        '--on_divergence=rewind', means='a fault of the hardware does not come again',
+    )  # fmt: skip
+    outcome = None if experiments.window is None else experiments._attempt(again)
+    return Told(
+        experiments.window, None, False, None, () if outcome is None else (outcome,), None,
+        () if outcome is not None else (again,), experiments.steps_replayed,
+    )  # fmt: skip
 
 
 def in_order(

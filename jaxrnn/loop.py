@@ -56,6 +56,10 @@ class Paths(NamedTuple):
         return self.root / 'evaluation.json'
 
     @property
+    def rewinds(self) -> Path:
+        return self.root / 'rewinds.json'
+
+    @property
     def compiled(self) -> Path:
         return self.root / 'compiled'
 
@@ -205,6 +209,15 @@ def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
         return batch_at(step)
 
     return at
+
+
+def rewind(directory: str | os.PathLike, step: int) -> None:
+    """Takes a run back to one of its checkpoints: what was recorded and saved from there on is gone, and `run` goes on
+    from it. Done twice it is the same as done once."""
+    paths = Paths(Path(directory))
+    with _locked(paths):
+        checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
+        telemetry.RecordFile(paths.records).keep_before(step)
 
 
 def _emit(pending: tuple[int, telemetry.Observation] | None, put: Callable[[Row], None]) -> None:

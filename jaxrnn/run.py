@@ -1,9 +1,12 @@
 """A run of jaxrnn's own networks: made from a configuration, opened from its directory, bisected."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from jaxrnn import (
     checks,
     data,
     detect,
+    environment,
     experiment,
     inside,
     loop,
@@ -22,6 +26,7 @@ from jaxrnn import (
     outcome,
     remedy,
     replay,
+    rewind,
     telemetry,
     train,
 )
@@ -29,8 +34,9 @@ from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.outcome import AVERTED, UNCHANGED
 from jaxrnn.telemetry import Row
-from jaxrnn.types import Tree, UserError
+from jaxrnn.types import Batch, Tree, UserError
 
 AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
@@ -100,22 +106,27 @@ def train_run(
         dataset = _dataset(paths, config, say)
     program = make_program(config, dataset)
     _describe(paths, config, dataset)
-    stop = _Stop(config.loop.on_divergence == 'stop')
-    stop.see_all(telemetry.RecordFile(paths.records).read())
+    identity = {'config': config.digest(), 'data': dataset.digest}
+    while True:
+        rewinds = _rewound(paths)
+        stop = _Stop(config.loop.on_divergence)
+        stop.see_all(telemetry.RecordFile(paths.records).read())
 
-    def see(row: Row) -> bool:
-        on_row(row)
-        return stop(row)
+        def see(row: Row, stop: _Stop = stop) -> bool:
+            on_row(row)
+            return stop(row)
 
-    ended = loop.run(
-        program.step,
-        program.batch_at,
-        program.init,
-        directory,
-        _loop_options(config, most=stop.at),
-        identity={'config': config.digest(), 'data': dataset.digest},
-        on_row=see,
-    )
+        ended = loop.run(
+            program.step,
+            loop.without(program.batch_at, rewind.skipped(rewinds)),
+            program.init,
+            directory,
+            _loop_options(config, most=stop.at),
+            identity=identity,
+            on_row=see,
+        )
+        if ended.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
+            break
     found = detect.symptoms(telemetry.series(telemetry.RecordFile(paths.records).read()))
     diagnosis = _of_records(found, ended)
     evaluation = train.evaluate(program.predict, ended.state.params, dataset)
@@ -130,6 +141,9 @@ def open_run(directory: str | os.PathLike, make_program: train.Make = train.make
     config = read_config(paths)
     dataset = _dataset(paths, config, say=lambda line: None)
     program = make_program(config, dataset)
+    program = program._replace(
+        batch_at=loop.without(program.batch_at, rewind.skipped(rewind.read(paths.rewinds)))
+    )
     checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
     records = telemetry.RecordFile(paths.records).read()
     return Opened(config, dataset, program, checkpoints, records, make_program)
@@ -204,12 +218,16 @@ def diagnose_run(
         return experiment.in_order(subject, window, bad_batches, remedies)
 
     diagnosis, told = experiment.explain(subject, diagnosis, changes, detectors, budget=budget)
+    if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
+        say('computing the step that differs twice more, on one thread')
+        diagnosis = _on_one_thread(diagnosis, directory, make_program)
     step = diagnosis.first_bad_step
+    batch = None if step is None else opened.program.batch_at(step)
     evidence = checks.Evidence(
         opened.dataset,
         telemetry.series(opened.records),
         opened.program.init().params,
-        None if step is None else opened.program.batch_at(step),
+        batch if isinstance(batch, Batch) else None,
         diagnosis.where,
         told,
         diagnosis.symptom is not None,
@@ -217,6 +235,43 @@ def diagnose_run(
     diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return Diagnosed(diagnosis, bisected, told)
+
+
+def _on_one_thread(diagnosis: Diagnosis, directory: str | os.PathLike, make_program: train.Make) -> Diagnosis:
+    """Whether a step that comes out differently each time does so on one thread, too: asked of a process that has no
+    other, as XLA starts its threads once."""
+    step = diagnosis.replay.first_mismatch
+    assert step is not None
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context('spawn'), environment.use_threads, (1,)
+    ) as pool:
+        try:
+            agree = pool.submit(_repeats, directory, make_program, step).result()
+        except (
+            pickle.PicklingError,
+            AttributeError,
+        ):  # a maker of programs that another process can't be given
+            return diagnosis
+    cause = Cause(
+        'nondeterminism', f'{diagnosis.cause.why}; on one thread they {"agree" if agree else "do not"}'
+    )
+    remedy = {
+        'name': 'one thread',
+        'flags': '--threads=1',
+        'outcome': AVERTED if agree else UNCHANGED,
+        'loss_at_horizon': None,
+        'point_of_no_return': None,
+    }
+    return dataclasses.replace(diagnosis, cause=cause, remedies=(*diagnosis.remedies, remedy))
+
+
+def _repeats(directory: str | os.PathLike, make_program: train.Make, step: int) -> bool:
+    """Whether two replays up to a step agree."""
+    opened = open_run(directory, make_program)
+    subject = _subject(opened, ())
+    start = max(at for at in subject.checkpoints.steps() if at <= step)
+    first, second = (replay.Replayer(subject).replay(start, step + 1) for _ in range(2))
+    return all(telemetry.same(a, b) for a, b in zip(first, second, strict=True))
 
 
 def look_into_run(
@@ -274,8 +329,10 @@ def _with_words(diagnosis: Diagnosis, opened: Opened) -> Diagnosis:
 
 
 def words_of(opened: Opened, step: int) -> list[str]:
-    """The words of a step's batch."""
+    """The words of a step's batch; none of one that isn't jaxrnn's own."""
     batch = opened.program.batch_at(step)
+    if not isinstance(batch, Batch):
+        return []
     return [opened.dataset.words[place] for place in np.asarray(batch.index)]
 
 
@@ -364,13 +421,45 @@ def _of_records(found: list[Symptom], ended: loop.Ended) -> Diagnosis:
     return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run diagnose.py'))
 
 
+def _rewound(paths: loop.Paths) -> list[rewind.Rewind]:
+    """How often a run has gone back; finishes a time that was cut short."""
+    rewinds = rewind.read(paths.rewinds)
+    if rewinds and not rewinds[-1].done:
+        loop.rewind(paths.root, rewinds[-1].to)
+        rewinds[-1] = rewinds[-1]._replace(done=True)
+        rewind.write(paths.rewinds, rewinds)
+    return rewinds
+
+
+def _goes_back(
+    paths: loop.Paths, stop: '_Stop', rewinds: Sequence[rewind.Rewind], say: Callable[[str], None]
+) -> bool:
+    """Decides whether a run that ended goes back, and writes it down."""
+    if stop.found is None or stop.on != 'rewind':
+        return False
+    planned = rewind.plan(stop.found, Checkpoints(paths.checkpoints).steps(), rewinds)
+    symptom = f'{stop.found.kind} at step {stop.found.step}'
+    if planned is None:
+        say(f'{symptom}: went back {rewind.TRIES} times, to no avail')
+        return False
+    left_out = (
+        f', without the batches of steps {planned.skipped[0]} to {planned.skipped[1]}'
+        if planned.skipped
+        else ''
+    )
+    say(f'{symptom}: going back to step {planned.to}{left_out}')
+    rewind.write(paths.rewinds, [*rewinds, planned])
+    return True
+
+
 @dataclasses.dataclass
 class _Stop:
-    """Ends training some steps after a symptom, where it is to end."""
+    """Ends training at a symptom, where it is to go back, or some steps after it, where it is to end."""
 
-    on: bool
+    on: str  # of --on_divergence
     watch: detect.Watch = dataclasses.field(default_factory=detect.Watch)
     at: float = float('inf')
+    found: Symptom | None = None
 
     def see_all(self, rows: Sequence[Row]) -> None:
         """The rows of a run that is continued: it may have had its symptom, and then goes no further."""
@@ -378,9 +467,10 @@ class _Stop:
             self(row)
 
     def __call__(self, row: Row) -> bool:
-        if not self.on:
+        if self.on == 'continue':
             return False
         for symptom in self.watch(row):
             if symptom.kind != 'spike':  # most spikes recover; those that don't end as another symptom
-                self.at = min(self.at, symptom.step + AFTERMATH)
+                self.found = symptom if self.found is None or symptom.step < self.found.step else self.found
+                self.at = self.found.step + (AFTERMATH if self.on == 'stop' else 0)
         return row['step'] >= self.at

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         directory = directory.rstrip('/')
         console = Console()
         console.print(report.diagnosed(diagnosis, found.told, found.bisected.look, words))
-        if added := report.advised(found.told):
+        if added := report.advised(diagnosis):
             train = (
                 f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2 {added}'
             )

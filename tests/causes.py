@@ -4,9 +4,13 @@ A plant is a maker of programs, as `run.train_run` takes one: it is still there 
 other flags, as somebody's own bug would be. A new one is an entry of CAUSES.
 """
 
+import concurrent.futures
 import dataclasses
-import types
+import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import small
 
-from jaxrnn import config, data, loop, train
+from jaxrnn import config, data, diagnosis, environment, experiment, loop, run, train
 from jaxrnn.types import Batch, Tree
 
 AT = 650
@@ -27,10 +31,12 @@ Make = Callable[[config.Config, data.Dataset], train.Program]
 class Planted:
     """A maker of programs that breaks what it makes. Batches are broken where they come from, below --skip_batches."""
 
-    alter: Callable[[train.Program], train.Program]
+    alter: Callable[..., train.Program]
+    strikes: bool | None  # of what strikes once: whether it does
 
     def __call__(self, made: config.Config, dataset: data.Dataset) -> train.Program:
-        program = self.alter(train.make_program(made.changed(skip_batches=''), dataset))
+        program = train.make_program(made.changed(skip_batches=''), dataset)
+        program = self.alter(program) if self.strikes is None else self.alter(program, Once(self.strikes))
         if not made.training.skip_batches:
             return program
         left_out = train.skipped(made.training.skip_batches)
@@ -42,21 +48,26 @@ class Cause(NamedTuple):
 
     name: str
     kind: str  # that a diagnosis should find
-    alter: Callable[[train.Program], train.Program] = lambda program: program
-    options: Mapping[str, Any] = types.MappingProxyType({})  # flags that are part of the plant
+    alter: Callable[..., train.Program] = lambda program: program
+    options: Mapping[str, Any] | None = None  # flags that are part of the plant
     network: str = 'lstm'
     hidden: int = 16
     learning_rate: float = 3e-3
     steps: int = 1100
+    once: bool = False  # whether it strikes once, as a fault of the machine
 
     def config(self, seed: int = 0) -> config.Config:
         made = small.configuration(self.network, hidden=self.hidden, preset='keras1', seed=seed)
         return made.changed(
-            learning_rate=self.learning_rate, max_steps=self.steps, on_divergence='stop', **self.options
+            learning_rate=self.learning_rate,
+            max_steps=self.steps,
+            on_divergence='stop',
+            **(self.options or {}),
         )
 
-    def make(self) -> Make:
-        return Planted(self.alter)
+    def make(self, *, later: bool = False) -> Make:
+        """`later`: when the run is looked into. What strikes once does so when it is trained."""
+        return Planted(self.alter, not later if self.once else None)
 
 
 # Data.
@@ -139,6 +150,85 @@ def gates_shut(program: train.Program) -> train.Program:
     return program._replace(init=init)
 
 
+# The machine: what strikes once, when the run is trained, and never again. Batches tell the step whether it does.
+
+
+class Struck(NamedTuple):
+    """A batch, and what the machine makes of its step."""
+
+    batch: Batch
+    flips: np.bool
+    noise: np.float32
+
+
+def _struck(
+    program: train.Program, change: Callable[[train.TrainState], train.TrainState], flips, noise
+) -> train.Program:
+    def step(state: train.TrainState, struck: Struck):
+        changed = change(state)
+        state = jax.tree.map(lambda new, old: jnp.where(struck.flips, new, old), changed, state)
+        after, record = program.step(state, struck.batch)
+        return after._replace(params=jax.tree.map(lambda x: x + struck.noise, after.params)), record
+
+    def batch_at(step: int) -> Struck:
+        return Struck(program.batch_at(step), np.bool(flips(step)), np.float32(noise(step)))
+
+    return program._replace(step=step, batch_at=batch_at)
+
+
+class Once:
+    """Says yes the first time that it is asked about the step, and never again."""
+
+    def __init__(self, ever: bool):
+        self.ready = ever
+
+    def __call__(self, step: int) -> bool:
+        yes = step == AT and self.ready
+        self.ready = self.ready and not yes
+        return yes
+
+
+def _flip(x: jax.Array, bit: int) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32) ^ np.uint32(1 << bit)
+    return jax.lax.bitcast_convert_type(words, jnp.float32)
+
+
+def bit_of_a_weight(program: train.Program, once: Once) -> train.Program:
+    """The highest bit of the exponent of one recurrent weight."""
+
+    def change(state: train.TrainState) -> train.TrainState:
+        kernel = state.params['recurrent']['recurrent_kernel']
+        recurrent = {
+            **state.params['recurrent'],
+            'recurrent_kernel': kernel.at[3, 5].set(_flip(kernel[3, 5], 30)),
+        }
+        return state._replace(params={**state.params, 'recurrent': recurrent})
+
+    return _struck(program, change, once, lambda step: 0)
+
+
+def bit_of_a_moment(program: train.Program, once: Once) -> train.Program:
+    """The same of one number of m: at once some 1e30, and so is the step."""
+
+    def change(state: train.TrainState) -> train.TrainState:
+        clip, adam, *rest = state.opt_state
+        bias = _flip(adam.mu['output']['bias'][0], 30)
+        output = {**adam.mu['output'], 'bias': adam.mu['output']['bias'].at[0].set(bias)}
+        return state._replace(opt_state=(clip, adam._replace(mu={**adam.mu, 'output': output}), *rest))
+
+    return _struck(program, change, once, lambda step: 0)
+
+
+def threads_race(program: train.Program) -> train.Program:
+    """Where several threads add, sums come out differently each time."""
+
+    def noise(step: int) -> float:
+        racing = step >= AT and environment.threads() > 1
+        return 1e-6 * int.from_bytes(os.urandom(2)) if racing else 0
+
+    return _struck(program, lambda state: state, lambda step: False, noise)
+
+
 CAUSES = {
     cause.name: cause
     for cause in (
@@ -151,5 +241,43 @@ CAUSES = {
             learning_rate=3e-2,
         ),
         Cause('gates shut', 'model', gates_shut),
+        Cause('bit of a weight', 'hardware', bit_of_a_weight, once=True),
+        Cause('bit of a moment', 'hardware', bit_of_a_moment, once=True),
+        Cause('threads race', 'nondeterminism', threads_race),
     )
 }  # fmt: skip
+
+
+# What a person would do with one of them.
+
+
+def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> run.Trained:
+    """Trains it, with flags added."""
+    data.write_dataset(loop.Paths(directory).data, small.dataset())
+    made = cause.config(seed)
+    types_of = {name: type(value) for group in made.to_json().values() for name, value in group.items()}
+    pairs = (flag.removeprefix('--').split('=', 1) for flag in flags.split())
+    options = {
+        name: value == 'true' if types_of[name] is bool else types_of[name](value)
+        for name, value in pairs
+        if name != 'threads'
+    }
+    return run.train_run(made.changed(**options), directory, make_program=cause.make())
+
+
+def diagnosed(cause: Cause, directory: Path, *, budget: int = experiment.BUDGET) -> diagnosis.Diagnosis:
+    """Trains it until it breaks, and says why."""
+    trained(cause, directory)
+    return run.diagnose_run(directory, budget=budget, make_program=cause.make(later=True)).diagnosis
+
+
+def fresh(cause: Cause, *, seed: int, flags: str) -> diagnosis.Symptom | None:
+    """What becomes of a run with another seed under flags: its symptom, if it isn't averted. Of --threads=1, which a
+    process decides at its start, in one of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        if '--threads=1' not in flags:
+            return trained(cause, Path(directory), seed, flags).diagnosis.symptom
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context('spawn'), environment.use_threads, (1,)
+        ) as pool:
+            return pool.submit(trained, cause, Path(directory), seed, flags).result().diagnosis.symptom

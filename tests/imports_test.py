@@ -20,7 +20,7 @@ FLOORS = {
     ),
     2: ('layers', 'detect', 'curvature', 'cause'),
     3: ('models', 'loop'),
-    4: ('train', 'replay'),
+    4: ('train', 'replay', 'rewind'),
     5: ('inside', 'experiment'),
     6: ('remedy',),
     7: ('checks',),

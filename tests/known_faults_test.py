@@ -1,5 +1,6 @@
 """Adam's own spikes, in loops that take seconds: warned of before they come, and averted by what should avert them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,9 @@ import optax
 import pytest
 import small
 
-from jaxrnn import config, curvature, detect, predicate, signals, train, transforms
+import jaxrnn
+from jaxrnn import config, curvature, detect, optim, predicate, signals, train, transforms
+from jaxrnn.outcome import Change, Changed
 
 
 def train_on(loss_of, params, *, steps: int, rate: float = 1e-3, b2: float = 0.999, eps: float = 1e-8):
@@ -115,6 +118,92 @@ def test_a_regression_with_enough_epsilon_does_not():
     columns = regression(0, 3e-3)
     assert detect.first(LEAP, columns) is None
     assert np.max(columns['preconditioned_sharpness'][1:]) < 1
+
+
+# Why: the same loops recorded and diagnosed, with Adam's own options for changes.
+
+BEFORE = config.Optimiser(learning_rate=1e-3, epsilon=1e-8)
+"""Stock Adam."""
+
+CHANGES = {
+    'AMSGrad': ('second-moment decay', {'second_moment': 'amsgrad'}),
+    'epsilon by the rule': ('second-moment decay', {}),
+    'update clipping': ('outrun second moment', {'update_clip': 1.0}),
+    'norm clipping': ('outlying gradients', {'clip': 'global_norm', 'clip_threshold': 1.0}),
+    'half the rate': ('', {'learning_rate': 5e-4}),
+}
+"""Name -> the mechanism that it takes away, and the options that it is."""
+
+
+def diagnosed(loss_of, params, directory, *, before, sharpness: float, steps: int, when: str = ''):
+    """Records a loop and diagnoses it. `sharpness`: the loss's largest curvature, which the rule for epsilon needs."""
+
+    def step_of(options):
+        optimiser = optim.build(options, epsilon=1e-8, epsilon_hat=False)
+
+        def step(state, batch):
+            loss, gradients = jax.value_and_grad(loss_of)(state['params'])
+            updates, opt_state = optimiser.update(gradients, state['opt_state'], state['params'], value=loss)
+            record = signals.of_adam(
+                state['params'], gradients, updates, signals.adam_state(opt_state),
+                learning_rate=options.learning_rate, b2=options.b2,
+            )  # fmt: skip
+            params = optax.apply_updates(state['params'], updates)
+            return {'params': params, 'opt_state': opt_state}, {'loss': loss, **record}
+
+        return step, lambda: {'params': params, 'opt_state': optimiser.init(params)}
+
+    def no_batch(step):
+        return ()
+
+    def change(name):
+        removes, options = CHANGES[name]
+        if name == 'epsilon by the rule':
+            options = {'epsilon': float(curvature.epsilon_for(sharpness, before.learning_rate))}
+        after = dataclasses.replace(before, **options)
+
+        def convert(state):
+            opt_state = optim.convert(state['opt_state'], before, after, state['params'])
+            return {**state, 'opt_state': opt_state}
+
+        return Change(
+            name, 'optimiser', lambda: Changed(step_of(after)[0], no_batch, convert), removes=removes
+        )
+
+    step, init = step_of(before)
+    jaxrnn.record(step, no_batch, init, directory, max_steps=steps)
+    made = [change(name) for name in CHANGES]
+    return jaxrnn.diagnose(step, no_batch, directory, made, like=init, when=when)
+
+
+def test_the_cause_of_the_quadratics_spike_is_named(tmp_path):
+    with jax.enable_x64(True):
+        diagnosis, told = diagnosed(
+            lambda x: jnp.square(x) / 2, jnp.ones(()), tmp_path, steps=2960, sharpness=1.0,
+            before=dataclasses.replace(BEFORE, b2=0.99),
+        )  # fmt: skip
+    assert diagnosis.symptom.kind == 'spike' and diagnosis.onset_step < diagnosis.symptom.step
+    assert diagnosis.cause.kind == 'optimiser' and diagnosis.cause.why.startswith('second-moment decay ('), (
+        diagnosis.cause
+    )
+    outcomes = {outcome.change.name: outcome.verdict for outcome in told.outcomes}
+    assert outcomes['AMSGrad'] == outcomes['epsilon by the rule'] == 'averted' != outcomes['norm clipping']
+
+
+def test_the_cause_of_the_regressions_leap_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=size).astype(np.float32)) for size in ((64, 1000), 64))
+    largest = float(2 * np.linalg.norm(x, 2) ** 2 / 64)
+    diagnosis, told = diagnosed(
+        lambda w: jnp.mean(jnp.square(x @ w - y)), jnp.zeros(1000), tmp_path, steps=2700, sharpness=largest,
+        before=BEFORE, when=LEAP.rule.text,
+    )  # fmt: skip
+    assert diagnosis.onset_step < diagnosis.symptom.step
+    assert diagnosis.cause.kind == 'optimiser' and diagnosis.cause.why.startswith('second-moment decay ('), (
+        diagnosis.cause
+    )
+    outcomes = {outcome.change.name: outcome.verdict for outcome in told.outcomes}
+    assert outcomes['AMSGrad'] == outcomes['epsilon by the rule'] == 'averted' != outcomes['norm clipping']
 
 
 # Healthy.

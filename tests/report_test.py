@@ -253,6 +253,17 @@ TOLD = Told(
     300,
 )
 
+REMEDIES = tuple(
+    {
+        'name': outcome.change.name,
+        'flags': outcome.change.flags,
+        'outcome': outcome.verdict,
+        'loss_at_horizon': outcome.loss,
+        'point_of_no_return': outcome.point_of_no_return,
+    }
+    for outcome in TOLD.outcomes
+)
+
 DIAGNOSED = """
 spike at step 12: the loss leapt far above its trailing median
 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
@@ -299,21 +310,36 @@ def test_a_diagnosis():
         onset_step=7,
         where=LOOK.where(),
         cause=Cause('optimiser', 'half the learning rate averts it'),
+        remedies=REMEDIES,
         checks=tuple({'name': n, 'ok': ok, 'value': 0.0, 'why': why[n]} for n, ok in names.items()),
         replay=Replay(True, None, 303, 1),
     )
     assert shown(report.diagnosed(diagnosis, TOLD, LOOK, WORDS)).strip() == DIAGNOSED.strip()
-    assert report.advised(TOLD) == '--learning_rate=0.5'
+    assert report.advised(diagnosis) == '--learning_rate=0.5'
 
 
-@pytest.mark.parametrize('told', [None, TOLD._replace(outcomes=TOLD.outcomes[1:])])
-def test_nothing_is_advised_where_no_flag_averts(told):
+def test_nothing_is_advised_where_no_flag_averts():
+    told = TOLD._replace(outcomes=TOLD.outcomes[1:])
     undecided = Diagnosis(
-        symptom=Symptom('spike', 12), first_bad_step=12, cause=Cause('none', 'undecided: so')
+        symptom=Symptom('spike', 12),
+        first_bad_step=12,
+        cause=Cause('none', 'undecided: so'),
+        remedies=REMEDIES[1:],
     )
-    assert report.advised(told) == ''
     screen = shown(report.diagnosed(undecided, told))
-    assert 'do:' not in screen and ('undecided: so' in screen) == (told is not None)
+    assert report.advised(undecided) == '' and 'do:' not in screen and 'undecided: so' in screen
+
+
+def test_what_can_not_be_reproduced_is_advised_on_without_experiments():
+    diagnosis = Diagnosis(
+        symptom=Symptom('spike', 12),
+        cause=Cause('nondeterminism', 'not reproducible from step 9 on: on one thread they agree'),
+        remedies=({**REMEDIES[0], 'name': 'one thread', 'flags': '--threads=1', 'point_of_no_return': None},),
+        replay=Replay(False, 9, 3, 1),
+    )
+    screen = shown(report.diagnosed(diagnosis, None))
+    assert 'cause: nondeterminism\ndo: train again with --threads=1\n' in screen
+    assert report.advised(diagnosis) == '--threads=1'
 
 
 def test_a_healthy_diagnosis():

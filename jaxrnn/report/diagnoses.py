@@ -1,6 +1,6 @@
 """Of a whole diagnosis: what, where, why, and what to add to the flags; on one screen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -42,15 +42,10 @@ def diagnosed(
         parts.append(steps.place(diagnosis.where))
     if diagnosis.onset_step is not None:
         parts.append(Text(f'its first sign: step {diagnosis.onset_step}'))
+    if told is not None or diagnosis.remedies:
+        parts += [Text(), _why(diagnosis), _advice(diagnosis, told)]
     if told is not None:
-        parts += [
-            Text(),
-            _why(diagnosis),
-            _advice(told),
-            Text(),
-            _experiments(told),
-            _baselines(told),
-        ]
+        parts += [Text(), _experiments(told), _baselines(told)]
     parts += [Text(), _checks(diagnosis.checks), runs.proof(diagnosis)]
     return Group(*parts)
 
@@ -59,31 +54,33 @@ def _why(diagnosis: Diagnosis) -> Text:
     cause = diagnosis.cause
     if cause.kind == 'none':
         return Text(cause.why, style='bold yellow')
-    return Text.assemble(('cause: ', 'bold'), (cause.kind, 'bold red'), f': {cause.why}')
+    named = Text.assemble(('cause: ', 'bold'), (cause.kind, 'bold red'))
+    # Why a run can't be reproduced is its verdict.
+    return named if diagnosis.replay.first_mismatch is not None else named.append(f': {cause.why}')
 
 
-def advised(told: Told | None) -> str:
-    """The flags that avert the symptom and leave the lowest loss; '' where there are none."""
-    best = _best(told)
-    return '' if best is None else best.change.flags
+def advised(diagnosis: Diagnosis) -> str:
+    """The flags that avert the symptom, of what speaks for the cause before others; '' where there are none."""
+    best = _best(diagnosis)
+    return '' if best is None else best['flags']
 
 
-def _best(told: Told | None) -> Outcome | None:
-    outcomes = () if told is None else told.outcomes
-    return next((o for o in outcomes if o.verdict == AVERTED and o.change.flags), None)
+def _best(diagnosis: Diagnosis) -> Mapping[str, Any] | None:
+    averting = (remedy for remedy in diagnosis.remedies if remedy['outcome'] == AVERTED and remedy['flags'])
+    return next(averting, None)
 
 
-def _advice(told: Told) -> Text:
+def _advice(diagnosis: Diagnosis, told: Told | None) -> Text:
     """What to do, where something averts the symptom."""
-    best = _best(told)
+    best = _best(diagnosis)
     if best is None:
         return Text()
-    lines = Text.assemble(
-        ('do: ', 'bold'), f'train again with {best.change.flags}', f' ({best.change.means})'
-    )
-    if best.point_of_no_return is not None:
+    changes = () if told is None else (outcome.change for outcome in told.outcomes)
+    means = next((f' ({change.means})' for change in changes if change.name == best['name']), '')
+    lines = Text.assemble(('do: ', 'bold'), f'train again with {best["flags"]}', means)
+    if best['point_of_no_return'] is not None:
         lines.append(
-            f'\nit still averts the symptom when it is switched on at step {best.point_of_no_return}'
+            f'\nit still averts the symptom when it is switched on at step {best["point_of_no_return"]}'
         )
     return lines
 
