@@ -38,6 +38,10 @@ ROW = 1024
 """Numbers of a vector summed one after the other; what is longer is summed by rows, as matrices are."""
 
 
+LARGE = 1 << 17
+"""Numbers of a matrix from which on a part of its rows is looked at in a step, where that is asked for."""
+
+
 class Signal(NamedTuple):
     """What a number in the record warns of."""
 
@@ -259,9 +263,10 @@ def of_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     epsilon_hat: bool = False,
+    parts: int = 1,
 ) -> Record:
     """The signals of one step: those of OF_ADAM, each the worst over the tensors or of the whole tree, and
-    `gradient_norm`, `update_norm` and `parameter_norm`, which fall out of the same pass.
+    `gradient_norm`, `update_norm` and `parameter_norm`, which are of all, and fall out of the same pass.
 
     Tensors that are empty, of integers, or not Adam's are left out. Where a ratio is 0/0 (no gradient yet, a
     learning rate of 0) it is 0. A NaN in a tensor makes its signals NaN; it counts as broken, not as saturated.
@@ -274,10 +279,12 @@ def of_adam(
         before: Adam's before the step, to have v held against all of its recurrence and not only its last term.
         learning_rate: of this step.
         eps: and `epsilon_hat`: as `transforms.scale_by_adam` has them.
+        parts: of matrices of LARGE numbers and more, of how many blocks of rows one is looked at, another in each
+            step. To read all of them is what signals cost. What breaks a single number of a single step can be missed.
     """
     adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
     tensors = _tensors(params, gradients, updates, state, before)
-    sums = [_sums(adam, *leaves) for leaves in tensors.values()]
+    sums = [_sums_of_part(adam, leaves, state.count, parts) for leaves in tensors.values()]
     each = [_signals(adam, s, leaves[4]) for s, leaves in zip(sums, tensors.values(), strict=True)]
     zero = jnp.float32(0)
     whole = functools.reduce(_joined, sums) if sums else _Sums(0, *[zero] * (len(_Sums._fields) - 1))
@@ -292,7 +299,11 @@ def of_adam(
         for signal in OF_ADAM
     }
     norms = {'gradient_norm': whole.gg, 'update_norm': whole.uu, 'parameter_norm': whole.pp}
-    return record | {name: jnp.sqrt(square) for name, square in norms.items()}
+    if parts == 1:
+        return record | {name: jnp.sqrt(square) for name, square in norms.items()}
+    leaves = list(zip(*(leaves[:3] for leaves in tensors.values()), strict=True)) or [()] * 3
+    thetas, gs, us = (tree.norm(list(column)) for column in leaves)
+    return record | {'gradient_norm': gs, 'update_norm': us, 'parameter_norm': thetas}
 
 
 def per_tensor(
@@ -374,6 +385,22 @@ def _sums(adam: Adam, p: Array, g: Array, u: Array, m: Array, v: Array, v_tm1: A
         jnp.abs(u),
     )
     return _Sums(v.size, *_reduced(terms))
+
+
+def _sums_of_part(adam: Adam, leaves: tuple[Array, ...], count: Array, parts: int) -> _Sums:
+    """Of a tensor's rows those that are looked at in a step, scaled to the whole."""
+    size, rows = leaves[0].size, leaves[0].shape[0] if leaves[0].ndim > 1 else 1
+    if parts == 1 or size < LARGE or rows < parts:
+        return _sums(adam, *leaves)
+    block = -(-rows // parts)
+    first = jnp.minimum(block * (count % parts), rows - block)
+    found = _sums(adam, *(lax.dynamic_slice_in_dim(leaf, first, block) for leaf in leaves))
+    sums = {
+        name: x * (size / found.size)
+        for name, x in found._asdict().items()
+        if name not in ('size', 'largest')
+    }
+    return found._replace(size=size, **sums)
 
 
 def _reduced(terms: tuple[Array, ...]) -> list[Array]:

@@ -71,6 +71,9 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     return Program(init, make_step(predict, optimiser, rate, warnings), batch_at, predict)
 
 
+PARTS = 8
+"""Blocks of a large matrix' rows, of which signals look at one in each step: half of the window that smooths them."""
+
 SignalsOf = Callable[[TrainState, TrainState, Tree, Tree], Record]
 """State before a step, state after it, gradients, updates -> what is recorded beside the rest."""
 
@@ -98,6 +101,7 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
             b2=options.b2,
             eps=options.epsilon or preset.epsilon,
             epsilon_hat=preset.epsilon_hat,
+            parts=PARTS,
         )
         return {name: value for name, value in found.items() if name not in left_out}
 

@@ -3,8 +3,8 @@
     python scripts/train.py --network=stacked --hidden=128 --run_dir=runs/first
 
 Leaves a run in --run_dir: config.json, flags.txt, data.npz, records.jsonl (one line a step), checkpoints/,
-evaluation.json, diagnosis.json. The same command again resumes it. Then scripts/bisect.py finds the step at which
-it broke, and scripts/embed.py asks it for vectors.
+evaluation.json, diagnosis.json. The same command again resumes it. Then scripts/diagnose.py says at
+which step it broke and why, and scripts/embed.py asks it for vectors.
 """
 
 import sys

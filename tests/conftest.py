@@ -4,6 +4,8 @@ import atexit
 import os
 import tempfile
 
+import pytest
+
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['KERAS_BACKEND'] = 'jax'
@@ -15,3 +17,15 @@ atexit.register(_cache.cleanup)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '0'
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--full', action='store_true', help='whole batteries, of which else a part is run; takes an hour'
+    )
+
+
+@pytest.fixture(scope='session')
+def full(pytestconfig) -> bool:
+    """Whether batteries are run whole."""
+    return pytestconfig.getoption('full')

@@ -102,6 +102,46 @@ def sampled(x: np.ndarray) -> np.ndarray:
     return x[::3] if x.size == 2500 else x
 
 
+@pytest.mark.parametrize('rows, parts', [(12, 4), (10, 4), (3, 3), (7, 2)])
+def test_of_a_large_matrix_a_part_is_looked_at_and_in_turn_all(rows, parts, monkeypatch):
+    """The signals of those rows, and the norms of all."""
+    monkeypatch.setattr(signals, 'LARGE', 4 * rows)
+
+    def draw_matrix(seed):
+        return {'kernel': jnp.float32(np.random.default_rng(seed).normal(size=(rows, 4)))}
+
+    block, seen = -(-rows // parts), set()
+    for steps in range(20, 20 + parts):
+        step = Step(steps=steps, draw=draw_matrix)
+        found, whole = step.measure(parts=parts), step.measure()
+        first = min(block * (steps % parts), rows - block)
+        seen |= set(range(first, first + block))
+        trees = (step.params, step.gradients, step.updates, step.state.mu, step.state.nu)
+        params, gradients, updates, m, v = ({'kernel': one['kernel'][first : first + block]} for one in trees)
+        state = optax.ScaleByAdamState(step.state.count, m, v)
+        expected = signals.of_adam(params, gradients, updates, state, **step.options)
+        for name in {signal.name for signal in signals.OF_ADAM} - {'epsilon_margin'}:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
+        for name in ('gradient_norm', 'update_norm', 'parameter_norm', 'epsilon_margin'):
+            np.testing.assert_allclose(found[name], whole[name], rtol=1e-6, err_msg=name)
+    assert seen == set(range(rows))
+
+
+def test_beside_others_a_part_counts_for_all_of_its_matrix(monkeypatch):
+    """Of a matrix whose rows are all alike each part tells what the whole would."""
+    monkeypatch.setattr(signals, 'LARGE', 48)
+
+    def draw_alike(seed):
+        rng = np.random.default_rng(seed)
+        row, bias = rng.normal(size=4), 3 * rng.normal(size=4)
+        return {'kernel': jnp.float32(np.tile(row, (12, 1))), 'bias': jnp.float32(bias)}
+
+    step = Step(draw=draw_alike)
+    found, whole = step.measure(parts=4), step.measure()
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize('form', FORMS)
 def test_formulas(form):
     adam, hat = FORMS[form]

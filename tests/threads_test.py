@@ -11,6 +11,8 @@ import small
 
 # Wide enough that XLA:CPU splits its products among threads.
 TRAIN, HIDDEN, REPLAYED = 700, 96, 500
+QUICK = {('lstm', 1), ('gru', 2)}
+"""What is run without --full."""
 
 CODE = """
 import json, sys
@@ -45,7 +47,9 @@ def call(*arguments) -> list:
 
 @pytest.mark.parametrize('network', small.NETWORKS)
 @pytest.mark.parametrize('threads', [1, 2])
-def test_500_steps_from_any_checkpoint(network, threads, tmp_path):
+def test_500_steps_from_any_checkpoint(network, threads, tmp_path, full):
+    if not full and (network, threads) not in QUICK:
+        pytest.skip('with --full')
     if threads > len(os.sched_getaffinity(0)):
         pytest.skip(f'{threads} processors are needed')
     call('train', network, threads, HIDDEN, TRAIN, tmp_path)
