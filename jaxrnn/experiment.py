@@ -62,15 +62,16 @@ def window_of(subject: Subject, step: int, began: int | None = None) -> Window |
     Args:
         subject: the run.
         step: of the symptom.
-        began: when the state set in that the symptom's rule waited for. If that was long before, changes must act from
-            there on, and the symptom is averted if the state is gone after ALIVE steps.
+        began: when the state set in that the symptom's rule waited for, the symptom's own step if it didn't wait. If
+            that was long before, changes must act from there on, and the symptom is averted if the state is gone after
+            ALIVE steps.
     """
     before = [at for at in subject.checkpoints.steps() if at <= step]
     if not before:
         return None
     early = [at for at in before if at <= step - LEAD]
     start = early[-1] if early else before[0]
-    if began is None or began > start:
+    if began is None or began == step or began > start:
         return Window(start, step, step + 1 + AFTER)
     start = max((at for at in before if at <= began), default=before[0])
     return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)
@@ -426,10 +427,11 @@ class Experiments:
 def _standing_out(columns: Series) -> list[int]:
     """Steps by how far their loss or gradient stands above the median of all, the farthest first; what isn't finite
     before all."""
-    ratios = [
-        np.nan_to_num(values / max(np.nanmedian(values), 1e-30), nan=np.inf)
-        for values in (columns[name] for name in ('loss', 'gradient_norm') if name in columns)
-    ]
+    with np.errstate(all='ignore'):  # infinities among them
+        ratios = [
+            np.nan_to_num(values / max(np.nanmedian(values), 1e-30), nan=np.inf)
+            for values in (columns[name] for name in ('loss', 'gradient_norm') if name in columns)
+        ]
     if not ratios:
         return []
     order = np.argsort(-np.max(ratios, axis=0), kind='stable')

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
-from jaxrnn.outcome import AVERTED, UNCHANGED
+from jaxrnn.outcome import AVERTED, UNCHANGED, VERDICTS
 from jaxrnn.telemetry import Row
 from jaxrnn.types import Batch, Tree, UserError
 
@@ -189,6 +190,7 @@ def diagnose_run(
     budget: int = experiment.BUDGET,
     good: int | None = None,
     bad: int | None = None,
+    fresh_runs: int = 0,
     make_program: train.Make = train.make_program,
     say: Callable[[str], None] = lambda line: None,
 ) -> Diagnosed:
@@ -200,6 +202,8 @@ def diagnose_run(
         detectors: as in `replay.bisect`.
         budget: steps that may be replayed, those of the bisection included.
         good, bad: as in `replay.bisect`.
+        fresh_runs: how many of the remedies that avert are also trained with from the start, with another seed, as far
+            again as the symptom took to come.
         make_program: as in `train_run`; it is given the changed configurations, too.
         say: gets a line before slow work.
     """
@@ -233,8 +237,57 @@ def diagnose_run(
         diagnosis.symptom is not None,
     )
     diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
+    if told is not None and told.identical:
+        diagnosis = _in_fresh_runs(diagnosis, opened, fresh_runs, say)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return Diagnosed(diagnosis, bisected, told)
+
+
+def _in_fresh_runs(diagnosis: Diagnosis, opened: Opened, count: int, say: Callable[[str], None]) -> Diagnosis:
+    """Trains anew with the first remedies that avert, each beside a run without any; those that hold come first, and
+    those that break last."""
+    named = {each.name: each for each in remedy.REMEDIES}
+    tried = [r for r in diagnosis.remedies if r['outcome'] == AVERTED and r['name'] in named][:count]
+    if not tried:
+        return diagnosis
+    found = [_fresh_run(opened, 'no change', opened.config, diagnosis, say)]
+    for each in tried:
+        changed = remedy.applied(opened.config, named[each['name']])
+        found.append(_fresh_run(opened, each['name'], changed, diagnosis, say))
+    holds = {each['name']: check['ok'] for each, check in zip(tried, found[1:], strict=True)}
+    order = {True: 0, None: 1, False: 2}
+    remedies = sorted(
+        diagnosis.remedies,
+        key=lambda r: (VERDICTS.index(r['outcome']), order[holds.get(r['name'])]),
+    )
+    return dataclasses.replace(diagnosis, remedies=tuple(remedies), checks=(*diagnosis.checks, *found))
+
+
+def _fresh_run(
+    opened: Opened, name: str, config: Config, diagnosis: Diagnosis, say: Callable[[str], None]
+) -> checks.Check:
+    """Whether a run of a configuration with another seed, on the same data, suffers the symptom or a graver one within
+    twice the steps."""
+    assert diagnosis.symptom is not None
+    steps = min(2 * (diagnosis.symptom.step + 1), config.loop.max_steps)
+    changed = config.changed(
+        seed=config.training.seed + 1, max_steps=steps, on_divergence='stop', checkpoint_every=steps
+    )
+    say(f'training anew for {steps:,} steps: {name}')
+    with tempfile.TemporaryDirectory() as directory:
+        data.write_dataset(loop.Paths(Path(directory)).data, opened.dataset)
+        symptom = train_run(changed, directory, make_program=opened.make_program).diagnosis.symptom
+    broke = symptom is not None and (symptom.kind != 'spike' or diagnosis.symptom.kind == 'spike')
+    if symptom is None:
+        said = f'with seed {changed.training.seed} it went {steps:,} steps without a symptom'
+    else:
+        said = f'with seed {changed.training.seed}: {symptom.kind} at step {symptom.step}'
+    return {
+        'name': f'{name}, in a fresh run',
+        'ok': not broke,
+        'value': float(symptom.step if symptom else steps),
+        'why': said,
+    }
 
 
 def _on_one_thread(diagnosis: Diagnosis, directory: str | os.PathLike, make_program: train.Make) -> Diagnosis:

@@ -25,12 +25,15 @@ def main(arguments: list[str]) -> int:
     directory, detectors = common.run_dir(), common.detectors()
     common.keep_compiled()
     budget = flags.FLAGS.budget_steps
+    if flags.FLAGS.fresh_runs < 0:
+        raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
     if budget is not None and budget < 1:
         raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
     found = run.diagnose_run(
         directory,
         detectors,
         budget=experiment.BUDGET if budget is None else budget,
+        fresh_runs=flags.FLAGS.fresh_runs,
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
         say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
@@ -56,6 +59,12 @@ def main(arguments: list[str]) -> int:
 
 common.define_run('The directory of the run.')
 common.define_detectors('diagnose')
+common.define(
+    'diagnose',
+    'fresh_runs',
+    0,
+    'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
+)
 common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import small
 
-from jaxrnn import config, data, diagnosis, environment, experiment, loop, run, train
+from jaxrnn import config, data, diagnosis, environment, loop, run, train
 from jaxrnn.types import Batch, Tree
 
 AT = 650
@@ -265,10 +265,10 @@ def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> ru
     return run.train_run(made.changed(**options), directory, make_program=cause.make())
 
 
-def diagnosed(cause: Cause, directory: Path, *, budget: int = experiment.BUDGET) -> diagnosis.Diagnosis:
-    """Trains it until it breaks, and says why."""
+def diagnosed(cause: Cause, directory: Path, **options: Any) -> diagnosis.Diagnosis:
+    """Trains it until it breaks, and says why; options as of `run.diagnose_run`."""
     trained(cause, directory)
-    return run.diagnose_run(directory, budget=budget, make_program=cause.make(later=True)).diagnosis
+    return run.diagnose_run(directory, make_program=cause.make(later=True), **options).diagnosis
 
 
 def fresh(cause: Cause, *, seed: int, flags: str) -> diagnosis.Symptom | None:

@@ -98,6 +98,23 @@ def test_constant_from_the_start_counts_after_1000_steps():
     assert found({name: values[:900] for name, values in columns.items()}) == {}
 
 
+def test_what_a_rule_waited_for_began_long_before():
+    def series(**columns):
+        length = len(next(iter(columns.values())))
+        return {'step': np.arange(float(length))} | {name: np.array(x) for name, x in columns.items()}
+
+    columns = series(variance_ratio=[0.2] * 40 + [0.001] * 1000)
+    (symptom,) = detect.symptoms(columns)
+    constant = detect.by_name('constant')
+    assert symptom == detect.Symptom('constant', 56)  # as soon as the lowest of 16 is low
+    late = detect.Symptom('constant', 1000)
+    assert detect.began(constant, columns, late) == 56
+    assert detect.began(constant, series(variance_ratio=[0.001] * 1001), late) == 16
+    # Others don't wait, and without records it isn't known.
+    assert detect.began(detect.by_name('spike'), columns, late) == 1000
+    assert detect.began(constant, {}, late) == detect.began(constant, series(loss=[1.0] * 1001), late) == 1000
+
+
 def test_gravest_first():
     columns = healthy()
     columns['loss'][300] *= 10

@@ -12,6 +12,7 @@ import pytest
 import jaxrnn
 from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
 from jaxrnn.cause import cause_of, ranked
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.outcome import VERDICTS, Change, Changed, Outcome, Told, Window
 
 RATE, FIRST, STEPS = 1.1, 1e-8, 320
@@ -241,6 +242,60 @@ def test_a_batch_that_a_state_at_the_edge_cannot_bear_is_not_bad(tmp_path):
     assert cause_of(told, by_batch=False).kind == 'model'
 
 
+def asleep(rate):
+    """A network whose outputs vary the more the longer it learns; at a rate of 0 they never do."""
+
+    def step(x, batch):
+        return x * jnp.float32(1 + rate), {'loss': 1 - x, 'variance_ratio': x}
+
+    return step
+
+
+def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
+    """The rule waits for step 1,000; the state has been there since step 0, and is looked for after 200 steps."""
+    init, directory = (lambda: jnp.float32(1e-3)), tmp_path
+    options = loop.Options(max_steps=1010, checkpoint_every=100)
+    loop.run(asleep(0), no_batch, init, directory, options)
+    rows = telemetry.RecordFile(directory / 'records.jsonl').read()
+    made = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
+    subject = replay.subject(asleep(0), no_batch, made, rows)
+    found = experiment.Experiments(subject, Symptom('constant', 1000), budget=9000)
+    assert found.window == Window(0, 199, 200, lasting=True)
+    told = found.run(
+        [
+            change('awake', asleep(0.05), 'model'),
+            change('slow', asleep(0.005), 'optimiser'),
+            change('broken', lambda x, batch: (x * jnp.nan, {'loss': x, 'variance_ratio': x})),
+        ]
+    )
+    assert told.control.verdict == told.nudge.verdict == 'unchanged' and told.control.reached == 200
+    verdicts = {outcome.change.name: outcome.verdict for outcome in told.outcomes}
+    assert verdicts == {'awake': 'averted', 'slow': 'unchanged', 'broken': 'worse'}
+    # Whenever it is switched on, 200 steps are time enough.
+    assert told.outcomes[0].point_of_no_return == 199
+    assert cause_of(told).kind == 'model'
+
+
+def test_what_set_in_late_is_no_lasting_state(tmp_path):
+    """Outputs that varied, and ceased to a little before the rule said so."""
+    init, died = (lambda: jnp.float32(1)), 300
+
+    def batch_at(step):
+        return np.float32(1 if step < died else 1e-4)
+
+    def step(x, batch):
+        return x, {'loss': x, 'variance_ratio': x * batch}
+
+    loop.run(step, batch_at, init, tmp_path, loop.Options(max_steps=340, checkpoint_every=100))
+    rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
+    made = checkpoint.Checkpoints(tmp_path / 'checkpoints', like=jax.eval_shape(init))
+    subject = replay.subject(step, batch_at, made, rows)
+    found, _ = replay.bisect(subject)
+    window = experiment.Experiments(subject, found.symptom, budget=2000).window
+    assert found.symptom.kind == 'constant' and died < found.symptom.step < died + 20
+    assert window == Window(200, found.symptom.step, found.symptom.step + 51, lasting=False)
+
+
 def logistic_map(x, batch):
     return 4 * x * (1 - x), {'loss': x}
 
@@ -296,6 +351,7 @@ def test_a_window_starts_early_enough_where_it_can(tmp_path):
     assert experiment.window_of(subject, 50 + lead).start == 50
     assert experiment.window_of(subject, 49 + lead).start == 0
     assert experiment.window_of(subject, 10).start == 0
+    assert not experiment.window_of(subject, 0, began=0).lasting
 
 
 def test_anybody_s_run_is_diagnosed(tmp_path):

@@ -26,6 +26,22 @@ def test_names_are_told_apart():
     assert [each.name for each in remedy.applicable(CONFIG)] == NAMES
 
 
+def test_the_first_suspected_are_tried_first():
+    """What is out of the ordinary; then what is for this symptom alone; of a network that never learnt the network."""
+    unusual = ['float32 products', 'float32 moments', 'bias correction']
+    usual = [name for name in NAMES if name not in unusual and name != 'guard']
+
+    def names(*arguments, **options):
+        return [each.name for each in remedy.suspects(CONFIG, *arguments, **options)]
+
+    assert names('collapse') == unusual + usual
+    assert names('nonfinite') == [*unusual, 'guard', *usual]
+    never_learnt = names('constant', lasting=True)
+    assert sorted(never_learnt) == sorted(unusual + usual) and never_learnt[:3] == unusual
+    model = [name for name in usual if by_name(name).points_to == 'model']
+    assert never_learnt[3 : 3 + len(model)] == model and len(model) == 3
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_flags_are_what_is_replayed(name):
     """Read from the command line, beside those of the run."""
