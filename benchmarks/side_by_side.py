@@ -1,11 +1,11 @@
 """Variants of one train step, timed side by side: what the benchmarks of its extras share."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,8 @@ def compare(
     batch_at: BatchAt,
 ) -> int:
     """Times each variant in each round, in an order that turns, so that what else runs on the machine strikes all
-    alike; prints a table, of which the first variant is the base.
+    alike; prints a table of medians, and of ratios of medians and of lower quartiles to the first variant's. Time on
+    the processors, all threads together, is less at the mercy of other processes than time on the clock.
 
     Args:
         variants: name -> (state, batch) -> (state, anything).
@@ -51,27 +52,28 @@ def compare(
         batch_at: the batch of each round.
     """
     values = flags.FLAGS
-    states, times = dict(states), {name: [] for name in variants}
+    states, walls, cpus = dict(states), {name: [] for name in variants}, {name: [] for name in variants}
+    names = list(variants)
     for repeat in range(values.repeats + WARM):
         batch = batch_at(repeat)
-        for name in list(variants)[:: -1 if repeat % 2 else 1]:
-            start = time.perf_counter()
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            wall, cpu = time.perf_counter(), time.process_time()
             states[name], out = variants[name](states[name], batch)
             jax.block_until_ready((states[name], out))
             if repeat >= WARM:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    base = next(iter(times.values()))
-    rows = [
-        {
-            'variant': name,
-            'median_ms': round(statistics.median(found), 2),
-            'lowest_ms': round(min(found), 2),
-            'added_ms': round(statistics.median(a - b for a, b in zip(found, base, strict=True)), 2),
-            'median_ratio': round(statistics.median(a / b for a, b in zip(found, base, strict=True)), 4),
-            'lowest_ratio': round(min(found) / min(base), 4),
-        }
-        for name, found in times.items()
-    ]
+                walls[name].append(1e3 * (time.perf_counter() - wall))
+                cpus[name].append(1e3 * (time.process_time() - cpu))
+
+    def row(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {'variant': name}
+        for kind, times in (('wall', walls), ('cpu', cpus)):
+            base, own = (np.quantile(times[each], (0.25, 0.5)) for each in (names[0], name))
+            found[f'{kind}_ms'] = round(own[1], 2)
+            found[f'{kind}_ratio'] = round(own[1] / base[1], 4)
+            found[f'{kind}_ratio_q1'] = round(own[0] / base[0], 4)
+        return found
+
+    rows = [row(name) for name in names]
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
