@@ -61,7 +61,7 @@ def run(seed: int) -> dict:
         'step': symptom and symptom.step,
         'first_sign': warned and warned.step,
         'accuracy_before': float(max(accuracy[:step], default=0.0)),
-        'lowest_after': float(min(accuracy[step:], default=np.nan)),
+        'lowest_after': float(min(accuracy[step:])) if symptom else None,
         'best_accuracy': float(max(accuracy)),
         'final_accuracy': float(np.mean(columns['accuracy'][-LAST:])),
     }

@@ -20,6 +20,9 @@ MECHANISMS = {
 """What makes a run break, the narrowest first: what takes one of these away hardly touches those after it. A change
 that makes all steps shorter takes away none in particular."""
 
+WIDE = ('shut gates', 'recurrent gain', 'padding')
+"""Of another network: not named where shorter steps avert the symptom, too, since they change less."""
+
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
     """Outcomes in the order in which they speak: averting ones first; of these those of what broke the run before those
@@ -80,8 +83,10 @@ def _speaking(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcom
 
 def _mechanism(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> str:
     """The narrowest that a change of those speaking takes away, and that none takes away without averting; '' where
-    there is none."""
+    there is none, or a wide one beside a change that takes away none in particular."""
     refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED}
+    if any(o.change.removes == '' for o in speaking):
+        refuted |= set(WIDE)
     left = dict.fromkeys(o.change.removes for o in speaking if o.change.removes not in {'', *refuted})
     order = [*MECHANISMS, *left]
     return min(left, key=order.index, default='')

@@ -128,7 +128,10 @@ REMEDIES = (
     _fixed(
         'ZClip', 'optimiser', 'gradients far above their running norm are cut', 'outlying gradients', clip='zclip',
     ),
-    _fixed('norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', clip='global_norm', clip_threshold=1.0),
+    _fixed(
+        'norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', 'outlying gradients', clip='global_norm',
+        clip_threshold=1.0,
+    ),
     _fixed('masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True),
 )  # fmt: skip
 """In the order in which they are tried."""
