@@ -271,13 +271,18 @@ def diagnosed(cause: Cause, directory: Path, **options: Any) -> diagnosis.Diagno
     return run.diagnose_run(directory, make_program=cause.make(later=True), **options).diagnosis
 
 
+def broken(found: diagnosis.Diagnosis) -> diagnosis.Symptom | None:
+    """The symptom of what broke; a spike that was recovered from is none, and no cause here shows itself by one."""
+    return None if found.symptom is None or found.symptom.kind == 'spike' else found.symptom
+
+
 def fresh(cause: Cause, *, seed: int, flags: str) -> diagnosis.Symptom | None:
     """What becomes of a run with another seed under flags: its symptom, if it isn't averted. Of --threads=1, which a
     process decides at its start, in one of its own."""
     with tempfile.TemporaryDirectory() as directory:
         if '--threads=1' not in flags:
-            return trained(cause, Path(directory), seed, flags).diagnosis.symptom
+            return broken(trained(cause, Path(directory), seed, flags).diagnosis)
         with concurrent.futures.ProcessPoolExecutor(
             1, multiprocessing.get_context('spawn'), environment.use_threads, (1,)
         ) as pool:
-            return pool.submit(trained, cause, Path(directory), seed, flags).result().diagnosis.symptom
+            return broken(pool.submit(trained, cause, Path(directory), seed, flags).result().diagnosis)

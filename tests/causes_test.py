@@ -78,4 +78,4 @@ def test_without_the_plant_the_runs_are_healthy(tmp_path):
         directory.mkdir()
         data.write_dataset(loop.Paths(directory).data, small.dataset())
         clean = cause._replace(options=None)
-        assert run.train_run(clean.config(), directory).diagnosis.symptom is None, cause.name
+        assert causes.broken(run.train_run(clean.config(), directory).diagnosis) is None, cause.name
