@@ -31,8 +31,8 @@ def no_batch(step):
     return np.float32(0)
 
 
-def subject_of(step, batch_at, init, directory, *, records=True, every=50):
-    options = loop.Options(max_steps=STEPS, checkpoint_every=every)
+def subject_of(step, batch_at, init, directory, *, records=True, every=50, steps=STEPS):
+    options = loop.Options(max_steps=steps, checkpoint_every=every)
     loop.run(step, batch_at, init, directory, options)
     rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
@@ -258,12 +258,7 @@ def asleep(rate):
 
 def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
     """The rule waits for step 1,000; the state has been there since step 0, and is looked for after 200 steps."""
-    init, directory = (lambda: jnp.float32(1e-3)), tmp_path
-    options = loop.Options(max_steps=1010, checkpoint_every=100)
-    loop.run(asleep(0), no_batch, init, directory, options)
-    rows = telemetry.RecordFile(directory / 'records.jsonl').read()
-    made = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
-    subject = replay.subject(asleep(0), no_batch, made, rows)
+    subject = subject_of(asleep(0), no_batch, lambda: jnp.float32(1e-3), tmp_path, every=100, steps=1010)
     found = experiment.Experiments(subject, Symptom('constant', 1000), budget=9000)
     assert found.window == Window(0, 199, 200, lasting=True)
     told = found.run(
@@ -283,7 +278,7 @@ def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
 
 def test_what_set_in_late_is_no_lasting_state(tmp_path):
     """Outputs that varied, and ceased to a little before the rule said so."""
-    init, died = (lambda: jnp.float32(1)), 300
+    died = 300
 
     def batch_at(step):
         return np.float32(1 if step < died else 1e-4)
@@ -291,10 +286,7 @@ def test_what_set_in_late_is_no_lasting_state(tmp_path):
     def step(x, batch):
         return x, {'loss': x, 'variance_ratio': x * batch}
 
-    loop.run(step, batch_at, init, tmp_path, loop.Options(max_steps=340, checkpoint_every=100))
-    rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
-    made = checkpoint.Checkpoints(tmp_path / 'checkpoints', like=jax.eval_shape(init))
-    subject = replay.subject(step, batch_at, made, rows)
+    subject = subject_of(step, batch_at, lambda: jnp.float32(1), tmp_path, every=100, steps=340)
     found, _ = replay.bisect(subject)
     window = experiment.Experiments(subject, found.symptom, budget=2000).window
     assert found.symptom.kind == 'constant' and died < found.symptom.step < died + 20

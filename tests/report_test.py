@@ -246,7 +246,14 @@ TOLD = Told(
     (
         outcome('half the learning rate', 'averted', flags='--learning_rate=0.5', reached=200, last=9),
         outcome('other batches', 'averted'),
-        outcome('sigmoid gates', 'worse', Symptom('nonfinite', 3), loss=float('nan'), reached=4),
+        outcome(
+            'sigmoid gates',
+            'worse',
+            Symptom('nonfinite', 3),
+            loss=float('nan'),
+            reached=4,
+            flags='--gate=sigmoid',
+        ),
     ),
     outcome('other batches', 'averted'),
     (Change('ZClip', 'optimiser', lambda: None),),
