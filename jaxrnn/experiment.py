@@ -267,7 +267,7 @@ class Experiments:
             changed, ours = change.make(), self.subject
             if changed.step is ours.step:
                 return Made(changed, ours.observed)
-            made = Made(changed, telemetry.instrument(changed.step))
+            made = Made(changed, telemetry.Tried(changed.step))
             start = self.window.start
             made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
         return made
@@ -389,14 +389,14 @@ class Experiments:
         found = self._first(rows, since)
         if found is not None or not self.window.lasting:
             return found
-        rule, columns = self._own.lasting, telemetry.series(rows)
+        rule, columns = self._own.lasting, _columns(rows)
         assert rule is not None
         return Symptom(self._own.kind, rows[-1]['step']) if predicate.holds(rule, columns)[-1] else None
 
     def _first(self, rows: Sequence[Row], since: int) -> Symptom | None:
         """The gravest symptom from a step on."""
         assert self.window is not None
-        columns = telemetry.series(rows)
+        columns = _columns(rows)
         at_once = [d for d in self.detectors if not (self.window.lasting and d.kind == self._own.kind)]
         for detector in detect.applicable(columns, at_once):
             if (found := detect.first_since(detector, columns, since)) is not None:
@@ -422,6 +422,11 @@ class Experiments:
         if abs(found.step - self.symptom.step) <= shift:
             return UNCHANGED
         return DELAYED if found.step > self.symptom.step else WORSE
+
+
+def _columns(rows: Sequence[Row]) -> Series:
+    """Of the fields that the newest row has: a changed step may record fewer than the run that it starts from."""
+    return {name: column for name, column in telemetry.series(rows).items() if name in rows[-1]}
 
 
 def _standing_out(columns: Series) -> list[int]:

@@ -167,13 +167,18 @@ def flags(config: Config, remedy: Remedy) -> str:
 
 
 def change(
-    config: Config, dataset: data.Dataset, remedy: Remedy, make_program: train.Make = train.make_program
+    config: Config,
+    dataset: data.Dataset,
+    remedy: Remedy,
+    make_program: train.Make = train.make_program,
+    *,
+    signals: bool = False,
 ) -> Change:
-    """A remedy as an experiment on a run of a configuration."""
+    """A remedy as an experiment on a run of a configuration; its records have signals if these are asked for."""
 
     def make() -> Changed:
         other = applied(config, remedy)
-        program = make_program(other, dataset)
+        program = make_program(other.changed(signals=signals and config.training.signals), dataset)
         return Changed(program.step, program.batch_at, lambda state: converted(config, other, state))
 
     return Change(remedy.name, remedy.points_to, make, flags(config, remedy), remedy.means, remedy.removes)

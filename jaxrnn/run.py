@@ -28,6 +28,7 @@ from jaxrnn import (
     remedy,
     replay,
     rewind,
+    signals,
     telemetry,
     train,
 )
@@ -214,8 +215,10 @@ def diagnose_run(
     def changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         symptom = diagnosis.symptom
         assert symptom is not None
+        read = frozenset().union(*(detector.rule.fields for detector in detectors))
+        signals_too = bool(read & {signal.name for signal in signals.OF_ADAM})
         remedies = [
-            remedy.change(opened.config, opened.dataset, each, make_program)
+            remedy.change(opened.config, opened.dataset, each, make_program, signals=signals_too)
             for each in remedy.suspects(opened.config, symptom.kind, lasting=window.lasting)
         ]
         say(f'replaying the steps from {window.start} on, under one change at a time')

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxrnn import tree
-from jaxrnn.types import Record, Series, Step, Tree, UserError
+from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
 
 Row = Mapping[str, Any]
 """A record on the host: `step`, then the scalars by name, `digest` as hex or absent."""
@@ -35,21 +35,8 @@ class Observation(NamedTuple):
     error: checkify.Error | None  # of checkify, where it is on
 
 
-class Observed:
-    """A compiled step whose record also says whether the new state is finite, and its digest; see `instrument`."""
-
-    def __init__(self, step: Step, *, checks: bool):
-        def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
-            state, record = step(state, batch)
-            extra = {
-                FINITE_STATE: tree.all_finite(state),
-                DIGEST: jax.lax.cond(digest, tree.digest, lambda _: jnp.zeros(2, jnp.uint32), state),
-            }
-            return state, _scalars(record) | extra
-
-        self._checks = checks
-        whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
-        self._compiled = jax.jit(whole, donate_argnums=0)
+class Observed(Protocol):
+    """A compiled step whose record also says whether the new state is finite, and its digest."""
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
         """One step. It consumes `state`, whose buffers are donated.
@@ -59,14 +46,69 @@ class Observed:
             batch: of the step.
             digest: whether the record shall have a digest of the state after it.
         """
+
+    def prepare(self, state: Tree, batch: Tree) -> None:
+        """Compiles for states and batches of the types of these, of which nothing else is read; so that another thread
+        can do it before the first call."""
+
+
+class Instrumented:
+    """Observed as training has it, see `instrument`."""
+
+    def __init__(self, step: Step, *, checks: bool):
+        def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
+            state, record = step(state, batch)
+            digested = jax.lax.cond(digest, tree.digest, lambda _: jnp.asarray(NO_DIGEST), state)
+            return state, _observed(state, record, digested)
+
+        self._checks = checks
+        whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
+        self._compiled = jax.jit(whole, donate_argnums=0)
+
+    def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
         out = self._compiled(state, batch, digest)
         error, (state, record) = out if self._checks else (None, out)
         return state, Observation(record, error)
 
     def prepare(self, state: Tree, batch: Tree) -> None:
-        """Compiles for states and batches of the types of these, of which nothing else is read; so that another thread
-        can do it before the first call."""
         self._compiled.lower(state, batch, False).compile()
+
+
+class Tried:
+    """Observed for an experiment of a hundred steps, of which compiling must not take the most time: there are no
+    digests, as there is nothing to hold them against, and a staged step is compiled in its two parts, of which
+    experiments share the first. Its bits need not be those that training would give."""
+
+    def __init__(self, step: Step):
+        staged = (
+            step if isinstance(step, Staged) else Staged(_nothing, lambda state, batch, _: step(state, batch))
+        )
+
+        def finish(state: Tree, batch: Tree, found: Tree) -> tuple[Tree, Record]:
+            state, record = staged.finish(state, batch, found)
+            return state, _observed(state, record, NO_DIGEST)
+
+        self._begin, self._finish = jax.jit(staged.begin), jax.jit(finish, donate_argnums=0)
+
+    def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+        state, record = self._finish(state, batch, self._begin(state, batch))
+        return state, Observation(record, None)
+
+    def prepare(self, state: Tree, batch: Tree) -> None:
+        begun = jax.eval_shape(self._begin, state, batch)
+        self._begin.lower(state, batch).compile()
+        self._finish.lower(state, batch, begun).compile()
+
+
+NO_DIGEST = np.zeros(2, np.uint32)
+
+
+def _nothing(state: Tree, batch: Tree) -> Tree:
+    return ()
+
+
+def _observed(state: Tree, record: Record, digest: Any) -> Record:
+    return _scalars(record) | {FINITE_STATE: tree.all_finite(state), DIGEST: digest}
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,7 +122,7 @@ def instrument(step: Step, *, checks: bool = False) -> Observed:
         step: any pure train step; its record may be any tree of scalars.
         checks: run it under checkify.float_checks.
     """
-    return Observed(step, checks=checks)
+    return Instrumented(step, checks=checks)
 
 
 def row(step: int, observation: Observation) -> Row:

@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from jaxrnn import cells, data, loop, models, optim, signals, transforms, tree
-from jaxrnn.config import Config, Optimiser
-from jaxrnn.types import Array, Batch, BatchAt, Record, Step, Tree, UserError
+from jaxrnn.config import Config, Model, Optimiser
+from jaxrnn.types import Array, Batch, BatchAt, Record, Staged, Step, Tree, UserError
 
 TINY = 1e-12
 """Keeps a cosine's or a ratio's denominator off zero; far below any squared norm of a float32 word vector."""
@@ -43,21 +43,13 @@ class Make(Protocol):
 
 def make_program(config: Config, dataset: data.Dataset) -> Program:
     """The program of a configuration; everything random in it follows from config.training.seed."""
+    network = _network(config.model, len(dataset.alphabet), dataset.vectors.shape[1])
     preset = cells.PRESETS[config.model.preset]
     optimiser = optim.build(config.optimiser, epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
-    build = functools.partial(
-        models.build, config.model, letters=len(dataset.alphabet), vector_size=dataset.vectors.shape[1]
-    )
-    key = jax.random.key(config.training.seed)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build(key=key)))
 
     def init() -> TrainState:
-        params = nnx.to_pure_dict(nnx.state(build(key=key), nnx.Param))
+        params = network.init(jax.random.key(config.training.seed))
         return TrainState(jnp.int32(0), params, optimiser.init(params))
-
-    def predict(params: Tree, letters: Array) -> Array:
-        variables = jax.tree.map(nnx.Param, params)
-        return nnx.merge(graph, nnx.State(variables))(letters)
 
     def rate(state: TrainState) -> Array:
         return optim.current_learning_rate(config.optimiser, state.step, state.opt_state)
@@ -68,7 +60,31 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     if config.training.skip_batches:
         batch_at = loop.without(batch_at, skipped(config.training.skip_batches))
     warnings = _signals_of(config.optimiser, preset, rate) if config.training.signals else None
-    return Program(init, make_step(predict, optimiser, rate, warnings), batch_at, predict)
+    step = make_step(network.predict, optimiser, rate, warnings)
+    return Program(init, step, batch_at, network.predict)
+
+
+class Network(NamedTuple):
+    """A network as functions of its parameters."""
+
+    init: Callable[[Array], Tree]  # key -> parameters
+    predict: Callable[[Tree, Array], Array]  # as a program has it
+
+
+@functools.lru_cache(maxsize=16)
+def _network(options: Model, letters: int, vector_size: int) -> Network:
+    """The same functions for the same network, so that what was compiled of them serves every program with it."""
+    build = functools.partial(models.build, options, letters=letters, vector_size=vector_size)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(key=jax.random.key(0))))
+
+    def init(key: Array) -> Tree:
+        return nnx.to_pure_dict(nnx.state(build(key=key), nnx.Param))
+
+    def predict(params: Tree, letters: Array) -> Array:
+        variables = jax.tree.map(nnx.Param, params)
+        return nnx.merge(graph, nnx.State(variables))(letters)
+
+    return Network(init, predict)
 
 
 PARTS = 8
@@ -135,15 +151,10 @@ def make_step(
     rate: Callable[[TrainState], Array],
     signals_of: SignalsOf | None = None,
 ) -> Step:
-    """The train step: mean squared error, its gradient, one update, and the record of it all."""
+    """The train step: mean squared error and its gradient; then one update, and the record of it all."""
 
-    def loss_of(params: Tree, batch: Batch) -> tuple[Array, Array]:
-        predictions = predict(params, batch.letters)
-        with jax.named_scope('loss'):
-            return mean_squared_error(predictions, batch.targets), predictions
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Record]:
-        (loss, predictions), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
+    def finish(state: TrainState, batch: Batch, found: Tree) -> tuple[TrainState, Record]:
+        (loss, predictions), gradients = found
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         record = {
@@ -162,7 +173,22 @@ def make_step(
         more = signals_of(state, after, gradients, updates) if signals_of else {}
         return after, {**record, **more}
 
-    return step
+    return Staged(_begin(predict), finish)
+
+
+@functools.lru_cache(maxsize=16)
+def _begin(predict: Callable[[Tree, Array], Array]) -> Callable[[TrainState, Batch], Tree]:
+    """State, batch -> (loss, predictions), gradients."""
+
+    def loss_of(params: Tree, batch: Batch) -> tuple[Array, Array]:
+        predictions = predict(params, batch.letters)
+        with jax.named_scope('loss'):
+            return mean_squared_error(predictions, batch.targets), predictions
+
+    def begin(state: TrainState, batch: Batch) -> Tree:
+        return jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
+
+    return begin
 
 
 def mean_squared_error(predictions: Array, targets: Array) -> Array:

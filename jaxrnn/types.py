@@ -8,7 +8,7 @@ Axes, in every docstring and field comment:
     N  words in a data set                       S  steps of a run
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,6 +40,25 @@ class Step(Protocol):
     def __call__(self, state: Tree, batch: Tree, /) -> tuple[Tree, Record]: ...
 
     def __hash__(self) -> int: ...  # it is compiled once, and known again
+
+
+class Staged:
+    """A step in two parts, so that one of another `finish` is compiled without compiling `begin` anew.
+
+    Args:
+        begin: state, batch -> what `finish` needs, as the gradients.
+        finish: state, batch, what `begin` gave -> next state and record.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[Tree, Tree], Tree],
+        finish: Callable[[Tree, Tree, Tree], tuple[Tree, Record]],
+    ):
+        self.begin, self.finish = begin, finish
+
+    def __call__(self, state: Tree, batch: Tree, /) -> tuple[Tree, Record]:
+        return self.finish(state, batch, self.begin(state, batch))
 
 
 class BatchAt(Protocol):

@@ -13,7 +13,8 @@ import jaxrnn
 from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
 from jaxrnn.cause import cause_of, ranked
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.outcome import VERDICTS, Change, Changed, Outcome, Told, Window
+from jaxrnn.outcome import AVERTED, UNCHANGED, VERDICTS, Change, Changed, Outcome, Told, Window
+from jaxrnn.types import Staged
 
 RATE, FIRST, STEPS = 1.1, 1e-8, 320
 SYMPTOM = math.floor(math.log(1 / FIRST) / math.log(RATE)) + 1  # the first step that starts above 1
@@ -376,19 +377,48 @@ def test_anybody_s_run_is_diagnosed(tmp_path):
 def test_a_change_is_compiled_while_another_is_replayed(tmp_path, monkeypatch):
     """By another thread, and once."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    prepared, prepare = [], telemetry.Observed.prepare
+    prepared, prepare = [], telemetry.Tried.prepare
 
     def see(self, state, batch):
         prepared.append(threading.current_thread() is threading.main_thread())
         prepare(self, state, batch)
 
-    monkeypatch.setattr(telemetry.Observed, 'prepare', see)
+    monkeypatch.setattr(telemetry.Tried, 'prepare', see)
     made = experiments(subject)
     told = made.run([change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
     assert len(told.outcomes) == 3 and prepared == [False] * 3
     for future in made._made.values():
         observed = future.result().observed
-        assert observed is subject.observed or observed._compiled._cache_size() == 1
+        assert observed is subject.observed or observed._finish._cache_size() == 1
+
+
+def test_a_staged_step_is_begun_by_one_program_for_all_changes(tmp_path):
+    begun = []
+
+    def begin(state, batch):
+        begun.append(1)  # when it is traced
+        return 2.0 * state
+
+    def staged(rate):
+        return Staged(begin, lambda state, batch, doubled: growing(rate)(state + 0 * doubled, batch))
+
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    told = experiments(subject).run([change(f'{rate}', staged(rate)) for rate in (0.5, 1.0, RATE)])
+    verdicts = {o.change.name: o.verdict for o in told.outcomes}
+    assert verdicts == {'0.5': AVERTED, '1.0': AVERTED, f'{RATE}': UNCHANGED} and len(begun) == 1
+
+
+def test_a_change_that_records_less_than_the_run_is_not_taken_for_one_that_breaks(tmp_path):
+    """NaN is what a column lacks; it is no symptom of the change."""
+
+    def chatty(state, batch):
+        state, record = growing(RATE)(state, batch)
+        return state, {**record, 'more': state}
+
+    subject = subject_of(chatty, no_batch, first, tmp_path)
+    looking_back = detect.custom('loss > 1 and loss > median(loss, 20)')
+    told = experiments(subject, detectors=[looking_back]).run([change('half', growing(0.5))])
+    assert told.identical and told.outcomes[0].verdict == AVERTED
 
 
 def test_what_can_not_be_made_is_said(tmp_path):
