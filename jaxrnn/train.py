@@ -170,8 +170,11 @@ def make_step(
             **transforms.skips(opt_state),
         }
         after = TrainState(state.step + 1, params, opt_state)
-        more = signals_of(state, after, gradients, updates) if signals_of else {}
-        return after, {**record, **more}
+        if signals_of:
+            # What is computed of a step must not change how XLA fuses the step.
+            after, gradients, updates = jax.lax.optimization_barrier((after, gradients, updates))
+            record |= signals_of(state, after, gradients, updates)
+        return after, record
 
     return Staged(_begin(predict), finish)
 
