@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrnn.diagnosis import Cause
-from jaxrnn.outcome import AVERTED, UNCHANGED, VERDICTS, Outcome, Told
+from jaxrnn.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, Outcome, Told
 
 MECHANISMS = {
     'low precision': 'rounding takes digits that training needs',
@@ -25,20 +25,24 @@ WIDE = ('shut gates', 'recurrent gain', 'padding')
 
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
-    """Outcomes in the order in which they speak: averting ones first; of these those of what broke the run before those
-    that would help against anything; then by the loss that they leave.
+    """Outcomes in the order in which they speak: averting ones first; of these those that bear longer steps; then those
+    of what broke the run before those that would help against anything; then by the loss that they leave.
 
     Args:
         outcomes: of experiments.
         by_batch: as in `cause_of`.
     """
-    speaking = _speaking(outcomes, by_batch)
+    speaking = speaking_of(outcomes, by_batch)
     mechanism = _mechanism(outcomes, speaking)
 
-    def rank(outcome: Outcome) -> tuple[int, bool, bool, float]:
+    def rank(outcome: Outcome) -> tuple[int, bool, int, bool, float]:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
         takes_away = bool(mechanism) and outcome.change.removes == mechanism
-        return VERDICTS.index(outcome.verdict), outcome not in speaking, not takes_away, loss
+        # What takes the mechanism away for good has no edge to keep away from.
+        margin = (
+            MARGINS[-1] if takes_away and outcome.change.stressed is None else outcome.margin or MARGINS[0]
+        )
+        return VERDICTS.index(outcome.verdict), outcome not in speaking, -margin, not takes_away, loss
 
     return sorted(outcomes, key=rank)
 
@@ -59,19 +63,23 @@ def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     failed = [outcome.change.name for outcome in outcomes if outcome.verdict != AVERTED]
     fails = f'; not so {_listed(failed)}' if failed else ''
-    speaking = _speaking(outcomes, by_batch)
+    speaking = speaking_of(outcomes, by_batch)
     if not speaking:
         only = _listed([outcome.change.name for outcome in averting])
         return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
     mechanism = _mechanism(outcomes, speaking)
     best, *others = averting
+    kind = next(
+        (o.change.points_to for o in speaking if mechanism and o.change.removes == mechanism),
+        best.change.points_to,
+    )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
     means = f' ({MECHANISMS[mechanism]})' if mechanism in MECHANISMS else ''
     named = f'{mechanism}{means}: ' if mechanism else ''
-    return Cause(best.change.points_to, f'{named}{best.change.name} averts it{also}{fails}')
+    return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
 
 
-def _speaking(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
+def speaking_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
     """Averting outcomes that may name the cause."""
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     of_data = [outcome for outcome in averting if outcome.change.points_to == 'data']

@@ -5,8 +5,9 @@ Knows nothing of networks: a change is another step, other batches, or another s
 
 import concurrent.futures
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import detect, loop, predicate, telemetry
-from jaxrnn.cause import cause_of, ranked
+from jaxrnn.cause import cause_of, ranked, speaking_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
-from jaxrnn.outcome import AVERTED, DELAYED, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
+from jaxrnn.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
 from jaxrnn.replay import Replayer, Subject
 from jaxrnn.telemetry import Row
 from jaxrnn.types import BatchAt, Series, Step, Tree
@@ -75,6 +76,9 @@ def window_of(subject: Subject, step: int, began: int | None = None) -> Window |
         return Window(start, step, step + 1 + AFTER)
     start = max((at for at in before if at <= began), default=before[0])
     return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)
+
+
+Combine = Callable[[Change], Change | None]
 
 
 # Changes that anybody's run can be given.
@@ -166,11 +170,24 @@ class Experiments:
         self._control: list[Row] = []
         self._snapshots: dict[int, Tree] = {}
         self._compiler = concurrent.futures.ThreadPoolExecutor(1)
+        self._known: dict[Hashable, Outcome] = {}  # by the change's key
         self._made: dict[str, concurrent.futures.Future[Made]] = {}  # by name, so that each is compiled once
 
-    def run(self, changes: Sequence[Change], *, by_batch: bool | None = None) -> Told:
-        """Control, nudge, and as many of the changes as the budget allows, in their order; then the best replayed on,
-        and its point of no return. `by_batch`: as in `cause.cause_of`."""
+    def run(
+        self,
+        changes: Sequence[Change],
+        *,
+        by_batch: bool | None = None,
+        combine: Combine = lambda outcome: None,
+    ) -> Told:
+        """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps
+        the best bear; then the best replayed on, and its point of no return.
+
+        Args:
+            changes: what to try.
+            by_batch: as in `cause.cause_of`.
+            combine: a change that bears longer steps, but not much longer -> it and another as one, if there is such.
+        """
         if self.window is None:
             return Told(None, None, False, None, untried=tuple(changes))
         control, identical = self._show(changes[:1])
@@ -179,7 +196,7 @@ class Experiments:
         self.left = self.budget * (1 - RESERVED)
         nudge = self._attempt(nudged(self.subject))
         tried = [
-            (change, self._attempt(change, ahead=changes[place + 1 : place + 2]))
+            (change, self._outcome_of(change, ahead=changes[place + 1 : place + 2]))
             for place, change in enumerate(changes)
         ]
         self.left = self.budget
@@ -190,7 +207,7 @@ class Experiments:
             control,
             identical,
             nudge,
-            tuple(self._proven(outcomes, by_batch)),
+            tuple(self._proven(self._with_margins(outcomes, by_batch, combine), by_batch)),
             drawn,
             tuple(change for change, outcome in tried if outcome is None),
             self.steps_replayed,
@@ -304,6 +321,52 @@ class Experiments:
                 break
         return self._outcome(change, self._found([*history, *rows], start), rows)
 
+    def _outcome_of(self, change: Change, ahead: Sequence[Change] = ()) -> Outcome | None:
+        """As `_attempt`, of changes that come to the same replayed once."""
+        known = None if change.key is None else self._known.get(change.key)
+        if known is not None:
+            return known._replace(change=change)
+        outcome = self._attempt(change, ahead=ahead)
+        if outcome is not None and change.key is not None:
+            self._known[change.key] = outcome
+        return outcome
+
+    def _with_margins(
+        self, outcomes: list[Outcome], by_batch: bool | None, combine: Combine
+    ) -> list[Outcome]:
+        """Outcomes with their margins, asked of one after the other in the order in which they speak, until one has
+        the largest; and what they were combined into."""
+        assert self.window is not None
+        speaking = speaking_of(outcomes, by_batch)
+        found = ranked(outcomes, by_batch=by_batch)
+        for place, outcome in enumerate(found):
+            if self.window.lasting or outcome not in speaking:
+                break
+            if outcome.change.stressed is None:
+                if outcome.change.removes:  # for good
+                    break
+                continue
+            found[place] = outcome = self._with_margin(outcome)
+            more = combine(outcome.change) if MARGINS[0] < (outcome.margin or 0) < MARGINS[-1] else None
+            combined = None if more is None else self._outcome_of(more)
+            if combined is not None:
+                found.append(self._with_margin(combined) if combined.verdict == AVERTED else combined)
+            if max(o.margin or 0 for o in found) == MARGINS[-1]:
+                break
+        return found
+
+    def _with_margin(self, outcome: Outcome) -> Outcome:
+        """None where the budget doesn't reach to the first question."""
+        assert outcome.change.stressed is not None
+        for margin, times in itertools.pairwise(MARGINS):
+            change = outcome.change.stressed(times)
+            under = None if change is None else self._outcome_of(change)
+            if change is not None and under is None:
+                return outcome._replace(margin=margin if margin > MARGINS[0] else None)
+            if under is None or under.verdict != AVERTED:
+                return outcome._replace(margin=margin)
+        return outcome._replace(margin=MARGINS[-1])
+
     def _proven(self, outcomes: list[Outcome], by_batch: bool | None) -> list[Outcome]:
         """Outcomes in their order, of which the first has held when it was replayed on, and has its point of no
         return."""
@@ -321,7 +384,7 @@ class Experiments:
                 if again.verdict != AVERTED:
                     outcomes = ranked([again, *outcomes[1:]], by_batch=by_batch)
                     continue
-                best = again
+                best = again._replace(margin=best.margin)
             outcomes[0] = best._replace(point_of_no_return=self._point_of_no_return(best.change))
             break
         return outcomes
@@ -458,6 +521,7 @@ def explain(
     detectors: Sequence[Detector] = detect.DETECTORS,
     *,
     budget: int,
+    combine: Combine = lambda change: None,
 ) -> tuple[Diagnosis, Told | None]:
     """A bisect's diagnosis with cause and remedies; as it was where there is nothing to explain.
 
@@ -467,6 +531,7 @@ def explain(
         changes: of the window and the steps whose batches are bad -> what is to be tried, in that order.
         detectors: as the bisect had them.
         budget: steps that may be replayed, those of the bisect included.
+        combine: as in `Experiments.run`.
     """
     symptom, replayed = diagnosis.symptom, diagnosis.replay.steps_replayed
     if symptom is not None and diagnosis.cause.kind == 'hardware':
@@ -480,7 +545,7 @@ def explain(
     if experiments.window is not None:
         bad = experiments.bad_batches()
         tried = changes(experiments.window, bad)
-    told = experiments.run(tried, by_batch=bool(bad))
+    told = experiments.run(tried, by_batch=bool(bad), combine=combine)
     return _with(diagnosis, cause_of(told, by_batch=bool(bad)), told), told
 
 

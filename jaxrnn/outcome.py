@@ -1,6 +1,6 @@
 """What is done otherwise in an experiment, and what became of the symptom: plain data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from jaxrnn.diagnosis import Symptom
@@ -8,6 +8,12 @@ from jaxrnn.types import BatchAt, Step, Tree
 
 AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
 """The best first."""
+
+
+MARGINS = (1, 2, 4)
+"""Factors by which steps are made longer under a change that averts a symptom, to see how far it is from the edge. Of
+the demo's remedies those that averted it with steps 1, 2 and 4 times as long put it off, when on from the start, by
+1.1 to 1.7, by 2 to 3 and by 5 and more times (benchmarks/README.md)."""
 
 
 class Changed(NamedTuple):
@@ -29,6 +35,9 @@ class Change(NamedTuple):
     removes: str = (
         ''  # the mechanism that it takes away, of cause.MECHANISMS or one's own; '' where it would help any
     )
+    key: Hashable = None  # what it makes of the run, if known: changes of equal keys are replayed once
+    # Itself with steps so many times as long; None where that is the run as it was, which broke.
+    stressed: 'Callable[[int], Change | None] | None' = None
 
 
 class Outcome(NamedTuple):
@@ -40,6 +49,9 @@ class Outcome(NamedTuple):
     loss: float  # mean of the last steps; NaN where there is none, or one isn't finite
     reached: int  # the step after the last
     point_of_no_return: int | None = None  # the last step from which on the change still averts
+    margin: int | None = (
+        None  # of MARGINS, by how much longer steps may be until it no longer averts; None: not asked
+    )
 
 
 class Window(NamedTuple):

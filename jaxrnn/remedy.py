@@ -45,7 +45,12 @@ def _fixed(
 
 
 def _slower(config: Config, by: float) -> Options:
-    return {'learning_rate': float(f'{config.optimiser.learning_rate * by:.6g}')}
+    return {'learning_rate': _rounded(config.optimiser.learning_rate * by)}
+
+
+def _rounded(rate: float) -> float:
+    """As a person would write it; so that half of twice a rate is that rate."""
+    return float(f'{rate:.6g}')
 
 
 def _decaying(config: Config) -> Options:
@@ -81,6 +86,8 @@ def gain(config: Config) -> float:
 DECAY = 'decaying learning rate'
 """The fourth of the seven checks."""
 
+HALF = 'half the learning rate'
+
 REMEDIES = (
     _fixed(
         'float32 products', 'precision', 'products keep their digits', 'low precision', unusual=True,
@@ -105,7 +112,7 @@ REMEDIES = (
     ),
     Remedy(DECAY, 'optimiser', _decaying, 'steps shrink as the loss landscape sharpens'),
     Remedy(
-        'half the learning rate', 'optimiser', lambda config: _slower(config, 0.5),
+        HALF, 'optimiser', lambda config: _slower(config, 0.5),
         'steps are half as long',
     ),
     Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut', 'shut gates'),
@@ -135,6 +142,30 @@ REMEDIES = (
     _fixed('masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True),
 )  # fmt: skip
 """In the order in which they are tried."""
+
+
+def together(first: Remedy, *others: Remedy) -> Remedy:
+    """Several as one, the later ones applied to what the earlier ones make; named for what the first takes away."""
+
+    def options(config: Config) -> Options:
+        changes: Options = {}
+        for remedy in (first, *others):
+            changes = {**changes, **remedy.options(config.changed(**changes))}
+        return changes
+
+    every = (first, *others)
+    return first._replace(
+        name=' and '.join(remedy.name for remedy in every),
+        options=options,
+        means='; '.join(remedy.means for remedy in every),
+    )
+
+
+def combined(config: Config, name: str) -> Remedy | None:
+    """A remedy and half the learning rate as one; None for one that is about the learning rate already."""
+    (remedy,) = (each for each in REMEDIES if each.name == name)
+    (half,) = (each for each in REMEDIES if each.name == HALF)
+    return None if 'learning_rate' in remedy.options(config) else together(remedy, half)
 
 
 def applicable(config: Config) -> list[Remedy]:
@@ -176,12 +207,28 @@ def change(
 ) -> Change:
     """A remedy as an experiment on a run of a configuration; its records have signals if these are asked for."""
 
-    def make() -> Changed:
+    def at(times: int) -> Change | None:
         other = applied(config, remedy)
-        program = make_program(other.changed(signals=signals and config.training.signals), dataset)
-        return Changed(program.step, program.batch_at, lambda state: converted(config, other, state))
+        rate = other.optimiser.learning_rate
+        if times > 1:
+            other = other.changed(learning_rate=_rounded(rate * times))
 
-    return Change(remedy.name, remedy.points_to, make, flags(config, remedy), remedy.means, remedy.removes)
+        def make() -> Changed:
+            program = make_program(other.changed(signals=signals and config.training.signals), dataset)
+            return Changed(program.step, program.batch_at, lambda state: converted(config, other, state))
+
+        if other == config:
+            return None
+        name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
+        return Change(
+            name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
+            remedy.removes, other, None if times > 1 or remedy.unusual or remedy.against else at,
+        )  # fmt: skip
+
+    made = at(1)
+    if made is None:
+        raise ValueError(f'{remedy.name} changes nothing')
+    return made
 
 
 def converted(config: Config, other: Config, state: train.TrainState) -> train.TrainState:

@@ -212,19 +212,28 @@ def diagnose_run(
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
 
+    read = frozenset().union(*(detector.rule.fields for detector in detectors))
+    signals_too = bool(read & {signal.name for signal in signals.OF_ADAM})
+
+    def change(each: remedy.Remedy) -> outcome.Change:
+        return remedy.change(opened.config, opened.dataset, each, make_program, signals=signals_too)
+
+    def combine(first: outcome.Change) -> outcome.Change | None:
+        found = remedy.combined(opened.config, first.name)
+        return None if found is None else change(found)
+
     def changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         symptom = diagnosis.symptom
         assert symptom is not None
-        read = frozenset().union(*(detector.rule.fields for detector in detectors))
-        signals_too = bool(read & {signal.name for signal in signals.OF_ADAM})
         remedies = [
-            remedy.change(opened.config, opened.dataset, each, make_program, signals=signals_too)
-            for each in remedy.suspects(opened.config, symptom.kind, lasting=window.lasting)
+            change(each) for each in remedy.suspects(opened.config, symptom.kind, lasting=window.lasting)
         ]
         say(f'replaying the steps from {window.start} on, under one change at a time')
         return experiment.in_order(subject, window, bad_batches, remedies)
 
-    diagnosis, told = experiment.explain(subject, diagnosis, changes, detectors, budget=budget)
+    diagnosis, told = experiment.explain(
+        subject, diagnosis, changes, detectors, budget=budget, combine=combine
+    )
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
         say('computing the step that differs twice more, on one thread')
         diagnosis = _on_one_thread(diagnosis, directory, make_program)

@@ -98,17 +98,27 @@ def test_constant_from_the_start_counts_after_1000_steps():
     assert found({name: values[:900] for name, values in columns.items()}) == {}
 
 
+def test_a_network_that_learns_the_mean_first_is_healthy():
+    """As one with masked padding does: its initial outputs vary, then they hardly do, then more and more."""
+    columns = healthy(1200)
+    columns['variance_ratio'] = np.maximum(columns['variance_ratio'], 0.02)
+    columns['variance_ratio'][:15], columns['variance_ratio'][15:190] = 0.3, 1e-3
+    assert found(columns) == {}
+    columns['variance_ratio'][210:250], columns['variance_ratio'][250:] = 0.3, 1e-3
+    assert found(columns) == {'constant': 400}
+
+
 def test_what_a_rule_waited_for_began_long_before():
     def series(**columns):
         length = len(next(iter(columns.values())))
         return {'step': np.arange(float(length))} | {name: np.array(x) for name, x in columns.items()}
 
-    columns = series(variance_ratio=[0.2] * 40 + [0.001] * 1000)
+    columns = series(variance_ratio=[0.2] * 440 + [0.001] * 600)
     (symptom,) = detect.symptoms(columns)
     constant = detect.by_name('constant')
-    assert symptom == detect.Symptom('constant', 56)  # as soon as the lowest of 16 is low
+    assert symptom == detect.Symptom('constant', 456)  # as soon as the lowest of 16 is low
     late = detect.Symptom('constant', 1000)
-    assert detect.began(constant, columns, late) == 56
+    assert detect.began(constant, columns, late) == 456
     assert detect.began(constant, series(variance_ratio=[0.001] * 1001), late) == 16
     # Others don't wait, and without records it isn't known.
     assert detect.began(detect.by_name('spike'), columns, late) == 1000

@@ -279,7 +279,7 @@ def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
 
 def test_what_set_in_late_is_no_lasting_state(tmp_path):
     """Outputs that varied, and ceased to a little before the rule said so."""
-    died = 300
+    died = 500
 
     def batch_at(step):
         return np.float32(1 if step < died else 1e-4)
@@ -287,11 +287,11 @@ def test_what_set_in_late_is_no_lasting_state(tmp_path):
     def step(x, batch):
         return x, {'loss': x, 'variance_ratio': x * batch}
 
-    subject = subject_of(step, batch_at, lambda: jnp.float32(1), tmp_path, every=100, steps=340)
+    subject = subject_of(step, batch_at, lambda: jnp.float32(1), tmp_path, every=100, steps=540)
     found, _ = replay.bisect(subject)
     window = experiment.Experiments(subject, found.symptom, budget=2000).window
     assert found.symptom.kind == 'constant' and died < found.symptom.step < died + 20
-    assert window == Window(200, found.symptom.step, found.symptom.step + 51, lasting=False)
+    assert window == Window(400, found.symptom.step, found.symptom.step + 51, lasting=False)
 
 
 def logistic_map(x, batch):

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jaxrnn import inside
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.outcome import AVERTED, DELAYED, UNCHANGED, WORSE, Outcome, Told
+from jaxrnn.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Outcome, Told
 from jaxrnn.report import runs, steps
 from jaxrnn.report.text import number, table
 
@@ -89,11 +89,12 @@ def _experiments(told: Told) -> RenderableType:
     window = told.window
     if window is None or not told.outcomes:
         return Text()
-    made = table('change', 'outcome', 'up to', 'loss', left=('change', 'outcome'))
+    made = table('change', 'outcome', 'longer steps', 'up to', 'loss', left=('change', 'outcome'))
     for outcome in told.outcomes:
         made.add_row(
             outcome.change.name,
             Text(_outcome(outcome), style=STYLES[outcome.verdict]),
+            _bears(outcome),
             str(outcome.reached - 1),
             number(outcome.loss),
         )
@@ -104,6 +105,12 @@ def _outcome(outcome: Outcome) -> str:
     if outcome.symptom is None:
         return outcome.verdict
     return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'
+
+
+def _bears(outcome: Outcome) -> str:
+    if outcome.margin is None:
+        return ''
+    return f'{outcome.margin} x' if outcome.margin > MARGINS[0] else f'not {MARGINS[1]} x'
 
 
 def _baselines(told: Told) -> Text:
