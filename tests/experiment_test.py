@@ -212,6 +212,79 @@ def halving(x, batch):
     return x / 2 + batch, {'loss': x + batch}
 
 
+def bearing(name, rate, removes=''):
+    """A change to another rate, which can be made longer: it averts up to a rate of 1."""
+
+    def at(times):
+        made = change(f'{name} x {times}', growing(rate * times), 'optimiser')
+        return made._replace(key=rate * times, stressed=at if times == 1 else None, removes=removes)
+
+    return at(1)
+
+
+def test_what_bears_longer_steps_is_ranked_first(tmp_path):
+    """Each replayed once, however often it is asked for; the largest margin ends the asking."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    made = experiments(subject)
+    attempted, attempt = [], made._attempt
+    made._attempt = lambda change, **more: attempted.append(change.name) or attempt(change, **more)
+    told = made.run([bearing('a', 0.9), bearing('b', 0.4), bearing('c', 0.2), bearing('d', 0.8)])
+    margins = {o.change.name: o.margin for o in told.outcomes}
+    # b and c leave a loss of 0. b x 2 and c x 4 are what d is, c x 2 is what b is.
+    assert margins == {'a x 1': None, 'b x 1': 2, 'c x 1': 4, 'd x 1': None}
+    assert told.outcomes[0].change.name == 'c x 1' and told.outcomes[0].point_of_no_return is not None
+    assert list(dict.fromkeys(attempted)) == [
+        'nudge',
+        'a x 1',
+        'b x 1',
+        'c x 1',
+        'd x 1',
+        'b x 4',
+    ]
+
+
+def test_margins_of_what_speaks_for_the_cause_are_asked_first(tmp_path):
+    """It is named although others bear more; one combined with another is tried where it bears some."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    fragile, sound = bearing('fragile', 0.9, 'wear'), bearing('sound', 0.45, 'wear')
+    asked = []
+
+    def combine(change):
+        asked.append(change.name)
+        return bearing('both', 0.225, 'wear')
+
+    told = experiments(subject).run([fragile, sound, bearing('half', 0.55)], combine=combine)
+    assert asked == ['sound x 1']
+    assert {o.change.name: o.margin for o in told.outcomes} == {
+        'both x 1': 4, 'sound x 1': 2, 'fragile x 1': None, 'half x 1': None
+    }  # fmt: skip
+    assert [o.change.name for o in told.outcomes][:2] == ['both x 1', 'sound x 1']
+    assert told.outcomes[0].reached == SYMPTOM + experiment.FARTHER
+    cause = cause_of(told)
+    assert cause.why.startswith('wear: both x 1 averts it; so does sound x 1')
+
+
+def test_a_margin_that_leads_back_to_the_run_as_it_was(tmp_path):
+    """It broke, and isn't replayed again."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    half = change('half', growing(0.5))._replace(stressed=lambda times: None)
+    (outcome,) = experiments(subject).run([half]).outcomes
+    assert outcome.margin == 1
+
+
+def test_no_margin_is_asked_of_what_takes_the_mechanism_away_for_good(tmp_path):
+    """Nor of what does not avert, nor beyond the budget."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    for_good = change('for good', growing(0.9))._replace(removes='wear')
+    worse = change('worse', growing(2.0))._replace(stressed=lambda times: 1 / 0)
+    told = experiments(subject).run([for_good, bearing('slower', 0.2), worse])
+    assert [(o.change.name, o.margin) for o in told.outcomes] == [
+        ('for good', None), ('slower x 1', None), ('worse', None)
+    ]  # fmt: skip
+    short = experiments(subject, budget=540).run([bearing('slower', 0.2)])
+    assert short.outcomes[0].margin == 2 and short.steps_replayed <= 540
+
+
 def test_a_bad_batch(tmp_path):
     """A state that forgets, so that the batch alone is to blame."""
     subject = subject_of(halving, with_a_bad_batch, first, tmp_path)

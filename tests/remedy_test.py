@@ -84,6 +84,33 @@ def test_what_changes_nothing_is_not_applicable():
     assert 'sigmoid gates' not in {each.name for each in remedy.applicable(small.configuration())}
 
 
+def test_two_remedies_as_one():
+    """Each on top of the other, in the flags as in what is replayed; None of what is about the rate already."""
+    both = remedy.combined(CONFIG, 'update clipping')
+    assert (
+        both.name == 'update clipping and half the learning rate' and both.removes == 'outrun second moment'
+    )
+    assert remedy.flags(CONFIG, both) == '--learning_rate=0.003 --update_clip=1.0'
+    assert remedy.combined(CONFIG, 'half the learning rate') is None
+    eighth = remedy.together(by_name('half the learning rate'), by_name('an eighth of the learning rate'))
+    assert remedy.applied(CONFIG, eighth).optimiser.learning_rate == 6e-3 / 16
+
+
+def test_a_remedy_under_longer_steps():
+    """The same key for the same run; nothing where it is the run as it was; and none of what is unusual."""
+
+    def made(name):
+        return remedy.change(CONFIG, small.dataset(), by_name(name))
+
+    half, eighth = made('half the learning rate'), made('an eighth of the learning rate')
+    assert half.stressed(2) is None and eighth.stressed(4).key == half.key
+    assert half.stressed(4).key == CONFIG.changed(learning_rate=1.2e-2)
+    assert eighth.stressed(4).stressed is None and eighth.stressed(2).name == f'{eighth.name}, 2 x the rate'
+    assert made('bias correction').stressed is None is made('guard').stressed
+    with pytest.raises(ValueError, match='changes nothing'):
+        remedy.change(CONFIG.changed(update_clip=1.0), small.dataset(), by_name('update clipping'))
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_a_running_state_goes_on_under_each(name):
     """Its parameters and moments are kept, and the next step is finite."""

@@ -233,9 +233,9 @@ def test_json_has_no_nan(words):
     assert told['against'] == 10 and told['step'] == 12
 
 
-def outcome(name, verdict, symptom=None, *, loss=0.25, reached=63, flags='', last=None):
+def outcome(name, verdict, symptom=None, *, loss=0.25, reached=63, flags='', last=None, margin=None):
     made = Change(name, 'optimiser', lambda: None, flags, 'because')
-    return Outcome(made, verdict, symptom, loss, reached, last)
+    return Outcome(made, verdict, symptom, loss, reached, last, margin)
 
 
 TOLD = Told(
@@ -244,7 +244,10 @@ TOLD = Told(
     True,
     outcome('nudge', 'unchanged', Symptom('spike', 13), reached=14),
     (
-        outcome('half the learning rate', 'averted', flags='--learning_rate=0.5', reached=200, last=9),
+        outcome(
+            'half the learning rate', 'averted', flags='--learning_rate=0.5', reached=200, last=9, margin=4
+        ),
+        outcome('update clipping', 'averted', margin=1),
         outcome('other batches', 'averted'),
         outcome(
             'sigmoid gates',
@@ -286,11 +289,12 @@ it still averts the symptom when it is switched on at step 9
 
 the steps from 0 on, again, each under one change
 
- change                  outcome                up to  loss
- ──────────────────────────────────────────────────────────
- half the learning rate  averted                  199  0.25
- other batches           averted                   62  0.25
- sigmoid gates           worse, nonfinite at 3      3   nan
+ change                  outcome                        up to  loss
+ ──────────────────────────────────────────────────────────────────
+ half the learning rate  averted, even at 4 x the rate    199  0.25
+ update clipping         averted, not at 2 x the rate      62  0.25
+ other batches           averted                           62  0.25
+ sigmoid gates           worse, nonfinite at 3              3   nan
 
 without a change: spike at 12; nudged by a millionth: unchanged, spike at 13;
 one drawn at random (other batches): averted; the budget did not reach to: ZClip
@@ -326,12 +330,12 @@ def test_a_diagnosis():
 
 
 def test_nothing_is_advised_where_no_flag_averts():
-    told = TOLD._replace(outcomes=TOLD.outcomes[1:])
+    told = TOLD._replace(outcomes=TOLD.outcomes[2:])
     undecided = Diagnosis(
         symptom=Symptom('spike', 12),
         first_bad_step=12,
         cause=Cause('none', 'undecided: so'),
-        remedies=REMEDIES[1:],
+        remedies=REMEDIES[2:],
     )
     screen = shown(report.diagnosed(undecided, told))
     assert report.advised(undecided) == '' and 'do:' not in screen and 'undecided: so' in screen

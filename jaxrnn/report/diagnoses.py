@@ -89,12 +89,11 @@ def _experiments(told: Told) -> RenderableType:
     window = told.window
     if window is None or not told.outcomes:
         return Text()
-    made = table('change', 'outcome', 'longer steps', 'up to', 'loss', left=('change', 'outcome'))
+    made = table('change', 'outcome', 'up to', 'loss', left=('change', 'outcome'))
     for outcome in told.outcomes:
         made.add_row(
             outcome.change.name,
             Text(_outcome(outcome), style=STYLES[outcome.verdict]),
-            _bears(outcome),
             str(outcome.reached - 1),
             number(outcome.loss),
         )
@@ -103,14 +102,18 @@ def _experiments(told: Told) -> RenderableType:
 
 def _outcome(outcome: Outcome) -> str:
     if outcome.symptom is None:
-        return outcome.verdict
+        return outcome.verdict + _bears(outcome)
     return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'
 
 
 def _bears(outcome: Outcome) -> str:
-    if outcome.margin is None:
-        return ''
-    return f'{outcome.margin} x' if outcome.margin > MARGINS[0] else f'not {MARGINS[1]} x'
+    match outcome.margin:
+        case None:
+            return ''
+        case 1:
+            return f', not at {MARGINS[1]} x the rate'
+        case times:
+            return f', even at {times} x the rate'
 
 
 def _baselines(told: Told) -> Text:
