@@ -144,8 +144,8 @@ REMEDIES = (
 """In the order in which they are tried."""
 
 
-def together(first: Remedy, *others: Remedy) -> Remedy:
-    """Several as one, the later ones applied to what the earlier ones make; named for what the first takes away."""
+def together(first: Remedy, *others: Remedy, name: str) -> Remedy:
+    """Several as one, the later ones applied to what the earlier ones make; it takes away what the first does."""
 
     def options(config: Config) -> Options:
         changes: Options = {}
@@ -155,17 +155,24 @@ def together(first: Remedy, *others: Remedy) -> Remedy:
 
     every = (first, *others)
     return first._replace(
-        name=' and '.join(remedy.name for remedy in every),
+        name=name,
         options=options,
         means='; '.join(remedy.means for remedy in every),
     )
 
 
 def combined(config: Config, name: str) -> Remedy | None:
-    """A remedy and half the learning rate as one; None for one that is about the learning rate already."""
-    (remedy,) = (each for each in REMEDIES if each.name == name)
-    (half,) = (each for each in REMEDIES if each.name == HALF)
-    return None if 'learning_rate' in remedy.options(config) else together(remedy, half)
+    """A remedy with steps half as long, and from then on shorter; None for one that is about the learning rate already.
+
+    What one remedy averts on the steps before a symptom comes later, mostly: the loss landscape goes on sharpening, and
+    a rate that decays keeps ahead of it.
+    """
+    remedy, half, decay = (
+        next(each for each in REMEDIES if each.name == wanted) for wanted in (name, HALF, DECAY)
+    )
+    if remedy.options(config).keys() & {'learning_rate', 'schedule'}:
+        return None
+    return together(remedy, half, decay, name=f'{name}, half the rate, decaying')
 
 
 def applicable(config: Config) -> list[Remedy]:

@@ -186,6 +186,15 @@ def test_what_speaks_for_the_cause_is_ranked_first():
 
     assert names() == names(by_batch=False) == ['amsgrad', 'half', 'without the batch', 'sigmoid']
     assert names(by_batch=True) == ['without the batch', 'half', 'amsgrad', 'sigmoid']
+    # Longer steps are borne by what takes the cause away for good, and count before the cause.
+    half, amsgrad, *others = made
+    made = [half._replace(margin=4), amsgrad, *others]
+    assert names()[0] == 'amsgrad'
+    edgy = amsgrad.change._replace(stressed=lambda times: None)
+    made = [half._replace(margin=4), amsgrad._replace(change=edgy)]
+    assert names() == ['half', 'amsgrad']
+    made = [half._replace(margin=2), made[1]._replace(margin=2)]
+    assert names() == ['amsgrad', 'half']
 
 
 def test_the_narrowest_mechanism_is_named():

@@ -86,13 +86,17 @@ def test_what_changes_nothing_is_not_applicable():
 
 def test_two_remedies_as_one():
     """Each on top of the other, in the flags as in what is replayed; None of what is about the rate already."""
-    both = remedy.combined(CONFIG, 'update clipping')
-    assert (
-        both.name == 'update clipping and half the learning rate' and both.removes == 'outrun second moment'
+    short = CONFIG.changed(max_steps=500)
+    both = remedy.combined(short, 'update clipping')
+    assert both.name == 'update clipping, half the rate, decaying' and both.removes == 'outrun second moment'
+    assert remedy.flags(short, both) == (
+        '--learning_rate=0.003 --update_clip=1.0 --schedule=warmup_cosine --decay_steps=500'
     )
-    assert remedy.flags(CONFIG, both) == '--learning_rate=0.003 --update_clip=1.0'
-    assert remedy.combined(CONFIG, 'half the learning rate') is None
-    eighth = remedy.together(by_name('half the learning rate'), by_name('an eighth of the learning rate'))
+    scheduled = CONFIG.changed(schedule='exponential')
+    both = remedy.combined(scheduled, 'update clipping')
+    assert remedy.flags(scheduled, both) == '--learning_rate=0.003 --update_clip=1.0'
+    assert remedy.combined(CONFIG, remedy.HALF) is remedy.combined(CONFIG, remedy.DECAY) is None
+    eighth = remedy.together(by_name(remedy.HALF), by_name('an eighth of the learning rate'), name='')
     assert remedy.applied(CONFIG, eighth).optimiser.learning_rate == 6e-3 / 16
 
 
