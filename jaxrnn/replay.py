@@ -286,5 +286,14 @@ def _irreproducible(replayer: Replayer, outcome: Replay) -> Cause:
         if agree
         else 'two replays disagree with each other'
     )
+    recorded_row = replayer.recorded.get(step, {})
+    fields = telemetry.different(recorded_row, replayer.rows[step])
+    if agree and telemetry.DIGEST in recorded_row and telemetry.DIGEST not in fields:
+        measured = f'{", ".join(fields)} measured otherwise'
+        return Cause(
+            'none',
+            f'not reproducible from step {step} on: the states agree bit for bit, but {measured}, as by another '
+            f'version of the code that makes the record{around}; train again with this one',
+        )
     kind = 'hardware' if agree and not differences else 'nondeterminism'
     return Cause(kind, f'not reproducible from step {step} on: {what}{around}')

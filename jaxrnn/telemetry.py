@@ -144,7 +144,12 @@ def row(step: int, observation: Observation) -> Row:
 def same(recorded: Row, computed: Row) -> bool:
     """Whether two records of a step agree bit for bit in all they share, and share a measurement."""
     shared = (recorded.keys() & computed.keys()) - {'step'}
-    return bool(shared) and all(_same(recorded[name], computed[name]) for name in shared)
+    return bool(shared) and not different(recorded, computed)
+
+
+def different(recorded: Row, computed: Row) -> list[str]:
+    """Which of the fields that two records share differ by a bit."""
+    return [name for name in recorded if name in computed and not _same(recorded[name], computed[name])]
 
 
 def contiguous(rows: list[Row]) -> bool:

@@ -194,6 +194,23 @@ class TestNotReproducible:
         assert found.cause.kind == 'nondeterminism'
         assert 'two replays disagree' in found.cause.why
 
+    def test_what_was_only_measured_otherwise_is_not_the_hardware(self, healthy):
+        """As after an upgrade that changes what a record says, and not what a step does."""
+        path = healthy[-1] / 'records.jsonl'
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[45]['loss'] *= 1.001
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        found, _ = replay.bisect(subject(*healthy), [detect.custom('step == 50')])
+        assert found.first_bad_step is None and found.replay.first_mismatch == 45
+        assert (
+            found.cause.kind == 'none'
+            and 'the states agree bit for bit, but loss measured' in found.cause.why
+        )
+        rows[45]['digest'] = '0' * 16
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        found, _ = replay.bisect(subject(*healthy), [detect.custom('step == 50')])
+        assert found.cause.kind == 'hardware'
+
     def test_without_records_checkpoints_tell(self, tmp_path):
         """A step that isn't the one that made the checkpoints reaches the next one with another state."""
         program = small.program('lstm')
