@@ -25,7 +25,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import environment, loop, run
+from jaxrnn import environment, investigation, loop
 from jaxrnn.diagnosis import Diagnosis
 from scripts import common, demo
 
@@ -64,7 +64,9 @@ def late(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         causes.trained(cause, Path(directory))
         start = time.perf_counter()
-        found: Diagnosis = run.diagnose_run(directory, make_program=cause.make(later=True)).diagnosis
+        found: Diagnosis = investigation.diagnose_run(
+            directory, make_program=cause.make(later=True)
+        ).diagnosis
         seconds = time.perf_counter() - start
     return _row(name, seconds, dataclasses.asdict(found))
 

@@ -15,11 +15,12 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.p
 from absl import flags
 from rich.console import Console
 
+from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report, run
+    from jaxrnn import report
     from jaxrnn.types import UserError
 
     if arguments:
@@ -27,13 +28,13 @@ def main(arguments: list[str]) -> int:
     directory, detectors = common.run_dir(), common.detectors()
     common.keep_compiled()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
-    found = run.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    found = investigation.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
     diagnosis, opened = found.diagnosis, found.opened
     step = diagnosis.first_bad_step
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        words = run.words_of(opened, step) if step is not None else ()
+        words = investigation.words_of(opened, step) if step is not None else ()
         console = Console(soft_wrap=True)
         console.print(report.bisected(diagnosis, found.rows, words, found.look), soft_wrap=False)
         if step is not None:

@@ -13,11 +13,12 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.p
 from absl import flags
 from rich.console import Console
 
+from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import experiment, report, run
+    from jaxrnn import experiment, report
     from jaxrnn.types import UserError
 
     if arguments:
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
     if budget is not None and budget < 1:
         raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
-    found = run.diagnose_run(
+    found = investigation.diagnose_run(
         directory,
         detectors,
         budget=experiment.BUDGET if budget is None else budget,
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         common.print_json(diagnosis.to_json())
     else:
         step = diagnosis.first_bad_step
-        words = run.words_of(opened, step) if step is not None else ()
+        words = investigation.words_of(opened, step) if step is not None else ()
         directory = directory.rstrip('/')
         console = Console()
         console.print(report.diagnosed(diagnosis, found.told, found.bisected.look, words))

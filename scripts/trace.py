@@ -17,11 +17,12 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's trace.py
 from absl import flags
 from rich.console import Console
 
+from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import inside, report, run
+    from jaxrnn import inside, report
     from jaxrnn.types import UserError
 
     if arguments:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
     screens = [name for name in inside.SCREENS if flags.FLAGS[name].value]
-    look, words = run.look_into_run(
+    look, words = investigation.look_into_run(
         directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
     )
     if flags.FLAGS.json:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import small
 
-from jaxrnn import config, data, diagnosis, environment, loop, run, train
+from jaxrnn import config, data, diagnosis, environment, investigation, loop, run, train
 from jaxrnn.types import Batch, Tree
 
 AT = 650
@@ -266,9 +266,9 @@ def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> ru
 
 
 def diagnosed(cause: Cause, directory: Path, **options: Any) -> diagnosis.Diagnosis:
-    """Trains it until it breaks, and says why; options as of `run.diagnose_run`."""
+    """Trains it until it breaks, and says why; options as of `investigation.diagnose_run`."""
     trained(cause, directory)
-    return run.diagnose_run(directory, make_program=cause.make(later=True), **options).diagnosis
+    return investigation.diagnose_run(directory, make_program=cause.make(later=True), **options).diagnosis
 
 
 def broken(found: diagnosis.Diagnosis) -> diagnosis.Symptom | None:

@@ -7,7 +7,7 @@ import causes
 import pytest
 import small
 
-from jaxrnn import data, environment, loop, report, run
+from jaxrnn import data, environment, investigation, loop, report, run
 from jaxrnn.diagnosis import Diagnosis, Symptom
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
@@ -61,13 +61,13 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
     def fresh(opened, name, made, diagnosis, say):
         return {'name': name, 'ok': not breaks[name], 'value': 0.0, 'why': ''}
 
-    monkeypatch.setattr(run, '_fresh_run', fresh)
-    after = run._in_fresh_runs(found, opened, 2, print)
+    monkeypatch.setattr(investigation, '_fresh_run', fresh)
+    after = investigation._in_fresh_runs(found, opened, 2, print)
     order = ['AMSGrad', 'ZClip', 'other batches', 'half the learning rate', 'larger epsilon']
     assert [remedy['name'] for remedy in after.remedies] == order
     assert [check['name'] for check in after.checks] == list(breaks)
     assert report.advised(after) == '--1'
-    assert run._in_fresh_runs(found, opened, 0, print) == found
+    assert investigation._in_fresh_runs(found, opened, 0, print) == found
 
 
 def test_without_the_plant_the_runs_are_healthy(tmp_path):

@@ -21,10 +21,10 @@ FLOORS = {
     2: ('layers', 'detect', 'curvature', 'cause'),
     3: ('models', 'loop'),
     4: ('train', 'replay', 'rewind'),
-    5: ('inside', 'experiment'),
+    5: ('inside', 'experiment', 'run'),
     6: ('remedy',),
     7: ('checks',),
-    8: ('run', 'debug'),
+    8: ('investigation', 'debug'),
     9: ('report',),
 }
 DOORS = {'gensim': 'data', 'orbax': 'checkpoint', 'jax.extend': 'trace', 'absl': None}

@@ -6,7 +6,7 @@ import causes
 import pytest
 import small
 
-from jaxrnn import data, loop, rewind, run, telemetry
+from jaxrnn import data, investigation, loop, rewind, run, telemetry
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.rewind import Rewind
 from jaxrnn.types import UserError
@@ -75,12 +75,12 @@ def test_a_bad_batch_is_left_out_and_a_replay_leaves_it_out_too(tmp_path):
     assert [each.skipped for each in rewind.read(tmp_path / 'rewinds.json')] == [None, (641, 650)]
     rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
     assert [row['step'] for row in rows] == list(range(750))
-    diagnosis = run.bisect_run(tmp_path, use_records=False, make_program=cause.make()).diagnosis
+    diagnosis = investigation.bisect_run(tmp_path, use_records=False, make_program=cause.make()).diagnosis
     assert diagnosis.symptom is None and diagnosis.replay.bit_identical
     assert diagnosis.replay.steps_replayed >= 750
     # Without the note of what was left out it is another run.
     (tmp_path / 'rewinds.json').unlink()
-    other = run.bisect_run(tmp_path, use_records=False, make_program=cause.make()).diagnosis
+    other = investigation.bisect_run(tmp_path, use_records=False, make_program=cause.make()).diagnosis
     assert (
         not other.replay.bit_identical and other.replay.first_mismatch == 699
     )  # at the checkpoint of step 700

@@ -30,7 +30,7 @@ def diagnosed(
     """One screen on a diagnosis.
 
     Args:
-        diagnosis: of run.diagnose_run.
+        diagnosis: of investigation.diagnose_run.
         told: of its experiments.
         look: into the first bad step.
         words: of the first bad step's batch.
