@@ -25,6 +25,14 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked as of a battery, unless it is to be run whole."""
+    if not config.getoption('full'):
+        left_out = [item for item in items if item.get_closest_marker('battery')]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(scope='session')
 def full(pytestconfig) -> bool:
     """Whether batteries are run whole."""
