@@ -124,6 +124,23 @@ def other_batches(subject: Subject, window: Window) -> Change:
     )  # fmt: skip
 
 
+def in_float64(subject: Subject) -> Change:
+    """State and batches in float64, and with them all that isn't told to be otherwise. What this averts, and a nudge
+    doesn't, is the rounding's doing."""
+    return Change(
+        'float64', 'precision',
+        lambda: Changed(_step(subject), lambda step: _widened(subject.batch_at(step)), _widened, wide=True),
+        means='numbers keep twice their digits', removes='low precision',
+    )  # fmt: skip
+
+
+def _widened(numbers: Tree) -> Tree:
+    def widen(x: Any) -> Any:
+        return x.astype(np.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+
+    return jax.tree.map(widen, numbers)
+
+
 def _step(subject: Subject) -> Step:
     if subject.step is None:
         raise ValueError('a subject without its step can be replayed, not changed')
@@ -280,10 +297,10 @@ class Experiments:
         """In another thread, which must be told whether there are 64-bit types (`wide`). Whatever else JAX's contexts
         hold for one thread alone costs another compilation, and no more."""
         assert self.window is not None
-        with jax.enable_x64(wide):
-            changed, ours = change.make(), self.subject
-            if changed.step is ours.step:
-                return Made(changed, ours.observed)
+        changed, ours = change.make(), self.subject
+        if changed.step is ours.step and not changed.wide:
+            return Made(changed, ours.observed)
+        with jax.enable_x64(wide or changed.wide):
             made = Made(changed, telemetry.Tried(changed.step))
             start = self.window.start
             made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
@@ -310,15 +327,17 @@ class Experiments:
         if self.steps_replayed + 2 * (horizon - start) <= self.left:
             for later in ahead:
                 self._make(later)
-        state = changed.convert(self._state(start))
+        begun = self._state(start)
         history = [*self._history, *(row for row in self._control if row['step'] < start)]
         rows: list[Row] = []
-        for first in range(start, horizon, LOOK_EVERY):
-            stop = min(first + LOOK_EVERY, horizon)
-            more, state = self._advance(observed, changed.batch_at, state, first, stop)
-            rows += more
-            if self._first([*history, *rows], first) is not None:
-                break
+        with jax.enable_x64(changed.wide or jax.config.values['jax_enable_x64']):
+            state = changed.convert(begun)
+            for first in range(start, horizon, LOOK_EVERY):
+                stop = min(first + LOOK_EVERY, horizon)
+                more, state = self._advance(observed, changed.batch_at, state, first, stop)
+                rows += more
+                if self._first([*history, *rows], first) is not None:
+                    break
         return self._outcome(change, self._found([*history, *rows], start), rows)
 
     def _outcome_of(self, change: Change, ahead: Sequence[Change] = ()) -> Outcome | None:
@@ -578,8 +597,8 @@ def in_order(
 ) -> list[Change]:
     """Changes with those of the data: these first where there are bad batches, else last."""
     left_out = [without_batch(subject, step) for step in bad_batches or [window.symptom] if step]
-    others = other_batches(subject, window)
-    return [*left_out, *changes, others] if bad_batches else [*changes, others, *left_out]
+    last = [in_float64(subject), other_batches(subject, window)]
+    return [*left_out, *changes, *last] if bad_batches else [*changes, *last, *left_out]
 
 
 def _as_remedy(outcome: Outcome) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
     made = {
         'preset': preset,
         'masked': options.mask_padding,
-        'dtype': options.dtype,
+        'dtype': None
+        if options.dtype == 'float32'
+        else options.dtype,  # else float64 could not be had either
         'rngs': nnx.Rngs(key),
         'reference': options.recurrence == 'reference',
     }

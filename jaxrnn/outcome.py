@@ -22,6 +22,7 @@ class Changed(NamedTuple):
     step: Step
     batch_at: BatchAt
     convert: Callable[[Tree], Tree] = lambda state: state  # the run's state -> the changed run's
+    wide: bool = False  # whether it is computed where there are 64-bit types
 
 
 class Change(NamedTuple):

@@ -213,6 +213,34 @@ def test_data_alone_averts_but_an_earlier_state_bears_the_batch():
     assert cause_of(told).kind == cause_of(told, by_batch=True).kind == 'data'
 
 
+def too_small_to_see(state, batch):
+    """Steps of a hundred-millionth of a number: in float32 it stands still, and that shows from step 150 on."""
+    number, x = state
+    after = x + jnp.asarray(1e-8, x.dtype)
+    stuck = (number >= 150) & (after == x)
+    return (number + 1, after), {'loss': jnp.where(stuck, 5.0, 0.1).astype(x.dtype)}
+
+
+def test_what_float64_averts_is_the_rounding(tmp_path):
+    """Its own compilation, of 64-bit types; everything else stays as narrow as it was."""
+
+    def init():
+        return jnp.int32(0), jnp.float32(1)
+
+    subject = subject_of(too_small_to_see, no_batch, init, tmp_path)
+    told = experiments(subject).run([experiment.in_float64(subject), change('as it was', too_small_to_see)])
+    assert {o.change.name: o.verdict for o in told.outcomes} == {'float64': AVERTED, 'as it was': UNCHANGED}
+    assert told.identical and told.nudge.verdict == UNCHANGED
+    cause = cause_of(told)
+    assert cause.kind == 'precision' and cause.why.startswith('low precision (')
+    assert told.outcomes[0].point_of_no_return == 150
+    assert not jax.config.values['jax_enable_x64']
+    # What rounding has no part in, it doesn't avert.
+    grows = subject_of(growing(RATE), no_batch, first, tmp_path / 'grows')
+    (outcome,) = experiments(grows).run([experiment.in_float64(grows)]).outcomes
+    assert outcome.verdict == UNCHANGED
+
+
 def with_a_bad_batch(step):
     return np.float32(5 if step == 200 else 1e-3 * (1 + step % 7))
 
@@ -450,6 +478,7 @@ def test_anybody_s_run_is_diagnosed(tmp_path):
         'without the batch of step 120': 'averted',
         'other batches': 'averted',
         'half': 'unchanged',
+        'float64': 'unchanged',
     }
     assert diagnosis.replay.steps_replayed == 21 + told.steps_replayed <= 2000
     best = diagnosis.remedies[0]
