@@ -412,3 +412,16 @@ def test_a_configuration_without_them_has_the_digest_it_had():
     assert config.Config().digest() == 'c37d6bcec1a31e55'
     with_signals = config.Config(training=config.Training(signals=True))
     assert with_signals.digest() != config.Config().digest()
+
+
+@pytest.mark.parametrize('network', small.NETWORKS)
+def test_signals_change_no_bit_of_the_state(network):
+    """So that a run can be trained again with them, to see what came before its symptom."""
+    states = []
+    for on in (False, True):
+        program = train.make_program(small.configuration(network, hidden=24, signals=on), small.dataset())
+        step, state = jax.jit(program.step), program.init()
+        for number in range(6):
+            state, _ = step(state, program.batch_at(number))
+        states.append(state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
