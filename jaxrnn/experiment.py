@@ -79,6 +79,7 @@ def window_of(subject: Subject, step: int, began: int | None = None) -> Window |
 
 
 Combine = Callable[[Change], Change | None]
+"""A change -> it and another as one; None where there is no such."""
 
 
 # Changes that anybody's run can be given.
@@ -195,7 +196,7 @@ class Experiments:
         changes: Sequence[Change],
         *,
         by_batch: bool | None = None,
-        combine: Combine = lambda outcome: None,
+        combine: Combine = lambda change: None,
     ) -> Told:
         """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps
         the best bear; then the best replayed on, and its point of no return.
@@ -297,7 +298,8 @@ class Experiments:
         """In another thread, which must be told whether there are 64-bit types (`wide`). Whatever else JAX's contexts
         hold for one thread alone costs another compilation, and no more."""
         assert self.window is not None
-        changed, ours = change.make(), self.subject
+        with jax.enable_x64(wide):
+            changed, ours = change.make(), self.subject
         if changed.step is ours.step and not changed.wide:
             return Made(changed, ours.observed)
         with jax.enable_x64(wide or changed.wide):
@@ -358,7 +360,7 @@ class Experiments:
         assert self.window is not None
         speaking = speaking_of(outcomes, by_batch)
         found = ranked(outcomes, by_batch=by_batch)
-        for place, outcome in enumerate(found):
+        for place, outcome in enumerate(tuple(found)):
             if self.window.lasting or outcome not in speaking:
                 break
             if outcome.change.stressed is None:

@@ -80,9 +80,8 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
     made = {
         'preset': preset,
         'masked': options.mask_padding,
-        'dtype': None
-        if options.dtype == 'float32'
-        else options.dtype,  # else float64 could not be had either
+        # None is the weights' own, which are float64 where an experiment has made them so.
+        'dtype': None if options.dtype == 'float32' else options.dtype,
         'rngs': nnx.Rngs(key),
         'reference': options.recurrence == 'reference',
     }

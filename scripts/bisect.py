@@ -15,12 +15,11 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.p
 from absl import flags
 from rich.console import Console
 
-from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import investigation, report
     from jaxrnn.types import UserError
 
     if arguments:

@@ -13,12 +13,11 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.p
 from absl import flags
 from rich.console import Console
 
-from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import experiment, report
+    from jaxrnn import experiment, investigation, report
     from jaxrnn.types import UserError
 
     if arguments:

@@ -17,12 +17,11 @@ sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's trace.py
 from absl import flags
 from rich.console import Console
 
-from jaxrnn import investigation
 from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import inside, report
+    from jaxrnn import inside, investigation, report
     from jaxrnn.types import UserError
 
     if arguments:

@@ -532,6 +532,21 @@ def test_a_change_that_records_less_than_the_run_is_not_taken_for_one_that_break
     assert told.identical and told.outcomes[0].verdict == AVERTED
 
 
+def test_a_change_is_made_where_there_are_64_bit_types_if_there_are(tmp_path):
+    """In the thread that compiles, too."""
+    seen = []
+
+    def make():
+        seen.append(jax.config.values['jax_enable_x64'])
+        return Changed(growing(0.5), no_batch)
+
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            subject = subject_of(growing(RATE), no_batch, first, tmp_path / str(wide))
+            experiments(subject).run([Change('half', 'model', make)])
+    assert seen == [False, True]
+
+
 def test_what_can_not_be_made_is_said(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
 
