@@ -23,6 +23,8 @@ def define_flags(repeats: int) -> None:
     common.define('run', 'hidden', 0, 'Width; 0: stock.')
     common.define('run', 'batch_size', 32, 'Words in a batch.')
     common.define('run', 'repeats', repeats, 'Measured rounds.')
+    # With it, memory is kept as where a run is trained (common.start).
+    common.define('run', 'threads', 0, 'Processors to use; 0: all.')
     common.define(
         'run', 'json', False, 'Print the machine-readable result as the last line of standard output.'
     )

@@ -73,6 +73,7 @@ class Cell(NamedTuple):
         `d_inputs` and `d_products` say which of them belong to the gates of x_t, and of each product.
     operands(saved, tm1)
         What each product multiplied: the weights' gradients are operand' d, over all time steps and examples.
+    gates: name and place in `saved` of what squashes to [0, 1].
     """
 
     carry: type[Any]
@@ -83,6 +84,7 @@ class Cell(NamedTuple):
     forward: Callable
     backward: Callable
     operands: Callable
+    gates: tuple[tuple[str, int], ...]
 
 
 @functools.cache
@@ -131,6 +133,7 @@ def lstm(gate: Gate) -> Cell:
         forward=forward,
         backward=backward,
         operands=lambda saved, tm1: (tm1.h,),
+        gates=((INPUT, 0), (FORGET, 1), (OUTPUT, 3)),
     )
 
 
@@ -175,6 +178,7 @@ def gru_reset_after(gate: Gate) -> Cell:
         forward=forward,
         backward=backward,
         operands=lambda saved, tm1: (tm1.h,),
+        gates=((UPDATE, 0), (RESET, 1)),
     )
 
 
@@ -217,6 +221,7 @@ def gru_reset_before(gate: Gate) -> Cell:
         forward=forward,
         backward=backward,
         operands=lambda saved, tm1: (tm1.h, saved[1] * tm1.h),
+        gates=((UPDATE, 0), (RESET, 1)),
     )
 
 

@@ -4,13 +4,53 @@
 `nnx.Bidirectional` and `nnx.Sequential`.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxrnn import cells, scan
 from jaxrnn.types import Array, Tree
+
+_next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[scan.Seen | None, Array | None]]] = (
+    contextvars.ContextVar('next_probe', default=lambda cell: (None, None))
+)
+
+
+def probes(network: Callable, *args: Any) -> list[scan.Seen]:
+    """A probe for each call of a recurrent layer in a function, in their order. args: of the function."""
+    found: list[scan.Seen] = []
+
+    def count(cell: cells.Cell) -> tuple[None, None]:
+        found.append(scan.probe(cell))
+        return None, None
+
+    with _probing(count):
+        jax.eval_shape(
+            lambda *args: network(*args), *args
+        )  # a new function each time, as JAX would not trace it again
+    return found
+
+
+@contextlib.contextmanager
+def looked_at(probes: Sequence[scan.Seen], ends: Array | None = None) -> Iterator[None]:
+    """Gives the probes to the recurrent layers called within, in their order; `ends` as `scan.run` has it."""
+    left = iter(probes)
+    with _probing(lambda cell: (next(left, None), ends)):
+        yield
+
+
+@contextlib.contextmanager
+def _probing(take: Callable[[cells.Cell], tuple[scan.Seen | None, Array | None]]) -> Iterator[None]:
+    token = _next_probe.set(take)
+    try:
+        yield
+    finally:
+        _next_probe.reset(token)
 
 
 class _Recurrent(nnx.Module):
@@ -112,9 +152,11 @@ class _Recurrent(nnx.Module):
         weights = scan.Weights(
             self.kernel[...], self.bias[...], self.recurrent_kernel[...], None if bias is None else bias[...]
         )
+        seen, ends = (None, None) if self.reference else _next_probe.get()(self.cell)
         return scan.run(
-            self.cell, weights, xs, carry, mask=mask, dtype=self.dtype, reference=self.reference, **options
-        )
+            self.cell, weights, xs, carry, mask=mask, dtype=self.dtype, reference=self.reference, seen=seen,
+            ends=ends, **options,
+        )  # fmt: skip
 
     def _make_cell(self, preset: cells.Preset) -> cells.Cell:
         raise NotImplementedError

@@ -72,6 +72,45 @@ class Weights(NamedTuple):
     recurrent_bias: Array | None = None  # GRU, reset after: [3H], or [H] for the candidate alone
 
 
+UNITS = 128
+"""Units of a layer that a probe looks at, evenly spread: of 1,024 an eighth. Of the cotangents, which are of all gates
+side by side, as many numbers."""
+
+SATURATED = 0.1
+"""From 0 or 1, within which a gate's value counts as saturated (Karpathy, Johnson & Fei-Fei 2015, 1506.02078)."""
+
+LARGE_CELL = 4.0
+"""|c| from which on tanh(c) passes less than 1.4e-3 of a gradient."""
+
+TINY = 1e-30
+"""Keeps a ratio off 0/0, which it makes 1, and finite."""
+
+
+class Seen(NamedTuple):
+    """What a layer did in one pass, forward and back: numbers by which to tell how it will fare.
+
+    An argument of `run` that moves nothing, whose gradient is what was seen: so it comes out beside the weights'
+    gradients, of the pass that makes these. Of some UNITS units; masked time steps don't count.
+    """
+
+    saturated: dict[str, Array]  # gate -> share of its values within SATURATED of 0 or 1
+    dead: dict[
+        str, Array
+    ]  # gate -> share of the units whose gate is at 0 or 1 for all examples and time steps
+    large_cells: Array  # share of |c| > LARGE_CELL; 0 for a GRU
+    memory: (
+        Array  # Σ Var(h after the last time step) / Σ Var(h at each example's `end`), over examples and units
+    )
+    through_time: Array  # RMS(∂L/∂a) at the first time step, over that at the last; a: pre-activations
+
+
+def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Seen:
+    """What `run` takes to look at a layer: zeros, to be differentiated by."""
+    zero = jnp.zeros((), dtype)
+    per_gate = {name: zero for name, _ in cell.gates}
+    return Seen(per_gate, per_gate, zero, zero, zero)
+
+
 def run(
     cell: cells.Cell,
     weights: Weights,
@@ -84,6 +123,8 @@ def run(
     dtype: Any = None,
     reference: bool = False,
     plan: Plan | None = None,
+    seen: Seen | None = None,
+    ends: Array | None = None,
 ) -> tuple[Any, Tree]:
     """Runs a cell over time.
 
@@ -101,6 +142,8 @@ def run(
         reference: whether to take the plain scan, which JAX differentiates: slower, but open to forward mode
             (`jax.jvp`). Hessian-vector products as `jax.jvp` of `jax.grad` need it not.
         plan: layout of the loops; the platform's best if not given.
+        seen: of `probe`, to look at the layer; the plain scan gives it no gradient.
+        ends: int [B], time steps up to which an example says something, for `Seen.memory`; T if not given.
 
     Returns:
         Outputs [T, B, H], or None without `sequences`, and the carry after the last time step.
@@ -118,7 +161,9 @@ def run(
     if reference:
         return _reference(cell, weights, xs, carry, mask, reverse=reverse, sequences=sequences, dtype=dtype)
     static = _Static(cell, plan or best_plan(xs.shape[1]), reverse, sequences, dtype)
-    return _fast(static, weights, xs, carry, mask)
+    if seen is not None and ends is None:
+        ends = jnp.full(xs.shape[1], xs.shape[0])
+    return _fast(static, weights, xs, carry, mask, seen, ends)
 
 
 def _start(cell: cells.Cell, weights: Weights, xs: Array, carry: Tree | None) -> Tree:
@@ -323,9 +368,15 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int], wide: Any) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fast(
-    static: _Static, weights: Weights, xs: Array, carry: Tree, mask: Array | None
+    static: _Static,
+    weights: Weights,
+    xs: Array,
+    carry: Tree,
+    mask: Array | None,
+    seen: Seen | None,
+    ends: Array | None,
 ) -> tuple[Array | None, Tree]:
-    return _forward(static, weights, xs, carry, mask)[0]
+    return _forward(static, weights, xs, carry, mask, seen, ends)[0]
 
 
 class _Residuals(NamedTuple):
@@ -334,10 +385,17 @@ class _Residuals(NamedTuple):
     mask: Array | None
     saved: tuple[Any, ...]  # as `_pieces`: what the cell saved at each time step
     tm1: tuple[Tree, ...]  # the carry before it
+    seen: tuple[Seen, Array, Array] | None  # what is to be seen, `ends`, and the last h
 
 
 def _forward(
-    static: _Static, weights: Weights, xs: Array, carry: Tree, mask: Array | None
+    static: _Static,
+    weights: Weights,
+    xs: Array,
+    carry: Tree,
+    mask: Array | None,
+    seen: Seen | None,
+    ends: Array | None,
 ) -> tuple[tuple[Array | None, Tree], _Residuals]:
     cell = static.cell
     layout = _Layout(static.plan.features_first, static.dtype, carry.h.dtype)
@@ -363,12 +421,13 @@ def _forward(
     last, kept = _scan(step, start, _pieces((inputs, mask), unroll), reverse=static.reverse)
     saved, tm1, outputs = zip(*kept, strict=True)
     results = _stack(outputs) if static.sequences else None, jax.tree.map(layout.turned, last)
-    return results, _Residuals(weights, xs, mask, saved, tm1)
+    looked_at = None if seen is None or ends is None else (seen, ends, last.h)
+    return results, _Residuals(weights, xs, mask, saved, tm1, looked_at)
 
 
 def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | None, Tree]) -> tuple:
     cell = static.cell
-    weights, xs, mask, saved, tm1 = residuals
+    weights, xs, mask, saved, tm1, looked_at = residuals
     d_outputs, d_last = cotangents
     layout = _Layout(static.plan.features_first, static.dtype, d_last.h.dtype)
     transposed = layout.transposed(layout.blocks(cell, weights.recurrent_kernel))
@@ -397,10 +456,73 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
     stacked = [_stack(of_each) for of_each in zip(*operands, strict=True)]
     groups = [_stack(of_each) for of_each in zip(*d, strict=True)]
     d_weights, d_xs = _gradients(static, layout, weights, xs, groups, stacked)
-    return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None
+    seen = None
+    if looked_at is not None:
+        gates = {name: _stack([apart(s)[k] for s in saved]) for name, k in cell.gates}
+        states = jax.tree.map(lambda *pieces: _stack(pieces), *tm1)
+        seen = _look(static, layout, looked_at, mask, gates, states, groups[0])
+    return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None, seen, None
 
 
 _fast.defvjp(_forward, _backward)
+
+
+def _look(
+    static: _Static,
+    layout: _Layout,
+    looked_at: tuple[Seen, Array, Array],
+    mask: Array | None,
+    gates: dict[str, Array],
+    tm1: Tree,
+    d: Array,
+) -> Seen:
+    """What was seen. gates, states and cotangents of pre-activations: [T, B, ..] or [T, .., B]."""
+    start, ends, last = looked_at
+    units = functools.partial(_some_units, layout)
+    examples = jnp.ones(tm1.h.shape[:1] + ends.shape, bool) if mask is None else mask  # [T, B]
+    if static.reverse:
+        examples, d = examples[::-1], d[::-1]
+    valid = examples[:, None, :] if layout.features_first else examples[:, :, None]
+    count = jnp.sum(examples)
+
+    def share(which: Array) -> Array:
+        return jnp.sum(which & valid) / (jnp.maximum(count, 1) * which.shape[layout.axis])
+
+    def is_dead(value: Array) -> Array:
+        shut = (value <= 0) | (value >= 1) | ~valid
+        return jnp.mean(jnp.all(shut, axis=(0, -1 if layout.features_first else -2)).astype(jnp.float32))
+
+    looked = {name: units(value) for name, value in gates.items()}
+    norms = jnp.sum(jnp.square(units(d)), axis=(1, 2)) / jnp.maximum(jnp.sum(examples, axis=1), 1)
+    final = norms.shape[0] - 1 - jnp.argmax(jnp.any(examples, axis=1)[::-1])
+    found = Seen(
+        saturated={
+            name: share((value < SATURATED) | (value > 1 - SATURATED)) for name, value in looked.items()
+        },
+        dead={name: is_dead(value) for name, value in looked.items()},
+        large_cells=share(jnp.abs(units(tm1.c)) > LARGE_CELL) if 'c' in tm1._fields else jnp.zeros(()),
+        memory=jnp.ones(()) if static.reverse else _memory(layout, units(tm1.h), units(last[None])[0], ends),
+        through_time=_ratio(jnp.sqrt(norms[0]), jnp.sqrt(norms[final])),
+    )
+    return jax.tree.map(lambda x, zero: x.astype(zero.dtype), found, start)
+
+
+def _memory(layout: _Layout, h: Array, last: Array, ends: Array) -> Array:
+    """h: before each time step."""
+    every = jnp.concatenate([h, last[None]])
+    places = ends[None, None, :] if layout.features_first else ends[None, :, None]
+    at_end = jnp.take_along_axis(every, places, axis=0, mode='clip')[0]
+    examples = -1 if layout.features_first else -2
+    return _ratio(jnp.sum(jnp.var(last, axis=examples)), jnp.sum(jnp.var(at_end, axis=examples)))
+
+
+def _some_units(layout: _Layout, x: Array) -> Array:
+    every = max(x.shape[layout.axis] // UNITS, 1)
+    return x[..., ::every, :] if layout.features_first else x[..., ::every]
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return (a + TINY) / (b + TINY)
 
 
 def _inputs(layout: _Layout, weights: Weights, xs: Array) -> tuple[Array, Callable[[Array], Array]]:

@@ -11,8 +11,7 @@ All numbers are finite where the step's are: a field that isn't makes the run di
 A new signal is a property of `_Measured` and an entry of OF_ADAM; detectors, reports and docs read that table.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxrnn import transforms, tree
+from jaxrnn import cells, scan, transforms, tree
 from jaxrnn.types import Array, Record, Tree, UserError
 
 SATURATED = 0.9
@@ -39,6 +38,8 @@ ROW = 1024
 """Numbers of a vector summed one after the other; what is longer is summed by rows, as matrices are."""
 
 
+GATES = (cells.INPUT, cells.FORGET, cells.OUTPUT, cells.UPDATE, cells.RESET)
+
 LARGE = 1 << 14
 """Numbers of a matrix from which on a part of its rows is looked at in a step, where that is asked for."""
 
@@ -48,7 +49,9 @@ class Signal(NamedTuple):
 
     name: str  # of the field
     formula: str
-    worst: str  # 'highest' or 'lowest' over the tensors; 'whole': of all tensors as one
+    # 'highest' or 'lowest' over the tensors, or the layers; 'farthest' from 1; 'last' of the layers; 'whole': of all
+    # tensors as one
+    worst: str
     alarm: str  # in the language of `predicate`; '' where the number is to be read beside others
     means: str
     source: str
@@ -204,7 +207,69 @@ OTHERS = (
 )
 """Those of `curvature`, under the names that a record has them by, and of the record itself."""
 
-SIGNALS = OF_ADAM + OTHERS
+INSIDE = 'reductions over what the backward pass keeps of at most 128 units'
+
+OF_LAYERS = (
+    *(
+        Signal(
+            f'saturated_{gate.replace(" ", "_")}',
+            'share of its values outside of [.1, .9]',
+            'highest',
+            '',
+            'a gate that is open or shut, and passes little gradient',
+            'Karpathy, Johnson & Fei-Fei 2015, 1506.02078',
+            INSIDE,
+            '10s-100s',
+        )
+        for gate in GATES
+    ),
+    *(
+        Signal(
+            f'dead_{gate.replace(" ", "_")}',
+            'share of the units whose gate is 0 or 1 for all examples and time steps',
+            'highest',
+            '',
+            'units that nothing can move any more: a hard sigmoid has a gradient of 0 there',
+            'derived: clip(.2x + .5, 0, 1) is flat from |x| = 2.5 on',
+            INSIDE,
+            '10s-100s',
+        )
+        for gate in GATES
+    ),
+    Signal(
+        'large_cells',
+        'share of |c| > 4',
+        'highest',
+        '',
+        'cell states so large that tanh passes no gradient',
+        "derived: tanh'(4) = 1.3e-3",
+        INSIDE,
+        '10s',
+    ),
+    Signal(
+        'memory',
+        'Σ Var(h after the last time step) / Σ Var(h after the last letter), over words and units',
+        'last',
+        '',
+        'near 0 the padding makes all words alike, far above 1 it drives them apart at random',
+        'derived: the padding iterates one map, whose bifurcations jump (Eisenmann et al. 2023, 2310.17561)',
+        INSIDE,
+        '10s-100s',
+    ),
+    Signal(
+        'through_time',
+        'RMS(∂L/∂a) at the first time step over that at the last, a: pre-activations',
+        'farthest',
+        '',
+        'far below 1 the gradient vanishes on its way back, far above it explodes',
+        'Pascanu, Mikolov & Bengio 2013, 1211.5063',
+        INSIDE,
+        '',
+    ),
+)
+"""Those of `of_layers`."""
+
+SIGNALS = OF_ADAM + OF_LAYERS + OTHERS
 
 
 def adam_state(opt_state: Tree) -> optax.ScaleByAdamState:
@@ -235,10 +300,14 @@ class Adam(NamedTuple):
     bound: Array  # of |m̂|/√v̂
 
 
-class _Sums(NamedTuple):
-    """Of one tensor's terms, in the wider of its type and float32; of several, added up."""
+NORMS = ('gradient_norm', 'update_norm', 'parameter_norm')
+"""What falls out of the same pass, of all tensors as one."""
 
-    size: int
+
+class _Sums(NamedTuple):
+    """Of a tensor's terms, in the wider of its type and float32; of several tensors [K], or added up."""
+
+    size: Any  # numbers of the tensor, known before the step is compiled
     gg: Array
     uu: Array
     mm: Array
@@ -285,26 +354,55 @@ def of_adam(
     """
     adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
     tensors = _tensors(params, gradients, updates, state, before)
-    sums = [_sums_of_part(adam, leaves, state.count, parts) for leaves in tensors.values()]
-    each = [_signals(adam, s, leaves[4]) for s, leaves in zip(sums, tensors.values(), strict=True)]
-    zero = jnp.float32(0)
-    whole = functools.reduce(_joined, sums) if sums else _Sums(0, *[zero] * (len(_Sums._fields) - 1))
-    wholes = _signals(adam, whole, None)
-    worst = {'highest': jnp.max, 'lowest': jnp.min}
+    if not tensors:
+        zero = jnp.float32(0)
+        return dict.fromkeys((*(signal.name for signal in OF_ADAM), *NORMS), zero)
+    sums = _stacked([_sums(adam, *_part(leaves, state.count, parts)) for leaves in tensors.values()])
+    sums = _scaled(sums, np.array([leaves[0].size for leaves in tensors.values()]))
+    each = _signals(adam, sums) | {
+        'epsilon_margin': _margins(adam, [leaves[4] for leaves in tensors.values()])
+    }
+    whole = _joined(sums)
+    wholes = _signals(adam, whole)
+    worst = {'highest': jnp.max, 'lowest': jnp.min, 'whole': lambda x: x}
     record = {
-        signal.name: wholes[signal.name]
-        if signal.worst == 'whole'
-        else worst[signal.worst](jnp.stack([one[signal.name] for one in each]))
-        if each
-        else zero
+        signal.name: worst[signal.worst]((wholes if signal.worst == 'whole' else each)[signal.name])
         for signal in OF_ADAM
     }
-    norms = {'gradient_norm': whole.gg, 'update_norm': whole.uu, 'parameter_norm': whole.pp}
+    norms = dict(zip(NORMS, (whole.gg, whole.uu, whole.pp), strict=True))
     if parts == 1:
         return record | {name: jnp.sqrt(square) for name, square in norms.items()}
-    leaves = list(zip(*(leaves[:3] for leaves in tensors.values()), strict=True)) or [()] * 3
+    leaves = zip(*(leaves[:3] for leaves in tensors.values()), strict=True)
     thetas, gs, us = (tree.norm(list(column)) for column in leaves)
-    return record | {'gradient_norm': gs, 'update_norm': us, 'parameter_norm': thetas}
+    return record | dict(zip(NORMS, (gs, us, thetas), strict=True))
+
+
+def of_layers(seen: Sequence[scan.Seen]) -> Record:
+    """The signals of recurrent layers: those of OF_LAYERS that they have, the worst over the layers.
+
+    Args:
+        seen: of each layer, from the input on: the gradients of its probe (see `scan.Seen`, `layers.probes`).
+    """
+    each: dict[str, list[Array]] = {}
+    for layer in seen:
+        of_gates = {'saturated': layer.saturated, 'dead': layer.dead}
+        for what, shares in of_gates.items():
+            for gate, value in shares.items():
+                each.setdefault(f'{what}_{gate.replace(" ", "_")}', []).append(value)
+        for name in ('large_cells', 'memory', 'through_time'):
+            each.setdefault(name, []).append(getattr(layer, name))
+    return {
+        signal.name: _OVER_LAYERS[signal.worst](jnp.stack(each[signal.name]))
+        for signal in OF_LAYERS
+        if signal.name in each
+    }
+
+
+_OVER_LAYERS: Mapping[str, Callable[[Array], Array]] = {
+    'highest': jnp.max,
+    'last': lambda x: x[-1],
+    'farthest': lambda x: x[jnp.argmax(jnp.abs(jnp.log(x)))],
+}
 
 
 def per_tensor(
@@ -323,7 +421,13 @@ def per_tensor(
     """The signals of each tensor, by path: for replays, where `of_adam` has said that something is wrong."""
     adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
     tensors = _tensors(params, gradients, updates, state, before)
-    return {name: _signals(adam, _sums(adam, *leaves), leaves[4]) for name, leaves in tensors.items()}
+    sums = _stacked([_sums(adam, *leaves) for leaves in tensors.values()]) if tensors else None
+    if sums is None:
+        return {}
+    found = _signals(adam, sums) | {
+        'epsilon_margin': _margins(adam, [leaves[4] for leaves in tensors.values()])
+    }
+    return {name: {key: values[place] for key, values in found.items()} for place, name in enumerate(tensors)}
 
 
 def largest_ratio(t: Array, b1: float, b2: float) -> Array:
@@ -388,20 +492,25 @@ def _sums(adam: Adam, p: Array, g: Array, u: Array, m: Array, v: Array, v_tm1: A
     return _Sums(v.size, *_reduced(terms))
 
 
-def _sums_of_part(adam: Adam, leaves: tuple[Array, ...], count: Array, parts: int) -> _Sums:
-    """Of a tensor's rows those that are looked at in a step, scaled to the whole."""
+def _part(leaves: tuple[Array, ...], count: Array, parts: int) -> tuple[Array, ...]:
+    """Of a tensor's rows those that are looked at in a step."""
     size, rows = leaves[0].size, leaves[0].shape[0] if leaves[0].ndim > 1 else 1
     if parts == 1 or size < LARGE or rows < parts:
-        return _sums(adam, *leaves)
+        return leaves
     block = -(-rows // parts)
     first = jnp.minimum(block * (count % parts), rows - block)
-    found = _sums(adam, *(lax.dynamic_slice_in_dim(leaf, first, block) for leaf in leaves))
-    sums = {
-        name: x * (size / found.size)
-        for name, x in found._asdict().items()
+    return tuple(lax.dynamic_slice_in_dim(leaf, first, block) for leaf in leaves)
+
+
+def _scaled(sums: _Sums, sizes: np.ndarray) -> _Sums:
+    """Of parts, as if of the whole tensors."""
+    scales = sizes / sums.size
+    scaled = {
+        name: x * scales.astype(x.dtype)
+        for name, x in sums._asdict().items()
         if name not in ('size', 'largest')
     }
-    return found._replace(size=size, **sums)
+    return sums._replace(size=sizes, **scaled)
 
 
 def _reduced(terms: tuple[Array, ...]) -> list[Array]:
@@ -410,7 +519,7 @@ def _reduced(terms: tuple[Array, ...]) -> list[Array]:
         terms = tuple(_in_rows(term) for term in terms)
     zeros = tuple(np.zeros((), term.dtype) for term in terms)
     rows = lax.reduce(terms, zeros, _combine, (terms[0].ndim - 1,))
-    return [*(jnp.sum(row) for row in rows[:-1]), jnp.max(rows[-1])]
+    return lax.reduce(rows, zeros, _combine, tuple(range(rows[0].ndim)))
 
 
 def _in_rows(x: Array) -> Array:
@@ -422,25 +531,33 @@ def _combine(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
     return (*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)), jnp.maximum(a[-1], b[-1]))
 
 
-def _joined(a: _Sums, b: _Sums) -> _Sums:
-    return _Sums(a.size + b.size, *_combine(a[1:], b[1:]))
+def _stacked(sums: list[_Sums]) -> _Sums:
+    """Of each tensor side by side: what is computed of them is then one small loop, and not one for each."""
+    sizes, *columns = zip(*sums, strict=True)
+    return _Sums(np.array(sizes), *(jnp.stack(column) for column in columns))
 
 
-def _signals(adam: Adam, s: _Sums, v: Array | None) -> dict[str, Array]:
-    """Of one tensor's sums and its v, or of the whole tree's without."""
-    rms = jnp.sqrt(s.uu / max(s.size, 1))
-    signals = {
-        'update_rms': jnp.sqrt(s.normalised / max(s.size, 1)),
+def _joined(s: _Sums) -> _Sums:
+    """Of all tensors as one."""
+    added = {name: jnp.sum(x) for name, x in s._asdict().items() if name not in ('size', 'largest')}
+    return _Sums(size=s.size.sum(), largest=jnp.max(s.largest), **added)
+
+
+def _signals(adam: Adam, s: _Sums) -> dict[str, Array]:
+    """Of sums, all that need no more than these; element by element."""
+    size = np.asarray(s.size, s.uu.dtype)
+    rms = jnp.sqrt(s.uu / size)
+    return {
+        'update_rms': jnp.sqrt(s.normalised / size),
         'decoupling': jnp.where(s.v == 0, 0, 1 - _ratio(s.gg * adam.square, s.v)),
         'descent_cosine': _ratio(-s.ug, jnp.sqrt(s.uu) * jnp.sqrt(s.gg)),
-        'saturated_ratio': s.saturated / max(s.size, 1),
+        'saturated_ratio': s.saturated / size,
         'step_rms': _ratio(rms, adam.learning_rate),
         'momentum_cosine': _momentum_cosine(adam, s),
         'relative_step': _ratio(jnp.sqrt(s.uu), jnp.sqrt(s.pp)),
         'bound': _ratio(s.largest, adam.learning_rate * adam.bound),
-        'second_moment_broken': s.broken / max(s.size, 1),
+        'second_moment_broken': s.broken / size,
     }
-    return signals if v is None else signals | {'epsilon_margin': _margin(adam, v)}
 
 
 def _momentum_cosine(adam: Adam, s: _Sums) -> Array:
@@ -456,10 +573,20 @@ def _ratio(a: Array, b: Array) -> Array:
     return jnp.where((a == 0) & (b == 0), 0, a / jnp.where((a == 0) & (b == 0), 1, b))
 
 
-def _margin(adam: Adam, v: Array) -> Array:
-    """Without ε the margin is as large as a number can be, and still finite."""
-    sample = jnp.ravel(v)[:: max(v.size // SAMPLE, 1) | 1]
-    sample = sample.astype(jnp.promote_types(v.dtype, jnp.float32))
-    largest = jnp.finfo(sample.dtype)
-    margin = jnp.median(jnp.sqrt(sample / adam.square)) / jnp.maximum(adam.epsilon, largest.tiny)
-    return jnp.where(jnp.isnan(margin), margin, jnp.minimum(margin, largest.max))
+def _margins(adam: Adam, tensors: list[Array]) -> Array:
+    """Of each tensor's v, [K]; sorted side by side. Without ε a margin is as large as a number can be, and still
+    finite."""
+    samples = [jnp.ravel(v)[:: max(v.size // SAMPLE, 1) | 1] for v in tensors]
+    sizes = np.array([sample.size for sample in samples])
+    wide = jnp.result_type(jnp.float32, *samples)
+    padded = jnp.stack([_padded(sample.astype(wide), sizes.max()) for sample in samples])
+    ordered = jnp.sort(padded, axis=1)
+    middles = (ordered[np.arange(len(sizes)), places] for places in ((sizes - 1) // 2, sizes // 2))
+    root = sum(jnp.sqrt(middle / adam.square) for middle in middles) / 2
+    largest = jnp.finfo(wide)
+    margins = jnp.minimum(root / jnp.maximum(adam.epsilon, largest.tiny), largest.max)
+    return jnp.where(jnp.any(jnp.isnan(padded), axis=1), jnp.nan, margins)
+
+
+def _padded(sample: Array, length: int) -> Array:
+    return jnp.pad(sample, (0, length - sample.size), constant_values=jnp.inf)

@@ -1,7 +1,7 @@
 """jaxrnn's own networks as a program: a state to start from, a train step, and the batch of each step."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, loop, models, optim, signals, transforms, tree
+from jaxrnn import cells, data, layers, loop, models, optim, scan, signals, transforms, tree
 from jaxrnn.config import Config, Model, Optimiser
 from jaxrnn.types import Array, Batch, BatchAt, Record, Staged, Step, Tree, UserError
 
@@ -87,11 +87,13 @@ def _network(options: Model, letters: int, vector_size: int) -> Network:
     return Network(init, predict)
 
 
-PARTS = 8
-"""Blocks of a large matrix' rows, of which signals look at one in each step: half of the window that smooths them."""
+PARTS = 16
+"""Blocks of a large matrix' rows, of which signals look at one in each step: as many as the window that smooths them has
+steps."""
 
-SignalsOf = Callable[[TrainState, TrainState, Tree, Tree], Record]
-"""State before a step, state after it, gradients, updates -> what is recorded beside the rest."""
+SignalsOf = Callable[[TrainState, TrainState, Tree, Tree, Sequence[scan.Seen]], Record]
+"""State before a step, state after it, gradients, updates, what was seen of the layers -> what is recorded beside the
+rest."""
 
 
 def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState], Array]) -> SignalsOf:
@@ -105,7 +107,9 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
     if options.moment_dtype != 'float32':
         left_out |= {'bound', 'second_moment_broken', 'momentum_cosine'}  # of moments that are kept whole
 
-    def signals_of(before: TrainState, after: TrainState, gradients: Tree, updates: Tree) -> Record:
+    def signals_of(
+        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[scan.Seen]
+    ) -> Record:
         clipped = optim.clipped(options, gradients, before.opt_state, before.params)
         found = signals.of_adam(
             after.params,
@@ -119,7 +123,8 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
             epsilon_hat=preset.epsilon_hat,
             parts=PARTS,
         )
-        return {name: value for name, value in found.items() if name not in left_out}
+        kept = {name: value for name, value in found.items() if name not in left_out}
+        return {**kept, **signals.of_layers(seen)}
 
     return signals_of
 
@@ -154,7 +159,7 @@ def make_step(
     """The train step: mean squared error and its gradient; then one update, and the record of it all."""
 
     def finish(state: TrainState, batch: Batch, found: Tree) -> tuple[TrainState, Record]:
-        (loss, predictions), gradients = found
+        (loss, predictions), (gradients, seen) = found
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         record = {
@@ -172,24 +177,29 @@ def make_step(
         after = TrainState(state.step + 1, params, opt_state)
         if signals_of:
             # What is computed of a step must not change how XLA fuses the step.
-            after, gradients, updates = jax.lax.optimization_barrier((after, gradients, updates))
-            record |= signals_of(state, after, gradients, updates)
+            after, gradients, updates, seen = jax.lax.optimization_barrier((after, gradients, updates, seen))
+            record |= signals_of(state, after, gradients, updates, seen)
         return after, record
 
-    return Staged(_begin(predict), finish)
+    return Staged(_begin(predict, signals_of is not None), finish)
 
 
 @functools.lru_cache(maxsize=16)
-def _begin(predict: Callable[[Tree, Array], Array]) -> Callable[[TrainState, Batch], Tree]:
-    """State, batch -> (loss, predictions), gradients."""
+def _begin(
+    predict: Callable[[Tree, Array], Array], look: bool = False
+) -> Callable[[TrainState, Batch], Tree]:
+    """State, batch -> (loss, predictions), (gradients, what was seen of each recurrent layer if `look`)."""
 
-    def loss_of(params: Tree, batch: Batch) -> tuple[Array, Array]:
-        predictions = predict(params, batch.letters)
+    def loss_of(params: Tree, seen: list[scan.Seen], batch: Batch) -> tuple[Array, Array]:
+        ends = models.lengths_of(batch.letters) if seen else None
+        with layers.looked_at(seen, ends):
+            predictions = predict(params, batch.letters)
         with jax.named_scope('loss'):
             return mean_squared_error(predictions, batch.targets), predictions
 
     def begin(state: TrainState, batch: Batch) -> Tree:
-        return jax.value_and_grad(loss_of, has_aux=True)(state.params, batch)
+        seen = layers.probes(predict, state.params, batch.letters) if look else []
+        return jax.value_and_grad(loss_of, (0, 1), has_aux=True)(state.params, seen, batch)
 
     return begin
 

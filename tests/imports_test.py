@@ -39,6 +39,8 @@ ALLOWED_BESIDE = {
     ('scan', 'cells'),
     ('optim', 'transforms'),
     ('signals', 'transforms'),
+    ('signals', 'cells'),
+    ('signals', 'scan'),
 }
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

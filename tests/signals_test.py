@@ -399,12 +399,16 @@ def test_a_program_records_them_where_asked(clip):
             state, record = step(state, program.batch_at(number))
         records.append(record)
     plain, with_signals = records
-    assert with_signals.keys() - plain.keys() == {signal.name for signal in signals.OF_ADAM}
+    inside = {'saturated_update_gate', 'saturated_reset_gate', 'dead_update_gate', 'dead_reset_gate'}
+    inside |= {'large_cells', 'memory', 'through_time'}
+    assert with_signals.keys() - plain.keys() == {signal.name for signal in signals.OF_ADAM} | inside
+    assert inside < {signal.name for signal in signals.OF_LAYERS}
     for name, value in plain.items():
         assert_close(with_signals[name], value, 'float32 signal')
     assert 0 < with_signals['bound'] < 1.001 and with_signals['second_moment_broken'] == 0
     assert with_signals['momentum_cosine'] > 0.5 and with_signals['descent_cosine'] > 0.2
     assert 0 < with_signals['update_rms'] < 2.3
+    assert 0 < with_signals['memory'] != 1 and with_signals['through_time'] > 0
 
 
 def test_a_configuration_without_them_has_the_digest_it_had():
