@@ -168,6 +168,15 @@ class Optimiser(Options):
         0.0, "Largest spectral norm of a matrix's step, relative to the matrix's own; 0: off.", at_least=0,
         later=True,
     )  # fmt: skip
+    curvature_every: int = option(
+        0, "Steps between measurements of the curvature as Adam feels it, and along its update: in the record as "
+        'preconditioned_sharpness and update_curvature, 1 where a spike is due. One costs some 7 gradients; 0: off.',
+        at_least=0, later=True,
+    )  # fmt: skip
+    curvature_cap: float = option(
+        0.0, 'Largest curvature along the update, beyond which steps are shortened until the next measurement: .8 is '
+        'ours; 0: off. Needs --curvature_every.', at_least=0, later=True,
+    )  # fmt: skip
     guard: bool = option(
         False,
         'Skip every step whose loss, gradients or update are not finite: it changes nothing.',

@@ -4,7 +4,7 @@ Adam is stable on a quadratic of Hessian H while λ₁(P⁻¹H) < (2+2b1) / ((1-
 P = (1-b1^t) diag(√v̂ + ε) (Cohen et al. 2022, 2207.14484). As v decays P does, whatever the Hessian does.
 
 `loss_of` is a function of the parameters alone: close it over the batch. All of it costs products of the Hessian and
-a vector, 2 to 2.5 gradients each, and works under jit.
+a vector, 2 to 2.5 gradients each, and works under jit. `watched` measures while training, every so many steps.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrnn import transforms
-from jaxrnn.types import Array, Tree
+from jaxrnn.types import Array, Record, Tree
 
 LossOf = Callable[[Tree], Array]
 """Parameters -> loss [], of one batch."""
@@ -117,6 +117,95 @@ def random_start(params: Tree, seed: int = 0) -> Tree:
         structure,
         [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)],
     )
+
+
+class WatchState(NamedTuple):
+    """What was measured last, as a share of where Adam turns unstable, and where the next measurement starts."""
+
+    inner: Tree
+    steps: Array  # int32, seen so far
+    vector: Tree  # of norm 1: the sharpest direction, in the metric of the square root of P
+    sharpness: Array  # λ₁(P⁻¹H) over `stable_below`
+    along: Array  # κ of the update, over `stable_below`
+
+
+def watched(
+    inner: optax.GradientTransformationExtraArgs,
+    every: int,
+    *,
+    cap: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    epsilon_hat: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser with Adam in it, whose curvature is measured in every `every`-th step, the first among them: three
+    products of the Hessian and a vector then, and two numbers in the state. Its update takes `loss_of`, of the step's
+    batch, and `rate`, the step's learning rate.
+
+    With a cap, the updates are multiplied by cap / along wherever that is below 1: so the curvature along the update,
+    as Adam feels it at the rate that is left, never exceeds the cap, .8 of where a spike is due (Bai et al. 2026,
+    2506.04805; the cap is ours). Between measurements the last one counts. What is measured isn't finite counts as 0.
+
+    Args:
+        inner: its state holds one of Adam's.
+        every: steps between measurements.
+        cap: of the curvature along the update; 0 to measure alone.
+        b1, b2, eps, epsilon_hat: as `preconditioner` has them.
+    """
+
+    def init(params: Tree) -> WatchState:
+        start = random_start(params)
+        zero = jnp.float32(0)
+        return WatchState(inner.init(params), jnp.int32(0), _over(start, _norm(start)), zero, zero)
+
+    def update(
+        grads: Tree,
+        state: WatchState,
+        params: Tree = None,
+        *,
+        loss_of: LossOf,
+        rate: Array,
+        **extra: Any,
+    ) -> tuple[Tree, WatchState]:
+        updates, after = inner.update(grads, state.inner, params, **extra)
+        adam = transforms.adam_state(after)
+
+        def measure() -> tuple[Tree, Array, Array]:
+            scale = preconditioner(adam, b1=b1, b2=b2, eps=eps, epsilon_hat=epsilon_hat)
+            stable = stable_below(rate, b1)
+            found = preconditioned_sharpness(loss_of, params, scale, state.vector)
+            along = update_curvature(loss_of, params, scale, updates)
+            finite = jnp.isfinite(found.eigenvalue) & jnp.isfinite(found.residual)
+            vector = jax.tree.map(lambda new, old: jnp.where(finite, new, old), found.vector, state.vector)
+            return vector, _finite(found.eigenvalue / stable), _finite(along / stable)
+
+        def keep() -> tuple[Tree, Array, Array]:
+            return state.vector, state.sharpness, state.along
+
+        vector, sharpness, along = jax.lax.cond(state.steps % every == 0, measure, keep)
+        if cap:
+            factor = jnp.where(along > cap, cap / jnp.where(along > cap, along, 1), 1)
+            updates = jax.tree.map(lambda u: (factor * u).astype(u.dtype), updates)
+        return updates, WatchState(after, state.steps + 1, vector, sharpness, along)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def measured(opt_state: Tree) -> Record:
+    """What a record has of a watched optimiser's state; nothing for another's."""
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_watch) if _is_watch(leaf)]
+    return (
+        {'preconditioned_sharpness': found[0].sharpness, 'update_curvature': found[0].along} if found else {}
+    )
+
+
+def _is_watch(node: Any) -> bool:
+    return isinstance(node, WatchState)
+
+
+def _finite(x: Array) -> Array:
+    return jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32)
 
 
 def _climb(product: Callable[[Tree], Tree], start: Tree, iterations: int) -> Sharpness:

@@ -1,4 +1,4 @@
-"""One optax chain from a configuration: clip -> Adam -> learning rate [-> plateau] [-> cap], [guarded].
+"""One optax chain from a configuration: clip -> Adam -> learning rate [-> plateau] [-> cap], [watched], [guarded].
 
 And the state of one configuration's chain turned into that of another's.
 """
@@ -9,22 +9,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrnn import config, transforms
+from jaxrnn import config, curvature, transforms
 from jaxrnn.types import Array, Tree, UserError
 
 
 def build(
     options: config.Optimiser, *, epsilon: float, epsilon_hat: bool
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a configuration. Its update takes `value=loss`, which the plateau schedule and the guard need.
+    """The optimiser of a configuration. Its update takes `value=loss`, which the plateau schedule and the guard need,
+    and `loss_of` and `rate`, as `curvature.watched` has them.
 
     Args:
         options: of the user.
         epsilon: the preset's, in force unless options.epsilon is set.
         epsilon_hat: which form of Adam, see `transforms.scale_by_adam`.
     """
-    parts = _parts(options, options.epsilon or epsilon, epsilon_hat)
-    chain = optax.with_extra_args_support(optax.chain(*parts.values()))
+    if options.curvature_cap and not options.curvature_every:
+        raise UserError(
+            '--curvature_every: 0 found, steps between measurements expected, as --curvature_cap is set'
+        )
+    epsilon = options.epsilon or epsilon
+    chain = optax.with_extra_args_support(optax.chain(*_parts(options, epsilon, epsilon_hat).values()))
+    if options.curvature_every:
+        chain = curvature.watched(
+            chain, options.curvature_every, cap=options.curvature_cap, b1=options.b1, b2=options.b2, eps=epsilon,
+            epsilon_hat=epsilon_hat,
+        )  # fmt: skip
     return transforms.guard(chain) if options.guard else chain
 
 
@@ -40,6 +50,7 @@ def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, 
                    differs. Another schedule has no use for the scale: the rate is then what that schedule says
         cap        its vectors start at random where there were none, and are good after a few steps
         moments    are rounded where they are kept in fewer bits
+        curvature  the direction and what was measured last are kept, or start anew
         guard      its counts are kept, or start at 0. The schedule stands still on a skipped step under a guard
                    alone: on leaving it, the skipped steps are added to the schedule's count
 
@@ -62,10 +73,18 @@ def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, 
         carried['rate'] = old['rate']._replace(count=old['rate'].count + opt_state.skipped)
     if 'plateau' in old and 'plateau' in new:
         carried['plateau'] = _plateau_as(new['plateau'], old['plateau'], before, after)
-    inner = tuple(carried.values())
+    inner: Any = tuple(carried.values())
+    if after.curvature_every:
+        inner = _watch(after, fresh)._replace(inner=inner)
+        if before.curvature_every:
+            inner = _watch(before, opt_state)._replace(inner=inner.inner)
     if not after.guard:
         return inner
     return (opt_state if before.guard else fresh)._replace(inner=inner)
+
+
+def _watch(options: config.Optimiser, opt_state: Tree) -> curvature.WatchState:
+    return opt_state.inner if options.guard else opt_state
 
 
 def _adam_as(start: Any, old: Any) -> Any:
@@ -104,6 +123,7 @@ def _parts(
 def _named(options: config.Optimiser, opt_state: Tree) -> dict[str, Any]:
     """The states of the chain's links."""
     links = opt_state.inner if options.guard else opt_state
+    links = links.inner if options.curvature_every else links
     return dict(zip(_parts(options), links, strict=True))
 
 

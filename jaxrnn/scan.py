@@ -102,13 +102,16 @@ class Seen(NamedTuple):
         Array  # Σ Var(h after the last time step) / Σ Var(h at each example's `end`), over examples and units
     )
     through_time: Array  # RMS(∂L/∂a) at the first time step, over that at the last; a: pre-activations
+    # log of ‖∂L/∂a‖ at an example's `end` over that at the last time step, mean of the examples that end before: the
+    # Lyapunov exponent of what comes between, along the gradient, times its steps
+    padding_gain: Array
 
 
 def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Seen:
     """What `run` takes to look at a layer: zeros, to be differentiated by."""
     zero = jnp.zeros((), dtype)
     per_gate = {name: zero for name, _ in cell.gates}
-    return Seen(per_gate, per_gate, zero, zero, zero)
+    return Seen(per_gate, per_gate, zero, zero, zero, zero)
 
 
 def run(
@@ -493,7 +496,8 @@ def _look(
         return jnp.mean(jnp.all(shut, axis=(0, -1 if layout.features_first else -2)).astype(jnp.float32))
 
     looked = {name: units(value) for name, value in gates.items()}
-    norms = jnp.sum(jnp.square(units(d)), axis=(1, 2)) / jnp.maximum(jnp.sum(examples, axis=1), 1)
+    squares = jnp.sum(jnp.square(units(d)), axis=layout.axis)  # [T, B]
+    norms = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(examples, axis=1), 1)
     final = norms.shape[0] - 1 - jnp.argmax(jnp.any(examples, axis=1)[::-1])
     found = Seen(
         saturated={
@@ -503,8 +507,17 @@ def _look(
         large_cells=share(jnp.abs(units(tm1.c)) > LARGE_CELL) if 'c' in tm1._fields else jnp.zeros(()),
         memory=jnp.ones(()) if static.reverse else _memory(layout, units(tm1.h), units(last[None])[0], ends),
         through_time=_ratio(jnp.sqrt(norms[0]), jnp.sqrt(norms[final])),
+        padding_gain=jnp.zeros(()) if static.reverse or mask is not None else _padding_gain(squares, ends),
     )
     return jax.tree.map(lambda x, zero: x.astype(zero.dtype), found, start)
+
+
+def _padding_gain(squares: Array, ends: Array) -> Array:
+    """squares: of the cotangents of an example's pre-activations, [T, B]."""
+    at_end = jnp.take_along_axis(squares, jnp.maximum(ends - 1, 0)[None], axis=0, mode='clip')[0]
+    gains = jnp.log(_ratio(jnp.sqrt(at_end), jnp.sqrt(squares[-1])))
+    padded = ends < squares.shape[0]
+    return jnp.sum(jnp.where(padded, gains, 0)) / jnp.maximum(jnp.sum(padded), 1)
 
 
 def _memory(layout: _Layout, h: Array, last: Array, ends: Array) -> Array:

@@ -14,14 +14,13 @@ A new signal is a property of `_Measured` and an entry of OF_ADAM; detectors, re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
 
 from jaxrnn import cells, scan, transforms, tree
-from jaxrnn.types import Array, Record, Tree, UserError
+from jaxrnn.types import Array, Record, Tree
 
 SATURATED = 0.9
 """|m̂/√v̂| from here on is a coordinate whose gradients agree in sign: of independent ones, of which the ratio is
@@ -266,26 +265,23 @@ OF_LAYERS = (
         INSIDE,
         '',
     ),
+    Signal(
+        'padding_gain',
+        'mean over words of log(‖∂L/∂a‖ at the last letter / ‖∂L/∂a‖ at the last time step)',
+        'last',
+        '',
+        'Lyapunov exponent of the padding map, times its steps: far above 0 it is chaotic, far below it forgets',
+        'Vogt et al. 2020, 2006.14123; of the adjoint, along the gradient',
+        INSIDE,
+        '10s-100s',
+    ),
 )
 """Those of `of_layers`."""
 
 SIGNALS = OF_ADAM + OF_LAYERS + OTHERS
 
 
-def adam_state(opt_state: Tree) -> optax.ScaleByAdamState:
-    """Adam's moments within an optimiser's state, wherever in its chain; of AMSGrad the largest v, by which it divides.
-    Raises UserError unless there is one."""
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(leaf)]
-    if len(found) != 1:
-        raise UserError(f'optimiser: {len(found)} states of optax.scale_by_adam found, one expected')
-    (state,) = found
-    if isinstance(state, optax.ScaleByAmsgradState):
-        return optax.ScaleByAdamState(state.count, state.mu, state.nu_max)
-    return state
-
-
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
+adam_state = transforms.adam_state
 
 
 class Adam(NamedTuple):
@@ -389,7 +385,7 @@ def of_layers(seen: Sequence[scan.Seen]) -> Record:
         for what, shares in of_gates.items():
             for gate, value in shares.items():
                 each.setdefault(f'{what}_{gate.replace(" ", "_")}', []).append(value)
-        for name in ('large_cells', 'memory', 'through_time'):
+        for name in ('large_cells', 'memory', 'through_time', 'padding_gain'):
             each.setdefault(name, []).append(getattr(layer, name))
     return {
         signal.name: _OVER_LAYERS[signal.worst](jnp.stack(each[signal.name]))

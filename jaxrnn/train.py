@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, data, layers, loop, models, optim, scan, signals, transforms, tree
+from jaxrnn import cells, curvature, data, layers, loop, models, optim, scan, signals, transforms, tree
 from jaxrnn.config import Config, Model, Optimiser
 from jaxrnn.types import Array, Batch, BatchAt, Record, Staged, Step, Tree, UserError
 
@@ -88,8 +88,8 @@ def _network(options: Model, letters: int, vector_size: int) -> Network:
 
 
 PARTS = 16
-"""Blocks of a large matrix' rows, of which signals look at one in each step: as many as the window that smooths them has
-steps."""
+"""Blocks of a large matrix' rows, of which signals look at one in each step: as many as the steps over which they are
+smoothed."""
 
 SignalsOf = Callable[[TrainState, TrainState, Tree, Tree, Sequence[scan.Seen]], Record]
 """State before a step, state after it, gradients, updates, what was seen of the layers -> what is recorded beside the
@@ -160,7 +160,10 @@ def make_step(
 
     def finish(state: TrainState, batch: Batch, found: Tree) -> tuple[TrainState, Record]:
         (loss, predictions), (gradients, seen) = found
-        updates, opt_state = optimiser.update(gradients, state.opt_state, state.params, value=loss)
+        updates, opt_state = optimiser.update(
+            gradients, state.opt_state, state.params, value=loss, rate=rate(state),
+            loss_of=lambda params: loss_of(predict, params, batch)[0],
+        )  # fmt: skip
         params = optax.apply_updates(state.params, updates)
         record = {
             'loss': loss,
@@ -173,6 +176,7 @@ def make_step(
             'finite_gradients': tree.all_finite(gradients),
             'finite_updates': tree.all_finite(updates),
             **transforms.skips(opt_state),
+            **curvature.measured(opt_state),
         }
         after = TrainState(state.step + 1, params, opt_state)
         if signals_of:
@@ -190,18 +194,22 @@ def _begin(
 ) -> Callable[[TrainState, Batch], Tree]:
     """State, batch -> (loss, predictions), (gradients, what was seen of each recurrent layer if `look`)."""
 
-    def loss_of(params: Tree, seen: list[scan.Seen], batch: Batch) -> tuple[Array, Array]:
-        ends = models.lengths_of(batch.letters) if seen else None
-        with layers.looked_at(seen, ends):
-            predictions = predict(params, batch.letters)
-        with jax.named_scope('loss'):
-            return mean_squared_error(predictions, batch.targets), predictions
+    def looked_at(params: Tree, seen: list[scan.Seen], batch: Batch) -> tuple[Array, Array]:
+        with layers.looked_at(seen, models.lengths_of(batch.letters) if seen else None):
+            return loss_of(predict, params, batch)
 
     def begin(state: TrainState, batch: Batch) -> Tree:
         seen = layers.probes(predict, state.params, batch.letters) if look else []
-        return jax.value_and_grad(loss_of, (0, 1), has_aux=True)(state.params, seen, batch)
+        return jax.value_and_grad(looked_at, (0, 1), has_aux=True)(state.params, seen, batch)
 
     return begin
+
+
+def loss_of(predict: Callable[[Tree, Array], Array], params: Tree, batch: Batch) -> tuple[Array, Array]:
+    """The loss of a batch, and the predictions."""
+    predictions = predict(params, batch.letters)
+    with jax.named_scope('loss'):
+        return mean_squared_error(predictions, batch.targets), predictions
 
 
 def mean_squared_error(predictions: Array, targets: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrnn import tree
-from jaxrnn.types import Array, Record, Tree
+from jaxrnn.types import Array, Record, Tree, UserError
 
 
 def scale_by_adam(
@@ -99,6 +99,22 @@ def _divisor(state: Any) -> Tree:
 def one_minus_power(b: float, t: Array) -> Array:
     """1 - b^t for b in [0, 1), good to a few roundings: the logarithm is taken in float64."""
     return -jnp.expm1(t * math.log(b)) if b else jnp.ones_like(t, float)
+
+
+def adam_state(opt_state: Tree) -> optax.ScaleByAdamState:
+    """Adam's moments within an optimiser's state, wherever in its chain; of AMSGrad the largest v, by which it divides.
+    Raises UserError unless there is one."""
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(leaf)]
+    if len(found) != 1:
+        raise UserError(f'optimiser: {len(found)} states of optax.scale_by_adam found, one expected')
+    (state,) = found
+    if isinstance(state, optax.ScaleByAmsgradState):
+        return optax.ScaleByAdamState(state.count, state.mu, state.nu_max)
+    return state
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
 
 
 def clip_update_rms(

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 from jax.flatten_util import ravel_pytree
 from tolerance import assert_close
 
-from jaxrnn import cells, curvature, scan, train, transforms
+from jaxrnn import cells, curvature, scan, signals, train, transforms
+from jaxrnn.types import UserError
 
 
 def quadratic(eigenvalues: np.ndarray):
@@ -153,3 +155,104 @@ def test_beside_optax():
     follow = jax.jit(functools.partial(curvature.preconditioned_sharpness, loss_of, iterations=20))
     found = follow(params, scale, curvature.random_start(params))
     assert_close(found.eigenvalue, 2 / (0.1 * 2), 'float32 signal')
+
+
+# While training.
+
+
+def watched_run(steps, *, every=3, cap=0.0, rate=1e-3, curvatures=(1.0, 30.0, 400.0)):
+    """Adam on a quadratic, watched: states and updates of each step."""
+    loss_of = lambda params: jnp.sum(jnp.asarray(curvatures) * jnp.square(params['x'])) / 2  # noqa: E731
+    chain = optax.with_extra_args_support(
+        optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
+    )
+    optimiser = curvature.watched(chain, every, cap=cap)
+    params = {'x': jnp.ones(len(curvatures))}
+    state = optimiser.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimiser.update(
+            jax.grad(loss_of)(params), state, params, loss_of=loss_of, rate=rate
+        )
+        return optax.apply_updates(params, updates), state, updates
+
+    found = []
+    for _ in range(steps):
+        before = params
+        params, state, updates = step(params, state)
+        found.append((before, state, updates))
+    return found, np.asarray(curvatures)
+
+
+def test_watched_it_is_measured_every_so_many_steps():
+    """Against the diagonal Hessian; between measurements the last one stands."""
+    found, hessian = watched_run(60)
+    for number, (_, state, updates) in enumerate(found):
+        if number % 3:
+            assert state.along == found[number - 1][1].along
+            assert state.sharpness == found[number - 1][1].sharpness
+            continue
+        scale = np.asarray(curvature.preconditioner(transforms.adam_state(state.inner))['x'])
+        u = np.asarray(updates['x'])
+        along = np.sum(hessian * u * u) / np.sum(scale * u * u) / 38e3
+        np.testing.assert_allclose(state.along, along, rtol=1e-4)
+        assert state.sharpness <= np.max(hessian / scale) / 38e3 * (1 + 1e-4)
+    np.testing.assert_allclose(found[57][1].sharpness, np.max(hessian / scale) / 38e3, rtol=0.05)
+
+
+def test_watching_alone_changes_no_update():
+    chain = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(1e-3))
+    found, hessian = watched_run(10)
+    state = chain.init(found[0][0])
+    for before, _, updates in found:
+        plain, state = jax.jit(chain.update)({'x': jnp.asarray(hessian) * before['x']}, state)
+        np.testing.assert_allclose(updates['x'], plain['x'], rtol=1e-6)
+
+
+def test_a_cap_holds_the_curvature_along_the_update():
+    """At whatever step it is above: curvature times what is left of the rate is the cap."""
+    free, hessian = watched_run(40, every=1, rate=0.3)
+    capped, _ = watched_run(40, every=1, rate=0.3, cap=0.02)
+    assert max(float(state.along) for _, state, _ in free) > 0.07
+    factors = []
+    for _, state, updates in capped:
+        scale = np.asarray(curvature.preconditioner(transforms.adam_state(state.inner))['x'])
+        adam = transforms.adam_state(state.inner)
+        whole = -0.3 * np.asarray(adam.mu['x']) / scale
+        factors.append(np.median(np.asarray(updates['x']) / whole))
+        along = np.sum(hessian * whole**2) / np.sum(scale * whole**2) * 0.3 / 38
+        np.testing.assert_allclose(state.along, along, rtol=1e-3)
+        np.testing.assert_allclose(factors[-1], min(1, 0.02 / along), rtol=1e-3)
+    assert min(factors) < 0.6
+
+
+def test_what_cannot_be_measured_counts_as_nothing():
+    loss_of = lambda params: jnp.sum(jnp.sqrt(params['x']))  # noqa: E731
+    optimiser = curvature.watched(optax.with_extra_args_support(optax.adam(1e-3)), 1, cap=0.8)
+    params = {'x': jnp.zeros(3)}
+    updates, state = optimiser.update(
+        {'x': jnp.ones(3)}, optimiser.init(params), params, loss_of=loss_of, rate=1e-3
+    )
+    assert state.along == 0 and state.sharpness == 0 and np.isfinite(updates['x']).all()
+    assert np.isfinite(state.vector['x']).all()
+
+
+@pytest.mark.parametrize('network', ['gru', 'stacked'])
+def test_a_run_records_its_curvature(network):
+    made = small.configuration(network).changed(curvature_every=2)
+    program = train.make_program(made, small.dataset())
+    step, state = jax.jit(program.step), program.init()
+    records = []
+    for number in range(4):
+        state, record = step(state, program.batch_at(number))
+        records.append(record)
+    for name in ('preconditioned_sharpness', 'update_curvature'):
+        values = [float(record[name]) for record in records]
+        assert values[0] == values[1] != values[2] == values[3]
+        assert name in {signal.name for signal in signals.OTHERS}
+
+
+def test_a_cap_needs_measurements():
+    with pytest.raises(UserError, match='--curvature_every: 0 found'):
+        train.make_program(small.configuration().changed(curvature_cap=0.8), small.dataset())

@@ -134,7 +134,7 @@ def run(optimiser: optax.GradientTransformationExtraArgs) -> tuple[list[dict], l
     @jax.jit
     def update(state, gradients, loss):
         traces.append(1)
-        return optimiser.update(gradients, state, PARAMS, value=loss)
+        return optimiser.update(gradients, state, PARAMS, value=loss, **CURVED)
 
     updates, states = [], [optimiser.init(PARAMS)]
     for gradients, loss in zip(GRADIENTS, LOSSES, strict=True):
@@ -255,7 +255,21 @@ EVERY_CHOICE = [
     {'guard': True},
     {'guard': True, 'spectral_cap': 0.05, 'schedule': 'plateau', 'second_moment': 'amsgrad', 'clip': 'adagc'},
     {'guard': True, 'spectral_cap': 0.05, 'update_clip': 1.0, 'clip': 'zclip', 'second_moment': 'yogi'},
+    {'curvature_every': 3},
+    {
+        'curvature_every': 3,
+        'curvature_cap': 0.8,
+        'guard': True,
+        'second_moment': 'amsgrad',
+        'schedule': 'plateau',
+    },
 ]
+
+CURVED = {
+    'rate': 1e-3,
+    'loss_of': lambda params: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params)),
+}
+"""What an update takes besides, for those that watch the curvature."""
 
 
 @pytest.mark.parametrize('chosen', EVERY_CHOICE, ids=str)
@@ -267,7 +281,7 @@ def test_the_state_keeps_its_structure(chosen):
     for leaf, same in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
         assert np.array_equal(leaf, same)
     updates, after = jax.eval_shape(
-        lambda state: optimiser.update(GRADIENTS[0], state, PARAMS, value=jnp.float32(1)), state
+        lambda state: optimiser.update(GRADIENTS[0], state, PARAMS, value=jnp.float32(1), **CURVED), state
     )
     assert described(after) == described(state)
     assert described(updates) == described(PARAMS)
@@ -561,7 +575,7 @@ def test_a_guarded_run_records_what_it_skipped():
 def after_steps(options: config.Optimiser, steps: int = 7):
     """A state that's far from a fresh one."""
     optimiser = build(options)
-    update = jax.jit(lambda state, g, loss: optimiser.update(g, state, PARAMS, value=loss)[1])
+    update = jax.jit(lambda state, g, loss: optimiser.update(g, state, PARAMS, value=loss, **CURVED)[1])
     state = optimiser.init(PARAMS)
     for gradients, loss in zip(GRADIENTS[:steps], LOSSES, strict=False):
         state = update(state, gradients, loss)
@@ -575,7 +589,8 @@ def assert_same(found, expected) -> None:
 
 
 def links(options: config.Optimiser, state) -> tuple:
-    return state.inner if options.guard else state
+    state = state.inner if options.guard else state
+    return state.inner if options.curvature_every else state
 
 
 @pytest.mark.parametrize('chosen', EVERY_CHOICE, ids=str)
@@ -593,6 +608,7 @@ OPTIONS = st.fixed_dictionaries(
         'moment_dtype': st.sampled_from(CHOICES['moment_dtype']),
         'bias_correction': st.booleans(),
         'guard': st.booleans(),
+        'curvature_every': st.sampled_from([0, 2]),
     }
 )
 

@@ -48,7 +48,7 @@ def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> sca
 
 
 def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
-    """From the cell's own equations, one time step after the other; gradients by JAX, of zeros added to the products."""
+    """From the cell's own equations, one time step after the other; gradients by JAX, of zeros added to the product."""
     steps, examples = letters.shape
     width, gates = weights.recurrent_kernel.shape[0], sum(cell.blocks)
     valid = np.ones(letters.shape, bool) if mask is None else np.asarray(mask)
@@ -81,6 +81,9 @@ def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
         run(jnp.zeros_like(d))
     rms = [np.sqrt(np.sum(np.square(d[t])) / max(valid[t].sum(), 1)) for t in range(steps)]
     final = max(t for t in range(steps) if valid[t].any())
+    norms = np.linalg.norm(d, axis=2)
+    padded = [b for b in range(examples) if ends[b] < steps and mask is None]
+    gains = [np.log(norms[ends[b] - 1, b] / norms[-1, b]) for b in padded]
     h = np.stack([np.asarray(state.h) for state in kept['states']])
     at_end = h[ends, np.arange(examples)]
     values = {name: np.stack([np.asarray(g[name]) for g in kept['gates']]) for name, _ in cell.gates}
@@ -95,6 +98,7 @@ def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
         'large_cells': np.mean(np.abs(cell_states) > 4, where=valid[:, :, None]),
         'memory': np.var(h[-1], axis=0).sum() / np.var(at_end, axis=0).sum(),
         'through_time': rms[0] / rms[final],
+        'padding_gain': np.mean(gains) if gains else 0.0,
     }
 
 
@@ -102,7 +106,7 @@ def flat(seen: scan.Seen) -> dict:
     return {
         **{('saturated', name): value for name, value in seen.saturated.items()},
         **{('dead', name): value for name, value in seen.dead.items()},
-        **{name: getattr(seen, name) for name in ('large_cells', 'memory', 'through_time')},
+        **{name: getattr(seen, name) for name in ('large_cells', 'memory', 'through_time', 'padding_gain')},
     }
 
 
@@ -170,7 +174,7 @@ def test_backwards_the_first_step_is_the_last():
 
     one, other = through_time(letters, False), through_time(letters[::-1], True)
     np.testing.assert_allclose(one.through_time, other.through_time, rtol=1e-5)
-    assert other.memory == 1
+    assert other.memory == 1 and other.padding_gain == 0
 
 
 def test_a_network_of_ours_is_looked_at_layer_by_layer():
@@ -187,10 +191,13 @@ def test_a_network_of_ours_is_looked_at_layer_by_layer():
 def test_the_worst_layer_speaks():
     def layer(saturated, memory, through_time):
         gate = {cells.INPUT: jnp.float32(saturated)}
-        return scan.Seen(gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time)))
+        return scan.Seen(
+            gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time, -memory))
+        )
 
     got = signals.of_layers([layer(0.5, 0.1, 1e-4), layer(0.25, 0.2, 50.0)])
     assert {name: round(float(value), 6) for name, value in got.items()} == {
         'saturated_input_gate': 0.5, 'dead_input_gate': 0.5, 'large_cells': 0.25, 'memory': 0.2, 'through_time': 1e-4,
+        'padding_gain': -0.2,
     }  # fmt: skip
     assert signals.of_layers([]) == {}

@@ -400,7 +400,7 @@ def test_a_program_records_them_where_asked(clip):
         records.append(record)
     plain, with_signals = records
     inside = {'saturated_update_gate', 'saturated_reset_gate', 'dead_update_gate', 'dead_reset_gate'}
-    inside |= {'large_cells', 'memory', 'through_time'}
+    inside |= {'large_cells', 'memory', 'through_time', 'padding_gain'}
     assert with_signals.keys() - plain.keys() == {signal.name for signal in signals.OF_ADAM} | inside
     assert inside < {signal.name for signal in signals.OF_LAYERS}
     for name, value in plain.items():
