@@ -14,13 +14,14 @@ MECHANISMS = {
     'outrun second moment': 'gradients grow faster than v, their squared mean, follows',
     'outlying gradients': 'single gradients far above the others throw the weights off',
     'shut gates': 'hard gates pass no gradient where they are shut',
+    'short memory': 'gates forget a word before it ends',
     'recurrent gain': 'the recurrent weights amplify the state from step to step',
     'padding': 'what follows the last letter overwrites the state',
 }
 """What makes a run break, the narrowest first: what takes one of these away hardly touches those after it. A change
 that makes all steps shorter takes away none in particular."""
 
-WIDE = ('shut gates', 'recurrent gain', 'padding')
+WIDE = ('shut gates', 'short memory', 'recurrent gain', 'padding')
 """Of another network: not named where shorter steps avert the symptom, too, since they change less."""
 
 
@@ -92,7 +93,7 @@ def speaking_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
 def _mechanism(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> str:
     """The narrowest that a change of those speaking takes away, and that none takes away without averting; '' where
     there is none, or a wide one beside a change that takes away none in particular."""
-    refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED}
+    refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED and o.acted}
     if any(o.change.removes == '' for o in speaking):
         refuted |= set(WIDE)
     left = dict.fromkeys(o.change.removes for o in speaking if o.change.removes not in {'', *refuted})

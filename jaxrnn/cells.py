@@ -259,6 +259,7 @@ class Preset(NamedTuple):
     recurrent_bias: str  # GRU, reset after: 'all' gates, or the 'candidate' alone
     epsilon: float  # Adam's
     epsilon_hat: bool  # whether it is added before bias correction (Kingma & Ba 2015, end of section 2)
+    memory: int = 0  # time steps of the longest memory that chrono biases are for; 0: forget_bias instead
 
 
 def with_gain(preset: Preset, gain: float) -> Preset:
@@ -268,6 +269,16 @@ def with_gain(preset: Preset, gain: float) -> Preset:
         return preset.recurrent_kernel(key, shape, gates) * (gain / preset.recurrent_gain)
 
     return preset._replace(recurrent_kernel=make, recurrent_gain=gain)
+
+
+def chrono_biases(memory: int, hidden: int) -> Array:
+    """log U of a forget gate, U in [1, T - 1], T the longest memory in time steps: units start with memories of all
+    lengths up to T; the input gate gets their negative. [H], float32.
+
+    Differs from Tallec & Ollivier 2018 (1804.11188, section 2) in: U is evenly spread, not drawn, so that no other
+    weight is drawn otherwise.
+    """
+    return jnp.log(jnp.linspace(1.0, max(memory - 1.0, 1.0), hidden))
 
 
 PRESETS = {

@@ -109,6 +109,14 @@ class Model(Options):
         0.0, "Gain of the initial recurrent weights, which are orthogonal; 0: the preset's, 1.1 for keras1, else 1.",
         at_least=0, later=True,
     )  # fmt: skip
+    chrono_steps: int = option(
+        0, "Time steps of the longest memory that forget gates' initial biases are made for (Tallec & Ollivier 2018); "
+        "0: the preset's biases.", at_least=0, later=True,
+    )  # fmt: skip
+    precision: str = option(
+        'default', 'Of products of float32 on a GPU or TPU, which round their operands unless told otherwise.',
+        choices=('default', 'highest'), later=True,
+    )  # fmt: skip
     mask_padding: bool = option(
         False, 'End each word at its last letter: padding moves no state.', later=True
     )

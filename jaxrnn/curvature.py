@@ -156,8 +156,9 @@ def watched(
 
     def init(params: Tree) -> WatchState:
         start = random_start(params)
-        zero = jnp.float32(0)
-        return WatchState(inner.init(params), jnp.int32(0), _over(start, _norm(start)), zero, zero)
+        start = _over(start, _norm(start))
+        # Two zeros, since a step consumes its state: no array may stand in it twice.
+        return WatchState(inner.init(params), jnp.int32(0), start, jnp.float32(0), jnp.float32(0))
 
     def update(
         grads: Tree,

@@ -53,6 +53,12 @@ SNAPSHOTS = 8
 NUDGE = 1e-6
 """Of each parameter, as a share: ten times float32's rounding, and nothing that training would notice."""
 
+NUDGE_NAME = 'nudge'
+
+ACTED = 10
+"""Times that a change must move a loss farther than a nudge does to count as having done anything: other roundings, of
+another compilation, move it about as far as a nudge."""
+
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
 
@@ -94,7 +100,7 @@ def nudged(subject: Subject, seed: int = 0) -> Change:
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return jax.tree.unflatten(structure, [_nudged(x, key) for x, key in zip(leaves, keys, strict=True)])
 
-    return Change('nudge', '', lambda: Changed(_step(subject), subject.batch_at, nudge))
+    return Change(NUDGE_NAME, '', lambda: Changed(_step(subject), subject.batch_at, nudge))
 
 
 def _nudged(x: Any, key: Any) -> Any:
@@ -186,6 +192,7 @@ class Experiments:
         self.steps_replayed = 0
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
+        self._nudged: list[Row] = []
         self._snapshots: dict[int, Tree] = {}
         self._compiler = concurrent.futures.ThreadPoolExecutor(1)
         self._known: dict[Hashable, Outcome] = {}  # by the change's key
@@ -491,7 +498,10 @@ class Experiments:
         assert self.window is not None
         losses = telemetry.series(rows[-SETTLED:]).get('loss', np.array([np.nan]))
         reached = rows[-1]['step'] + 1 if rows else self.window.start
-        return Outcome(change, self._verdict(found), found, float(np.mean(losses)), reached)
+        if change.name == NUDGE_NAME:
+            self._nudged = list(rows)
+        acted = _acted(rows, self._control, self._nudged)
+        return Outcome(change, self._verdict(found), found, float(np.mean(losses)), reached, acted=acted)
 
     def _verdict(self, found: Symptom | None) -> str:
         assert self.window is not None
@@ -506,6 +516,19 @@ class Experiments:
         if abs(found.step - self.symptom.step) <= shift:
             return UNCHANGED
         return DELAYED if found.step > self.symptom.step else WORSE
+
+
+def _acted(rows: Sequence[Row], control: Sequence[Row], nudged: Sequence[Row]) -> bool:
+    """Whether any loss is farther from the control's than ACTED times what a nudge had moved them by until then. True
+    where that can't be told."""
+    losses = [{row['step']: row['loss'] for row in each if 'loss' in row} for each in (rows, control, nudged)]
+    steps = sorted(set.intersection(*(set(each) for each in losses)))
+    if not steps:
+        return True
+    ours, theirs, moved = (np.array([each[step] for step in steps]) for each in losses)
+    with np.errstate(all='ignore'):  # what isn't finite is no evidence
+        noise = np.fmax.accumulate(np.fmax(np.abs(moved - theirs), NUDGE * np.abs(theirs)))
+        return bool(np.any(np.abs(ours - theirs) > ACTED * noise))
 
 
 def _columns(rows: Sequence[Row]) -> Series:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrnn import (
     checks,
+    curvature,
     data,
     detect,
     environment,
@@ -30,11 +31,11 @@ from jaxrnn import (
 )
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Cause, Diagnosis
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.outcome import AVERTED, UNCHANGED, VERDICTS
 from jaxrnn.run import Opened, open_run, train_run
 from jaxrnn.telemetry import Row
-from jaxrnn.types import Batch, UserError
+from jaxrnn.types import Array, Batch, Tree, UserError
 
 
 class Bisected(NamedTuple):
@@ -108,23 +109,24 @@ def diagnose_run(
     subject = _subject(opened, opened.records)
 
     read = frozenset().union(*(detector.rule.fields for detector in detectors))
-    signals_too = bool(read & {signal.name for signal in signals.OF_ADAM})
+    signals_too = bool(read & {signal.name for signal in signals.SIGNALS})
+    remedies: dict[str, remedy.Remedy] = {}
 
     def change(each: remedy.Remedy) -> outcome.Change:
+        remedies[each.name] = each
         return remedy.change(opened.config, opened.dataset, each, make_program, signals=signals_too)
 
     def combine(first: outcome.Change) -> outcome.Change | None:
-        found = remedy.combined(opened.config, first.name)
+        known = remedies.get(first.name)
+        found = None if known is None else remedy.combined(opened.config, known)
         return None if found is None else change(found)
 
     def changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
-        symptom = diagnosis.symptom
-        assert symptom is not None
-        remedies = [
-            change(each) for each in remedy.suspects(opened.config, symptom.kind, lasting=window.lasting)
-        ]
+        assert diagnosis.symptom is not None
+        facts = _facts(diagnosis.symptom, window, opened, subject)
+        suspected = [change(each) for each in remedy.suspects(opened.config, facts)]
         say(f'replaying the steps from {window.start} on, under one change at a time')
-        return experiment.in_order(subject, window, bad_batches, remedies)
+        return experiment.in_order(subject, window, bad_batches, suspected)
 
     diagnosis, told = experiment.explain(
         subject, diagnosis, changes, detectors, budget=budget, combine=combine
@@ -145,15 +147,54 @@ def diagnose_run(
     )
     diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
     if told is not None and told.identical:
-        diagnosis = _in_fresh_runs(diagnosis, opened, fresh_runs, say)
+        diagnosis = _in_fresh_runs(diagnosis, opened, remedies, fresh_runs, say)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return Diagnosed(diagnosis, bisected, told)
 
 
-def _in_fresh_runs(diagnosis: Diagnosis, opened: Opened, count: int, say: Callable[[str], None]) -> Diagnosis:
+def _facts(symptom: Symptom, window: outcome.Window, opened: Opened, subject: replay.Subject) -> remedy.Facts:
+    before = [row for row in opened.records if row['step'] < symptom.step]
+    return remedy.Facts(
+        symptom.kind,
+        window.start,
+        window.lasting,
+        telemetry.series(before),
+        _sharpness(window.start, opened, subject),
+    )
+
+
+SHARPENED = 10
+"""Iterations by which the sharpness is found: within a tenth, from below, on the networks of the tests."""
+
+
+def _sharpness(step: int, opened: Opened, subject: replay.Subject) -> float | None:
+    """λmax of the Hessian of the loss, on the batch of a step; None of a program that isn't jaxrnn's own, and where it
+    isn't a number above 0."""
+    state, batch = replay.Replayer(subject).state(step), opened.program.batch_at(step)
+    if not (isinstance(state, train.TrainState) and isinstance(batch, Batch)):
+        return None
+
+    @jax.jit
+    def measure(params: Tree, batch: Batch) -> Array:
+        def loss_of(params: Tree) -> Array:
+            return train.loss_of(opened.program.predict, params, batch)[0]
+
+        start = curvature.random_start(params)
+        return curvature.sharpness(loss_of, params, start, iterations=SHARPENED).eigenvalue
+
+    found = float(measure(state.params, batch))
+    return found if np.isfinite(found) and found > 0 else None
+
+
+def _in_fresh_runs(
+    diagnosis: Diagnosis,
+    opened: Opened,
+    named: Mapping[str, remedy.Remedy],
+    count: int,
+    say: Callable[[str], None],
+) -> Diagnosis:
     """Trains anew with the first remedies that avert, each beside a run without any; those that hold come first, and
     those that break last."""
-    named = {each.name: each for each in remedy.REMEDIES}
     tried = [r for r in diagnosis.remedies if r['outcome'] == AVERTED and r['name'] in named][:count]
     if not tried:
         return diagnosis

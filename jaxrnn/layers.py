@@ -182,7 +182,11 @@ class LSTM(_Recurrent):
         return cells.lstm(preset.gate)
 
     def _make_biases(self, preset: cells.Preset, hidden: int) -> None:
-        self.bias = nnx.Param(jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(preset.forget_bias))
+        bias = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(preset.forget_bias)
+        if preset.memory:
+            forget = cells.chrono_biases(preset.memory, hidden)
+            bias = bias.at[: 2 * hidden].set(jnp.concatenate([-forget, forget]))
+        self.bias = nnx.Param(bias)
 
 
 class GRU(_Recurrent):
@@ -192,7 +196,10 @@ class GRU(_Recurrent):
         return (cells.gru_reset_after if preset.reset_after else cells.gru_reset_before)(preset.gate)
 
     def _make_biases(self, preset: cells.Preset, hidden: int) -> None:
-        self.bias = nnx.Param(jnp.zeros(3 * hidden))
+        bias = jnp.zeros(3 * hidden)
+        if preset.memory:  # z is the share that is kept
+            bias = bias.at[:hidden].set(cells.chrono_biases(preset.memory, hidden))
+        self.bias = nnx.Param(bias)
         if preset.reset_after:
             widths = {'all': 3 * hidden, 'candidate': hidden}
             self.recurrent_bias = nnx.Param(jnp.zeros(widths[preset.recurrent_bias]))

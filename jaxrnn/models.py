@@ -77,6 +77,7 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         preset = preset._replace(gate=cells.GATES[options.gate])
     if options.recurrent_gain:
         preset = cells.with_gain(preset, options.recurrent_gain)
+    preset = preset._replace(memory=options.chrono_steps)
     made = {
         'preset': preset,
         'masked': options.mask_padding,

@@ -53,6 +53,9 @@ class Outcome(NamedTuple):
     margin: int | None = (
         None  # of MARGINS, by how much longer steps may be until it no longer averts; None: not asked
     )
+    acted: bool = (
+        True  # whether it moved any loss farther than a nudge did: a clipping that never clips doesn't
+    )
 
 
 class Window(NamedTuple):

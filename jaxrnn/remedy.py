@@ -1,18 +1,21 @@
 """Remedies: changes of a configuration by name, each a set of flags, and what each makes of a running train state.
 
 A new one is an entry of REMEDIES. Formulas and sources of what they switch on are where that is defined: `optim`,
-`transforms`, `models`.
+`transforms`, `curvature`, `models`.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jaxrnn import cells, data, optim, train
+from jaxrnn import cells, curvature, data, models, optim, predicate, train
 from jaxrnn.config import Config
 from jaxrnn.outcome import Change, Changed
-from jaxrnn.types import Tree
+from jaxrnn.types import Series, Tree
 
 Options = Mapping[str, Any]
 
@@ -29,6 +32,19 @@ class Remedy(NamedTuple):
         False  # whether it takes back what few runs have, and is the first to be suspected where it is
     )
     against: str = ''  # the one kind of symptom that it is for; '' for any
+    # A rule over the records: where it holds before the symptom, this remedy is among the first to be tried.
+    suggested: str = ''
+    until: int | None = None  # the last step at which it still does anything when switched on; None: always
+
+
+class Facts(NamedTuple):
+    """What is known of a symptom, by which remedies are chosen and put in order."""
+
+    kind: str
+    start: int  # the first step of which a change can be replayed
+    lasting: bool = False  # whether it is of a network that never started to learn
+    columns: Series = MappingProxyType({})  # of the records before it
+    sharpness: float | None = None  # λmax of the loss's Hessian, before it
 
 
 def _fixed(
@@ -39,9 +55,11 @@ def _fixed(
     *,
     unusual: bool = False,
     against: str = '',
+    suggested: str = '',
+    until: int | None = None,
     **options: Any,
 ) -> Remedy:
-    return Remedy(name, points_to, lambda config: options, means, removes, unusual, against)
+    return Remedy(name, points_to, lambda config: options, means, removes, unusual, against, suggested, until)
 
 
 def _slower(config: Config, by: float) -> Options:
@@ -63,15 +81,50 @@ def _faster_forgetting(config: Config, b2: float) -> Options:
     return {'b2': b2} if b2 < config.optimiser.b2 else {}
 
 
+def _epsilon(config: Config) -> float:
+    return config.optimiser.epsilon or cells.PRESETS[config.model.preset].epsilon
+
+
 def _larger_epsilon(config: Config) -> Options:
-    epsilon = config.optimiser.epsilon or cells.PRESETS[config.model.preset].epsilon
-    return {'epsilon': 1e-5} if epsilon < 1e-5 else {}
+    return {'epsilon': 1e-5} if _epsilon(config) < 1e-5 else {}
+
+
+def epsilon_by_rule(sharpness: float) -> Remedy:
+    """Adam's ε so large that its steps stay below the edge of stability however small v gets: η λmax(H) / 38, by
+    default (`curvature.epsilon_for`), at a sharpness that was measured before the symptom; with two digits, rounded up.
+    """
+
+    def options(config: Config) -> Options:
+        least = float(curvature.epsilon_for(sharpness, config.optimiser.learning_rate, config.optimiser.b1))
+        if not (np.isfinite(least) and least > _epsilon(config)):
+            return {}
+        unit = 10.0 ** (np.floor(np.log10(least)) - 1)
+        return {'epsilon': float(f'{np.ceil(round(least / unit, 6)) * unit:.1e}')}
+
+    return Remedy(
+        EPSILON, 'optimiser', options,
+        'however small v gets, no step is longer than the curvature bears', 'second-moment decay',
+    )  # fmt: skip
+
+
+def _narrow(config: Config) -> Options:
+    width = config.model.hidden or models.WIDTHS[config.model.network]
+    return _slower(config, NARROW / width) if width > NARROW else {}
+
+
+def _exact_products(config: Config) -> Options:
+    return {'precision': 'highest'} if jax.default_backend() != 'cpu' else {}
 
 
 def _soft_gates(config: Config) -> Options:
     gate = config.model.gate
     hard = gate == 'hard_sigmoid' or cells.PRESETS[config.model.preset].gate is cells.HARD_SIGMOID
     return {'gate': 'sigmoid'} if hard and gate != 'sigmoid' else {}
+
+
+def _chrono(config: Config) -> Options:
+    steps = config.data.pad_to or config.data.max_length + 1
+    return {} if config.model.chrono_steps else {'chrono_steps': steps}
 
 
 def _smaller_gain(config: Config) -> Options:
@@ -87,6 +140,14 @@ DECAY = 'decaying learning rate'
 """The fourth of the seven checks."""
 
 HALF = 'half the learning rate'
+EPSILON = 'larger epsilon'
+
+NARROW = 128
+"""Width at which a stock learning rate is at home: an Adam step is as long as √(n m) of a matrix [n, m], whose norm
+doesn't grow with its width, so that the rate goes with 1 / width (Yang & Hu 2021, 2011.14522, for Adam)."""
+
+OUTGREW = 'smooth(log(step_rms), 16) > median(log(step_rms), 200) + .9'
+"""The alarm of the signal."""
 
 REMEDIES = (
     _fixed(
@@ -104,18 +165,26 @@ REMEDIES = (
     _fixed('guard', 'data', 'a step that is not finite changes nothing', against='nonfinite', guard=True),
     _fixed(
         'update clipping', 'optimiser', 'no update is larger than the squared gradients of the past justify',
-        'outrun second moment', update_clip=1.0,
+        'outrun second moment', suggested=OUTGREW, update_clip=1.0,
     ),
     Remedy(
         'faster second moment', 'optimiser', lambda config: _faster_forgetting(config, 0.99),
         "Adam's squared gradients follow a burst within 100 steps, not 1,000", 'outrun second moment',
+        suggested=OUTGREW,
     ),
     Remedy(DECAY, 'optimiser', _decaying, 'steps shrink as the loss landscape sharpens'),
     Remedy(
         HALF, 'optimiser', lambda config: _slower(config, 0.5),
         'steps are half as long',
     ),
-    Remedy('sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut', 'shut gates'),
+    Remedy(
+        'sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut', 'shut gates',
+        suggested=' or '.join(f'smooth(dead_{gate}, 16) > .5' for gate in ('input_gate', 'output_gate')),
+    ),
+    _fixed(
+        'warm-up', 'optimiser', 'the first steps, whose averages are of a few gradients, are short', until=400,
+        warmup_steps=500,
+    ),
     Remedy(
         'an eighth of the learning rate', 'optimiser', lambda config: _slower(config, 0.125),
         'steps are an eighth as long',
@@ -125,7 +194,7 @@ REMEDIES = (
         'second-moment decay', second_moment='amsgrad',
     ),
     Remedy(
-        'larger epsilon', 'optimiser', _larger_epsilon,
+        EPSILON, 'optimiser', _larger_epsilon,
         'coordinates with tiny gradients take no full steps', 'second-moment decay',
     ),
     Remedy(
@@ -139,7 +208,44 @@ REMEDIES = (
         'norm clipping', 'optimiser', 'gradients of a norm above 1 are cut', 'outlying gradients', clip='global_norm',
         clip_threshold=1.0,
     ),
-    _fixed('masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True),
+    _fixed(
+        'masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True,
+        suggested='smooth(memory, 16) < .05 or smooth(memory, 16) > 20 or smooth(abs(padding_gain), 16) > 2.3',
+    ),
+    Remedy(
+        'exact products', 'precision', _exact_products, 'products of float32 round none of their operands',
+        'low precision',
+    ),
+    _fixed(
+        'capped curvature', 'optimiser', 'steps are shortened where the loss curves along them',
+        suggested='update_curvature > .8', curvature_every=10, curvature_cap=0.8,
+    ),
+    _fixed(
+        'Yogi', 'optimiser', 'the second moment falls slowly, whatever the gradients do', 'second-moment decay',
+        second_moment='yogi',
+    ),
+    _fixed(
+        'capped spectral step', 'optimiser', "no step is larger than a twentieth of the matrix that it's added to",
+        suggested='relative_step > .1', spectral_cap=0.05,
+    ),
+    Remedy(
+        'learning rate by width', 'optimiser', _narrow, 'a matrix of any width moves by the same share of itself',
+    ),
+    _fixed(
+        'AdaGC', 'optimiser', "gradients far above their tensor's running norm are cut", 'outlying gradients',
+        clip='adagc',
+    ),
+    _fixed(
+        'SPAM clipping', 'optimiser', 'numbers of a gradient far above their own v are cut', 'outlying gradients',
+        clip='spam',
+    ),
+    _fixed(
+        'adaptive clipping', 'optimiser', 'gradients are cut at a share of the weights that they move',
+        'outlying gradients', clip='adaptive', clip_threshold=0.01,
+    ),
+    Remedy(
+        'chrono biases', 'model', _chrono, 'gates start with memories as long as the words', 'short memory', until=0,
+    ),
 )  # fmt: skip
 """In the order in which they are tried."""
 
@@ -161,18 +267,16 @@ def together(first: Remedy, *others: Remedy, name: str) -> Remedy:
     )
 
 
-def combined(config: Config, name: str) -> Remedy | None:
+def combined(config: Config, remedy: Remedy) -> Remedy | None:
     """A remedy with steps half as long, and from then on shorter; None for one that is about the learning rate already.
 
     What one remedy averts on the steps before a symptom comes later, mostly: the loss landscape goes on sharpening, and
     a rate that decays keeps ahead of it.
     """
-    remedy, half, decay = (
-        next(each for each in REMEDIES if each.name == wanted) for wanted in (name, HALF, DECAY)
-    )
+    half, decay = (next(each for each in REMEDIES if each.name == wanted) for wanted in (HALF, DECAY))
     if remedy.options(config).keys() & {'learning_rate', 'schedule'}:
         return None
-    return together(remedy, half, decay, name=f'{name}, half the rate, decaying')
+    return together(remedy, half, decay, name=f'{remedy.name}, half the rate, decaying')
 
 
 def applicable(config: Config) -> list[Remedy]:
@@ -180,13 +284,33 @@ def applicable(config: Config) -> list[Remedy]:
     return [remedy for remedy in REMEDIES if applied(config, remedy) != config]
 
 
-def suspects(config: Config, kind: str, *, lasting: bool = False) -> list[Remedy]:
-    """Those that may avert a symptom of a kind, the first suspected first. `lasting`: it is of a network that never
-    started to learn, for which the network is to be suspected before the optimiser."""
-    found = [remedy for remedy in applicable(config) if remedy.against in ('', kind)]
-    if lasting:
-        found.sort(key=lambda remedy: (not remedy.unusual, remedy.points_to != 'model'))
-    return sorted(found, key=lambda remedy: (not remedy.unusual, not remedy.against))
+def suspects(config: Config, facts: Facts) -> list[Remedy]:
+    """Those that may avert a symptom, the first suspected first: what takes back something unusual; what is for this
+    kind of symptom; for a network that never started to learn what changes the network; what the records suggest."""
+    found = applicable(config)
+    if facts.sharpness is not None:
+        ruled = epsilon_by_rule(facts.sharpness)
+        found = [ruled if each.name == EPSILON and ruled.options(config) else each for each in found]
+
+    def may_help(remedy: Remedy) -> bool:
+        return remedy.against in ('', facts.kind) and (remedy.until is None or facts.start <= remedy.until)
+
+    def order(remedy: Remedy) -> tuple[bool, ...]:
+        first = (
+            remedy.unusual, bool(remedy.against), facts.lasting and remedy.points_to == 'model',
+            _holds(remedy.suggested, facts.columns),
+        )  # fmt: skip
+        return tuple(not each for each in first)
+
+    return sorted(filter(may_help, found), key=order)
+
+
+def _holds(rule: str, columns: Series) -> bool:
+    """At the last record that has all that the rule asks for; a rule that asks for what there isn't doesn't."""
+    parsed = predicate.parse(rule) if rule else None
+    if parsed is None or not columns or not parsed.fields <= columns.keys():
+        return False
+    return bool(predicate.holds(parsed, columns)[-1])
 
 
 def applied(config: Config, remedy: Remedy) -> Config:
@@ -219,10 +343,19 @@ def change(
         rate = other.optimiser.learning_rate
         if times > 1:
             other = other.changed(learning_rate=_rounded(rate * times))
+        quiet = other.changed(signals=signals and config.training.signals)
+        if not (other.optimiser.curvature_cap or signals):
+            quiet = quiet.changed(curvature_every=0)  # what only measures
 
         def make() -> Changed:
-            program = make_program(other.changed(signals=signals and config.training.signals), dataset)
-            return Changed(program.step, program.batch_at, lambda state: converted(config, other, state))
+            program = make_program(quiet, dataset)
+            biases = None
+            if other.model.chrono_steps != config.model.chrono_steps:
+                before = make_program(config, dataset).init().params
+                biases = jax.tree.map(jnp.subtract, program.init().params, before)
+            return Changed(
+                program.step, program.batch_at, lambda state: converted(config, quiet, state, biases)
+            )
 
         if other == config:
             return None
@@ -238,14 +371,28 @@ def change(
     return made
 
 
-def converted(config: Config, other: Config, state: train.TrainState) -> train.TrainState:
+def converted(
+    config: Config, other: Config, state: train.TrainState, biases: Tree | None = None
+) -> train.TrainState:
     """A train state of one configuration as that of another: moments are kept, never zeroed. Another recurrent gain
-    scales the recurrent kernels there are, so that from step 0 it is what the flag would have given."""
+    scales the recurrent kernels there are, and other initial biases are added to those there are, by what they differ:
+    from step 0 it is what the flags would have given.
+
+    Args:
+        config: that the state is of.
+        other: that it shall be of.
+        state: consumed in part.
+        biases: parameters that `other` starts from less those that `config` does, of which biases are used.
+    """
     opt_state: Tree = optim.convert(state.opt_state, config.optimiser, other.optimiser, state.params)
     factor = gain(other) / gain(config)
     params = state.params
     if factor != 1:
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf * factor if path[-1].key == 'recurrent_kernel' else leaf, params
+        )
+    if biases is not None:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, more: leaf + more if path[-1].key == 'bias' else leaf, params, biases
         )
     return state._replace(params=params, opt_state=opt_state)

@@ -82,7 +82,8 @@ def _network(options: Model, letters: int, vector_size: int) -> Network:
 
     def predict(params: Tree, letters: Array) -> Array:
         variables = jax.tree.map(nnx.Param, params)
-        return nnx.merge(graph, nnx.State(variables))(letters)
+        with jax.default_matmul_precision(None if options.precision == 'default' else options.precision):
+            return nnx.merge(graph, nnx.State(variables))(letters)
 
     return Network(init, predict)
 

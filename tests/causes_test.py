@@ -7,7 +7,7 @@ import causes
 import pytest
 import small
 
-from jaxrnn import data, environment, investigation, loop, report, run
+from jaxrnn import data, environment, investigation, loop, remedy, report, run
 from jaxrnn.diagnosis import Diagnosis, Symptom
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
@@ -62,12 +62,13 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
         return {'name': name, 'ok': not breaks[name], 'value': 0.0, 'why': ''}
 
     monkeypatch.setattr(investigation, '_fresh_run', fresh)
-    after = investigation._in_fresh_runs(found, opened, 2, print)
+    named = {each.name: each for each in remedy.REMEDIES}
+    after = investigation._in_fresh_runs(found, opened, named, 2, print)
     order = ['AMSGrad', 'ZClip', 'other batches', 'half the learning rate', 'larger epsilon']
-    assert [remedy['name'] for remedy in after.remedies] == order
+    assert [each['name'] for each in after.remedies] == order
     assert [check['name'] for check in after.checks] == list(breaks)
     assert report.advised(after) == '--1'
-    assert investigation._in_fresh_runs(found, opened, 0, print) == found
+    assert investigation._in_fresh_runs(found, opened, named, 0, print) == found
 
 
 def test_without_the_plant_the_runs_are_healthy(tmp_path):

@@ -11,7 +11,7 @@ import small
 from jax.flatten_util import ravel_pytree
 from tolerance import assert_close
 
-from jaxrnn import cells, curvature, scan, signals, train, transforms
+from jaxrnn import cells, curvature, scan, signals, telemetry, train, transforms
 from jaxrnn.types import UserError
 
 
@@ -242,11 +242,11 @@ def test_what_cannot_be_measured_counts_as_nothing():
 def test_a_run_records_its_curvature(network):
     made = small.configuration(network).changed(curvature_every=2)
     program = train.make_program(made, small.dataset())
-    step, state = jax.jit(program.step), program.init()
+    step, state = telemetry.instrument(program.step), program.init()
     records = []
     for number in range(4):
-        state, record = step(state, program.batch_at(number))
-        records.append(record)
+        state, observation = step(state, program.batch_at(number), True)
+        records.append(observation.record)
     for name in ('preconditioned_sharpness', 'update_curvature'):
         values = [float(record[name]) for record in records]
         assert values[0] == values[1] != values[2] == values[3]

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn import cells, config, remedy, train
+from jaxrnn import cause, cells, config, predicate, remedy, signals, train
 
-NAMES = [each.name for each in remedy.REMEDIES]
+ELSEWHERE = ('learning rate by width', 'exact products')
+"""Of wide networks, and of accelerators."""
+
+NAMES = [each.name for each in remedy.REMEDIES if each.name not in ELSEWHERE]
 CONFIG = small.configuration('lstm', preset='keras1').changed(
     dtype='bfloat16', moment_dtype='bfloat16', bias_correction=False, learning_rate=6e-3
 )
@@ -21,7 +24,9 @@ def by_name(name):
 
 
 def test_names_are_told_apart():
-    assert len(set(NAMES)) == len(NAMES)
+    every = [each.name for each in remedy.REMEDIES]
+    assert len(set(every)) == len(every)
+    assert {each.removes for each in remedy.REMEDIES} <= {'', *cause.MECHANISMS}
     assert {each.points_to for each in remedy.REMEDIES} <= {'data', 'model', 'optimiser', 'precision'}
     assert [each.name for each in remedy.applicable(CONFIG)] == NAMES
 
@@ -31,15 +36,81 @@ def test_the_first_suspected_are_tried_first():
     unusual = ['float32 products', 'float32 moments', 'bias correction']
     usual = [name for name in NAMES if name not in unusual and name != 'guard']
 
-    def names(*arguments, **options):
-        return [each.name for each in remedy.suspects(CONFIG, *arguments, **options)]
+    def names(kind, **facts):
+        return [each.name for each in remedy.suspects(CONFIG, remedy.Facts(kind, 0, **facts))]
 
     assert names('collapse') == unusual + usual
     assert names('nonfinite') == [*unusual, 'guard', *usual]
     never_learnt = names('constant', lasting=True)
     assert sorted(never_learnt) == sorted(unusual + usual) and never_learnt[:3] == unusual
     model = [name for name in usual if by_name(name).points_to == 'model']
-    assert never_learnt[3 : 3 + len(model)] == model and len(model) == 3
+    assert never_learnt[3 : 3 + len(model)] == model and len(model) == 4
+
+
+def test_what_the_records_suggest_is_tried_first():
+    """Of what isn't suspected before all: by a rule over the steps before the symptom."""
+    steps = np.arange(300.0)
+    quiet = {
+        'step': steps,
+        'memory': np.full(300, 1.0),
+        'padding_gain': np.zeros(300),
+        'step_rms': np.ones(300),
+    }
+
+    def first(**columns):
+        facts = remedy.Facts('collapse', 600, columns={**quiet, **columns})
+        names = [each.name for each in remedy.suspects(CONFIG, facts)]
+        return names[3]  # after what is unusual
+
+    usual = first()
+    assert usual == 'update clipping'
+    assert first(memory=np.full(300, 0.01)) == first(padding_gain=np.full(300, -3.0)) == 'masked padding'
+    burst = first(step_rms=np.where(steps < 280, 1.0, 9.0), memory=np.full(300, 100.0))
+    assert burst == 'update clipping'  # in the order of the table, where several are
+    gates = {'dead_input_gate': np.zeros(300), 'dead_output_gate': np.full(300, 0.7)}
+    assert first(**gates) == 'sigmoid gates'
+    for each in remedy.REMEDIES:
+        if each.suggested:
+            fields = predicate.parse(each.suggested).fields - {'step'}
+            assert fields <= {signal.name for signal in signals.SIGNALS}
+
+
+def test_what_acts_at_the_start_alone_is_tried_there_alone():
+    def names(start):
+        return {each.name for each in remedy.suspects(CONFIG, remedy.Facts('collapse', start))}
+
+    assert names(0) - names(1) == {'chrono biases'}
+    assert names(1) - names(1000) == {'warm-up'}
+
+
+def test_epsilon_by_the_rule():
+    """η λ / 38 with two digits, rounded up; in place of a fixed one where the sharpness calls for more."""
+    found = remedy.epsilon_by_rule(2.0)
+    assert remedy.flags(CONFIG, found) == '--epsilon=0.00032'  # 6e-3 * 2 / 38 = 3.158e-4
+    assert remedy.applied(CONFIG.changed(learning_rate=0.019), found).optimiser.epsilon == 1e-3
+    assert remedy.applied(CONFIG.changed(epsilon=1e-3), found) == CONFIG.changed(epsilon=1e-3)
+
+    def epsilon(sharpness):
+        suspected = remedy.suspects(CONFIG, remedy.Facts('collapse', 0, sharpness=sharpness))
+        (one,) = (each for each in suspected if each.name == remedy.EPSILON)
+        return remedy.applied(CONFIG, one).optimiser.epsilon
+
+    assert (epsilon(None), epsilon(2.0), epsilon(1e-9)) == (1e-5, 3.2e-4, 1e-5)
+
+
+def test_the_rate_goes_with_the_width():
+    by_width = by_name('learning rate by width')
+    assert remedy.flags(config.Config(), by_width) == '--learning_rate=0.000125'
+    stacked = config.Config(model=config.Model(network='stacked'))
+    assert remedy.flags(stacked, by_width) == '--learning_rate=0.00025'
+    assert by_width not in remedy.applicable(CONFIG)
+
+
+def test_exact_products_are_of_accelerators(monkeypatch):
+    exact = by_name('exact products')
+    assert exact not in remedy.applicable(CONFIG)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert remedy.flags(CONFIG, exact) == '--precision=highest'
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -77,9 +148,15 @@ def test_what_changes_nothing_is_not_applicable():
         update_clip=1.0,
         clip='zclip',
         second_moment='amsgrad',
+        chrono_steps=20,
+        warmup_steps=500,
+        curvature_every=10,
+        curvature_cap=0.8,
+        spectral_cap=0.05,
     )
     left = {each.name for each in remedy.applicable(changed)}
-    assert left == {'half the learning rate', 'an eighth of the learning rate', 'norm clipping'}
+    rates = {'half the learning rate', 'an eighth of the learning rate'}
+    assert left == {*rates, 'Yogi', 'norm clipping', 'AdaGC', 'SPAM clipping', 'adaptive clipping'}
     assert cells.PRESETS['keras3'].gate is cells.SIGMOID
     assert 'sigmoid gates' not in {each.name for each in remedy.applicable(small.configuration())}
 
@@ -87,15 +164,16 @@ def test_what_changes_nothing_is_not_applicable():
 def test_two_remedies_as_one():
     """Each on top of the other, in the flags as in what is replayed; None of what is about the rate already."""
     short = CONFIG.changed(max_steps=500)
-    both = remedy.combined(short, 'update clipping')
+    both = remedy.combined(short, by_name('update clipping'))
     assert both.name == 'update clipping, half the rate, decaying' and both.removes == 'outrun second moment'
     assert remedy.flags(short, both) == (
         '--learning_rate=0.003 --update_clip=1.0 --schedule=warmup_cosine --decay_steps=500'
     )
     scheduled = CONFIG.changed(schedule='exponential')
-    both = remedy.combined(scheduled, 'update clipping')
+    both = remedy.combined(scheduled, by_name('update clipping'))
     assert remedy.flags(scheduled, both) == '--learning_rate=0.003 --update_clip=1.0'
-    assert remedy.combined(CONFIG, remedy.HALF) is remedy.combined(CONFIG, remedy.DECAY) is None
+    for rate in (remedy.HALF, remedy.DECAY):
+        assert remedy.combined(CONFIG, by_name(rate)) is None
     eighth = remedy.together(by_name(remedy.HALF), by_name('an eighth of the learning rate'), name='')
     assert remedy.applied(CONFIG, eighth).optimiser.learning_rate == 6e-3 / 16
 
@@ -126,7 +204,7 @@ def test_a_running_state_goes_on_under_each(name):
         state, _ = step(state, program.batch_at(number))
     changed = remedy.change(made, small.dataset(), by_name(name)).make()
     other = changed.convert(state)
-    if name != 'recurrent gain of 1':
+    if name not in ('recurrent gain of 1', 'chrono biases'):
         jax.tree.map(np.testing.assert_array_equal, other.params, state.params)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     kept = [np.asarray(leaf) for leaf in jax.tree.leaves(other.opt_state)]
@@ -153,6 +231,30 @@ def test_a_recurrent_gain_scales_the_recurrent_kernels_there_are():
     assert np.linalg.norm(old[:, :8], 2) == pytest.approx(1.1) and np.linalg.norm(
         new[:, :8], 2
     ) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('network', ['lstm', 'gru'])
+def test_chrono_biases_are_added_to_those_there_are(network):
+    """From step 0 on it is the run that the flag gives; later what was learnt stays."""
+    made = CONFIG.changed(network=network)
+    chrono = by_name('chrono biases')
+    assert remedy.flags(made, chrono) == '--chrono_steps=20'
+    before, after = (train.make_program(c, small.dataset()) for c in (made, remedy.applied(made, chrono)))
+    convert = remedy.change(made, small.dataset(), chrono).make().convert
+    start = before.init()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), convert(start).params, after.init().params
+    )
+    moved = start._replace(params=jax.tree.map(lambda x: x + 1, start.params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b + 1, rtol=1e-5, atol=1e-6),
+        convert(moved).params,
+        after.init().params,
+    )
+    bias = np.asarray(after.init().params['recurrent']['bias'])
+    memory = np.linspace(1, 19, 8)
+    expected = [np.log(memory)] if network == 'gru' else [-np.log(memory), np.log(memory)]
+    np.testing.assert_allclose(bias, np.concatenate([*expected, np.zeros(16)]), rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['float32 moments', 'float32 products'])
