@@ -4,6 +4,7 @@ A detector is a named rule in the language of `predicate`: what the user could h
 is one entry of DETECTORS.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,6 +31,8 @@ def _detector(kind: str, rule: str, means: str, lasting: str = '') -> Detector:
     return Detector(kind, predicate.parse(rule), means, predicate.parse(lasting) if lasting else None)
 
 
+STALLED = 'median(loss, 400) > .99 * prev(median(loss, 400), 800) and smooth(cosine, 200) < .5'
+
 DETECTORS = (
     _detector(
         'nonfinite',
@@ -55,6 +58,14 @@ DETECTORS = (
         'the network gives nearly the same output for every input',
         lasting='variance_ratio < .01 and max(variance_ratio, 16) < .01',
     ),
+    # Batches scatter the median of 400 losses by a hundredth; who learns slowly gains some hundredths in 800 steps. Who
+    # predicts the targets' direction by half has learnt something: such a loss has converged.
+    _detector(
+        'stall',
+        'step >= 1400 and ' + STALLED,
+        'the loss no longer falls, though little has been learnt',
+        lasting=STALLED,
+    ),
     # Three times the trailing median is what a reader calls a spike; six standard deviations keep out noise, of the
     # logarithm, since a loss scatters by factors.
     _detector(
@@ -65,6 +76,11 @@ DETECTORS = (
     ),
 )
 """In the order of gravity: where several fire, the first of them is what the run is said to suffer from."""
+
+
+PASSING = {'stop': ('spike',), 'rewind': ('spike', 'stall')}
+"""What a run doesn't end or go back for: most spikes recover, and those that don't end as another symptom; and what
+stalls would stall again."""
 
 
 def by_name(kind: str) -> Detector:
@@ -168,20 +184,31 @@ class Watch:
 
     Args:
         every: steps between looks.
+        detectors: those whose rules look back far are asked more rarely, as each look goes through as many rows.
     """
 
     def __init__(self, every: int = 25, detectors: Sequence[Detector] = DETECTORS):
-        self.every, self.detectors = every, detectors
-        longest = max(detector.rule.lookback for detector in detectors)
-        self._rows: deque[Row] = deque(maxlen=longest + every)
+        self._rows: deque[Row] = deque(maxlen=max(_rows_needed(d, every) for d in detectors))
+        self._every, self._detectors = every, detectors
 
     def __call__(self, row: Row) -> list[Symptom]:
-        """Takes the next row; returns the symptoms that began since the last look."""
+        """Takes the next row; returns the symptoms that began since the last look, gravest first."""
         self._rows.append(row)
         bad = not all(value for name, value in row.items() if name.startswith('finite_'))
-        if not bad and (row[predicate.STEP] + 1) % self.every:
+        step = row[predicate.STEP]
+        due = [d for d in self._detectors if bad or not (step + 1) % _pace(d, self._every)]
+        if not due:
             return []
-        fresh = row[predicate.STEP] - self.every
-        columns = series(self._rows)
-        found = (first_since(d, columns, fresh + 1) for d in applicable(columns, self.detectors))
+        needed = max(_rows_needed(d, self._every) for d in due)
+        columns = series(itertools.islice(self._rows, max(len(self._rows) - needed, 0), None))
+        found = (first_since(d, columns, step - _pace(d, self._every) + 1) for d in applicable(columns, due))
         return [symptom for symptom in found if symptom is not None]
+
+
+def _pace(detector: Detector, every: int) -> int:
+    """Steps between looks."""
+    return every * max(detector.rule.lookback // (8 * every), 1)
+
+
+def _rows_needed(detector: Detector, every: int) -> int:
+    return detector.rule.lookback + _pace(detector, every)

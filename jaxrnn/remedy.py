@@ -77,6 +77,10 @@ def _decaying(config: Config) -> Options:
     return {'schedule': 'warmup_cosine', 'decay_steps': config.loop.max_steps}
 
 
+def _constant(config: Config) -> Options:
+    return {} if config.optimiser.schedule == 'constant' else {'schedule': 'constant'}
+
+
 def _faster_forgetting(config: Config, b2: float) -> Options:
     return {'b2': b2} if b2 < config.optimiser.b2 else {}
 
@@ -161,6 +165,14 @@ REMEDIES = (
     _fixed(
         'bias correction', 'optimiser', 'the first steps are no longer than the others',
         'missing bias correction', unusual=True, bias_correction=True,
+    ),
+    Remedy(
+        'constant learning rate', 'optimiser', _constant, 'steps do not shrink before anything is learnt',
+        'vanishing steps', against='stall',
+    ),
+    Remedy(
+        'four times the learning rate', 'optimiser', lambda config: _slower(config, 4), 'steps are four times as long',
+        'vanishing steps', against='stall',
     ),
     _fixed('guard', 'data', 'a step that is not finite changes nothing', against='nonfinite', guard=True),
     _fixed(

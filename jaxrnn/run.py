@@ -261,7 +261,7 @@ class _Stop:
         if self.on == 'continue':
             return False
         for symptom in self.watch(row):
-            if symptom.kind != 'spike':  # most spikes recover; those that don't end as another symptom
+            if symptom.kind not in detect.PASSING[self.on]:
                 self.found = symptom if self.found is None or symptom.step < self.found.step else self.found
                 self.at = self.found.step + (AFTERMATH if self.on == 'stop' else 0)
         return row['step'] >= self.at

@@ -240,6 +240,10 @@ CAUSES = {
             'no bias correction', 'optimiser', options={'bias_correction': False}, network='stacked', hidden=32,
             learning_rate=3e-2,
         ),
+        Cause(
+            'rate decays away', 'optimiser', learning_rate=1e-2, steps=1700,
+            options={'schedule': 'exponential', 'decay_steps': 12},
+        ),
         Cause('gates shut', 'model', gates_shut),
         Cause('bit of a weight', 'hardware', bit_of_a_weight, once=True),
         Cause('bit of a moment', 'hardware', bit_of_a_moment, once=True),

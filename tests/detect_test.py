@@ -20,6 +20,7 @@ def healthy(steps: int = 1000, batch: int = 32) -> dict[str, np.ndarray]:
         'loss': 0.01 * (1.05 - progress) * np.exp(0.15 * rng.normal(size=steps)),
         'accuracy': rng.binomial(batch, 0.8 * progress, size=steps) / batch,
         'variance_ratio': 0.002 + 0.8 * progress,
+        'cosine': 0.9 * progress,
         'finite_state': np.ones(steps),
     }
 
@@ -54,6 +55,36 @@ def test_spike():
     columns = healthy()
     columns['loss'][700] *= 10
     assert found(columns) == {'spike': 700}
+
+
+def stalled(steps: int = 2400, *, at: int = 300, cosine: float = 0.3) -> dict[str, np.ndarray]:
+    """One whose loss falls no more from a step on."""
+    columns = healthy(steps)
+    noise = np.exp(0.15 * np.random.default_rng(2).normal(size=steps))
+    columns['loss'] = np.where(columns['step'] < at, columns['loss'], columns['loss'][at] * noise)
+    columns['cosine'] = np.minimum(columns['cosine'], cosine)
+    return columns
+
+
+def test_stall():
+    """Once its loss is what it was 800 steps ago, though little has been learnt: what has converged doesn't stall."""
+    assert 1400 <= found(stalled())['stall'] <= 1520
+    assert found(stalled(cosine=0.9)) == found(stalled(1400)) == {}
+    late = found(stalled(at=1000))
+    assert 1900 <= late['stall'] <= 2210
+
+
+def test_a_slow_learner_does_not_stall():
+    """A twentieth in 800 steps is progress."""
+    columns = stalled(4000)
+    columns['loss'] *= np.exp(-np.maximum(columns['step'] - 300, 0) * 0.05 / 800)
+    assert found(columns) == {}
+
+
+def test_a_stall_among_steps_that_are_not_finite():
+    columns = stalled()
+    columns['loss'][400:2000:7] = math.nan
+    assert 1400 <= found(columns)['stall'] <= 1600
 
 
 def test_one_nan_does_not_hide_a_later_spike():
@@ -146,10 +177,11 @@ def test_by_name():
         detect.by_name('boredom')
 
 
-@pytest.mark.parametrize('kind', ['nonfinite', 'collapse', 'constant', 'spike'])
+@pytest.mark.parametrize('kind', ['nonfinite', 'collapse', 'constant', 'stall', 'spike'])
 def test_watch_sees_what_the_whole_run_shows(kind):
     """Looking at a window now and then finds each kind's first step, not later than the next look."""
-    columns = healthy(1200)
+    steps = 2000 if kind == 'stall' else 1200
+    columns = stalled(steps) if kind == 'stall' else healthy(steps)
     match kind:
         case 'nonfinite':
             columns['finite_state'][777] = 0
@@ -162,10 +194,10 @@ def test_watch_sees_what_the_whole_run_shows(kind):
     expected = found(columns)
     watch = detect.Watch(every=25)
     seen = {}
-    for step in range(1200):
+    for step in range(steps):
         row = {name: float(values[step]) for name, values in columns.items()} | {'step': step}
         for symptom in watch(row):
-            assert symptom.step <= step < symptom.step + 25
+            assert symptom.step <= step < symptom.step + (150 if symptom.kind == 'stall' else 25)
             seen.setdefault(symptom.kind, symptom.step)
     assert seen == expected and kind in seen
 
