@@ -1,10 +1,12 @@
 """What surrounds a run: what can move its bits (versions, platform, flags, threads), and how memory is kept."""
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import re
 
@@ -40,6 +42,16 @@ def describe() -> dict[str, str]:
         'x64': str(jax.config.values['jax_enable_x64']),
         'threefry_partitionable': str(jax.config.values['jax_threefry_partitionable']),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def sources() -> str:
+    """16 hex digits over this package's own sources."""
+    root = pathlib.Path(__file__).parent
+    total = hashlib.sha256()
+    for path in sorted(root.rglob('*.py')):
+        total.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def digest(description: dict[str, str]) -> str:

@@ -8,13 +8,14 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import detect, loop, predicate, telemetry
+from jaxrnn import detect, kept, loop, predicate, telemetry
 from jaxrnn.cause import cause_of, ranked, speaking_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
@@ -100,6 +101,7 @@ def nudged(subject: Subject, seed: int = 0) -> Change:
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return jax.tree.unflatten(structure, [_nudged(x, key) for x, key in zip(leaves, keys, strict=True)])
 
+    # Without identity: how far it moves the losses is asked of its rows.
     return Change(NUDGE_NAME, '', lambda: Changed(_step(subject), subject.batch_at, nudge))
 
 
@@ -114,7 +116,7 @@ def without_batch(subject: Subject, step: int) -> Change:
     return Change(
         f'without the batch of step {step}', 'data',
         lambda: Changed(_step(subject), loop.without(subject.batch_at, {step})), f'--skip_batches={step}',
-        means='the batch itself is bad, or meets a state that it upsets',
+        means='the batch itself is bad, or meets a state that it upsets', identity=f'without {step}',
     )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def other_batches(subject: Subject, window: Window) -> Change:
 
     return Change(
         'other batches', 'data', lambda: Changed(_step(subject), batch_at),
-        means='the batches, or their order, and not the state',
+        means='the batches, or their order, and not the state', identity='other batches',
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def in_float64(subject: Subject) -> Change:
     return Change(
         'float64', 'precision',
         lambda: Changed(_step(subject), lambda step: _widened(subject.batch_at(step)), _widened, wide=True),
-        means='numbers keep twice their digits', removes='low precision',
+        means='numbers keep twice their digits', removes='low precision', identity='float64',
     )  # fmt: skip
 
 
@@ -169,6 +171,7 @@ class Experiments:
         symptom: what it suffers from, as a bisect proved it.
         detectors: what counts as a symptom, gravest first; that of the symptom's kind among them.
         budget: steps that may be replayed in all.
+        keep: a file for outcomes, which another process' experiments on the same symptom go on from.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class Experiments:
         detectors: Sequence[Detector] = detect.DETECTORS,
         *,
         budget: int,
+        keep: Path | None = None,
     ):
         self.subject, self.symptom, self.budget = subject, symptom, budget
         self.left: float = budget  # up to which steps may be replayed now
@@ -190,6 +194,10 @@ class Experiments:
         columns = telemetry.series(subject.records) if subject.records else {}
         self.window = window_of(subject, symptom.step, detect.began(self._own, columns, symptom))
         self.steps_replayed = 0
+        self._outcomes = kept.Outcomes(None, '')
+        if self.window is not None and keep is not None and subject.records:
+            scope = kept.scope(subject.records, symptom, self.window, self.detectors)
+            self._outcomes = kept.Outcomes(keep, scope)
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
         self._nudged: list[Row] = []
@@ -281,8 +289,7 @@ class Experiments:
 
         state = Replayer(self.subject).state(start)
         self._snapshots[start] = _copied(state)
-        for change in ahead:
-            self._make(change)
+        self._make_ahead(ahead)
         self._control, _ = self._advance(
             self.subject.observed, self.subject.batch_at, state, start, symptom + 1, keep
         )
@@ -300,6 +307,13 @@ class Experiments:
                 self._compile, change, jax.config.values['jax_enable_x64']
             )
         return self._made[change.name]
+
+    def _make_ahead(self, changes: Sequence[Change]) -> None:
+        """Those whose outcome isn't known already."""
+        assert self.window is not None
+        for change in changes:
+            if self._outcomes.get(change.identity, self.window.start, self.window.horizon) is None:
+                self._make(change)
 
     def _compile(self, change: Change, wide: bool) -> Made:
         """In another thread, which must be told whether there are 64-bit types (`wide`). Whatever else JAX's contexts
@@ -332,10 +346,15 @@ class Experiments:
         horizon = self.window.horizon if horizon is None else horizon
         if self.steps_replayed + horizon - start > self.left:
             return None
+        known = self._outcomes.get(change.identity, start, horizon)
+        if known is not None:
+            # As if it were replayed now, or else what the budget allows would be another choice of changes.
+            self.steps_replayed += known.steps
+            return Outcome(change, known.verdict, known.symptom, known.loss, known.reached, acted=known.acted)
+        before = self.steps_replayed
         changed, observed = self._make(change).result()
         if self.steps_replayed + 2 * (horizon - start) <= self.left:
-            for later in ahead:
-                self._make(later)
+            self._make_ahead(ahead)
         begun = self._state(start)
         history = [*self._history, *(row for row in self._control if row['step'] < start)]
         rows: list[Row] = []
@@ -347,7 +366,15 @@ class Experiments:
                 rows += more
                 if self._first([*history, *rows], first) is not None:
                     break
-        return self._outcome(change, self._found([*history, *rows], start), rows)
+        outcome = self._outcome(change, self._found([*history, *rows], start), rows)
+        steps = self.steps_replayed - before
+        self._outcomes.put(
+            change.identity,
+            start,
+            horizon,
+            kept.Known(outcome.verdict, outcome.symptom, outcome.loss, outcome.reached, outcome.acted, steps),
+        )
+        return outcome
 
     def _outcome_of(self, change: Change, ahead: Sequence[Change] = ()) -> Outcome | None:
         """As `_attempt`, of changes that come to the same replayed once."""
@@ -566,6 +593,7 @@ def explain(
     *,
     budget: int,
     combine: Combine = lambda change: None,
+    keep: Path | None = None,
 ) -> tuple[Diagnosis, Told | None]:
     """A bisect's diagnosis with cause and remedies; as it was where there is nothing to explain.
 
@@ -576,6 +604,7 @@ def explain(
         detectors: as the bisect had them.
         budget: steps that may be replayed, those of the bisect included.
         combine: as in `Experiments.run`.
+        keep: as in `Experiments`.
     """
     symptom, replayed = diagnosis.symptom, diagnosis.replay.steps_replayed
     if symptom is not None and diagnosis.cause.kind == 'hardware':
@@ -583,7 +612,7 @@ def explain(
         return _with(diagnosis, diagnosis.cause, told), told
     if symptom is None or diagnosis.first_bad_step is None:
         return diagnosis, None
-    experiments = Experiments(subject, symptom, detectors, budget=budget - replayed)
+    experiments = Experiments(subject, symptom, detectors, budget=budget - replayed, keep=keep)
     bad: tuple[int, ...] = ()
     tried: Sequence[Change] = ()
     if experiments.window is not None:

@@ -129,8 +129,9 @@ def diagnose_run(
         return experiment.in_order(subject, window, bad_batches, suspected)
 
     diagnosis, told = experiment.explain(
-        subject, diagnosis, changes, detectors, budget=budget, combine=combine
-    )
+        subject, diagnosis, changes, detectors, budget=budget, combine=combine,
+        keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
+    )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
         say('computing the step that differs twice more, on one thread')
         diagnosis = _on_one_thread(diagnosis, directory, make_program)

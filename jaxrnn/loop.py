@@ -44,6 +44,10 @@ class Paths(NamedTuple):
         return self.root / 'diagnosis.json'
 
     @property
+    def experiments(self) -> Path:
+        return self.root / 'experiments.jsonl'
+
+    @property
     def flags(self) -> Path:
         return self.root / 'flags.txt'
 

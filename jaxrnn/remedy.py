@@ -4,6 +4,7 @@ A new one is an entry of REMEDIES. Formulas and sources of what they switch on a
 `transforms`, `curvature`, `models`.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -371,10 +372,13 @@ def change(
 
         if other == config:
             return None
+        # Of a program that somebody altered nothing is known.
+        ours = make_program is train.make_program
+        identity = json.dumps([quiet.to_json(), dataset.digest], sort_keys=True) if ours else ''
         name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
-            remedy.removes, other, None if times > 1 or remedy.unusual or remedy.against else at,
+            remedy.removes, other, identity, None if times > 1 or remedy.unusual or remedy.against else at,
         )  # fmt: skip
 
     made = at(1)

@@ -55,8 +55,8 @@ def experiments(subject, *, detectors=(LARGE,), budget=2000):
     return experiment.Experiments(subject, found.symptom, detectors, budget=budget)
 
 
-def change(name, step, points_to='model', **more):
-    return Change(name, points_to, lambda: Changed(step, no_batch, **more))
+def change(name, step, points_to='model', removes='', **more):
+    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removes)
 
 
 def test_outcomes(subject):
@@ -561,3 +561,22 @@ def test_a_healthy_run_has_nothing_to_explain(tmp_path):
     jaxrnn.record(halving, no_batch, first, tmp_path, max_steps=60, checkpoint_every=20)
     diagnosis, told = jaxrnn.diagnose(halving, no_batch, tmp_path, like=first)
     assert (diagnosis.symptom, diagnosis.remedies, told) == (None, (), None)
+
+
+def test_what_did_nothing_refutes_nothing(tmp_path):
+    """A clipping that never clips says nothing of whether there was something to clip; one that does refutes."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def clipped(at):
+        return lambda x, batch: (jnp.minimum(x * jnp.float32(RATE), at), {'loss': x})
+
+    def mechanism(*more):
+        still = change('still', growing(1.0), removes='outlying gradients')
+        told = experiments(subject).run([still, *more])
+        return told, cause_of(told, by_batch=False)
+
+    told, named = mechanism(change('clipped at 100', clipped(100.0), removes='outlying gradients'))
+    assert named.why.startswith('outlying gradients')
+    assert {o.change.name: o.acted for o in told.outcomes} == {'still': True, 'clipped at 100': False}
+    told, named = mechanism(change('faster', growing(1.101), removes='outlying gradients'))
+    assert all(o.acted for o in told.outcomes) and not named.why.startswith('outlying gradients')

@@ -20,7 +20,7 @@ FLOORS = {
         'outcome',
     ),
     2: ('layers', 'detect', 'cause'),
-    3: ('models', 'loop'),
+    3: ('models', 'loop', 'kept'),
     4: ('train', 'replay', 'rewind'),
     5: ('inside', 'experiment', 'run'),
     6: ('remedy',),
