@@ -55,7 +55,9 @@ class Outcomes:
         with open(self._path, 'a' if self._begun else 'w', encoding='utf-8') as file:
             if not self._begun:
                 file.write(json.dumps({'scope': self._scope}))
-            file.write('\n' + json.dumps(line))  # the break first: a line that was half written is ended by it
+            file.write(
+                '\n' + json.dumps(line)
+            )  # the break first: a line that was half written is ended by it
         self._begun = True
 
 
