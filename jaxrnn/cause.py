@@ -35,7 +35,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
         by_batch: as in `cause_of`.
     """
     speaking = speaking_of(outcomes, by_batch)
-    mechanism = _mechanism(outcomes, speaking)
+    mechanism = mechanism_of(outcomes, speaking)
 
     def rank(outcome: Outcome) -> tuple[int, bool, int, bool, float]:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
@@ -69,7 +69,7 @@ def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
     if not speaking:
         only = _listed([outcome.change.name for outcome in averting])
         return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
-    mechanism = _mechanism(outcomes, speaking)
+    mechanism = mechanism_of(outcomes, speaking)
     best, *others = averting
     kind = next(
         (o.change.points_to for o in speaking if mechanism and o.change.removes == mechanism),
@@ -91,7 +91,7 @@ def speaking_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     return of_data or averting if by_batch else averting
 
 
-def _mechanism(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> str:
+def mechanism_of(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> str:
     """The narrowest that a change of those speaking takes away, and that none takes away without averting; '' where
     there is none, or a wide one beside a change that takes away none in particular."""
     refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED and o.acted}

@@ -1,6 +1,8 @@
-"""The seven checks of the answer to stats.stackexchange 228920, each measured: name, verdict, number, reason."""
+"""The seven checks of the answer to stats.stackexchange 228920, each measured: name, verdict, number, reason. And what
+the signals of a run say of its inside, where it has them.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +43,7 @@ class Evidence(NamedTuple):
     where: dict[str, Any] | None
     told: Told | None
     symptom: bool = False  # whether there is one
+    step: int | None = None  # of the symptom
 
 
 def seven(evidence: Evidence) -> tuple[Check, ...]:
@@ -154,6 +157,57 @@ def _singular_values(params: Tree) -> dict[str, float]:
         blocks = np.split(kernel, kernel.shape[1] // kernel.shape[0], axis=1)
         found[path] = float(max(np.linalg.norm(block, 2) for block in blocks))
     return found
+
+
+DEAD = 0.01
+"""Share of a gate's units that may be stuck (reference: S11)."""
+
+PASSED = 2.3
+"""|log| of what the padding makes of a gradient: a factor of 10."""
+
+
+def inside(evidence: Evidence) -> tuple[Check, ...]:
+    """What the last 16 records before the symptom, or of the run, say beside the seven. None of it is a fault:
+    it is in order, or to be thought about."""
+    end = None if evidence.step is None else int(np.sum(evidence.columns[predicate.STEP] < evidence.step))
+    last = {name: values[:end][-16:] for name, values in evidence.columns.items()}
+    means = {
+        name: float(np.mean(values[np.isfinite(values)])) for name, values in last.items() if _any(values)
+    }
+    found = (_gates_pass(means), _padding_passes(means), _curvature_bears(means))
+    return tuple(check for check in found if check is not None)
+
+
+def _any(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())
+
+
+def _gates_pass(means: Mapping[str, float]) -> Check | None:
+    dead = {name: value for name, value in means.items() if name.startswith('dead_')}
+    if not dead:
+        return None
+    worst = max(dead, key=lambda name: dead[name])
+    gate = worst.removeprefix('dead_').replace('_', ' ')
+    why = f'{dead[worst]:.0%} of the units have {gate}s that are 0 or 1 for every word and time step'
+    return _check('gates pass gradients', dead[worst] <= DEAD or None, dead[worst], why)
+
+
+def _padding_passes(means: Mapping[str, float]) -> Check | None:
+    if 'padding_gain' not in means:
+        return None
+    gain = means['padding_gain']
+    factor = np.exp(min(abs(gain), 700.0))
+    what = 'shrink' if gain < 0 else 'grow'
+    why = f'on their way back through the padding they {what} by a factor of {factor:,.3g}'
+    return _check('gradients pass the padding', abs(gain) <= PASSED or None, gain, why)
+
+
+def _curvature_bears(means: Mapping[str, float]) -> Check | None:
+    if 'preconditioned_sharpness' not in means:
+        return None
+    share = means['preconditioned_sharpness']
+    why = f'the sharpest direction has {share:.2f} of the curvature at which Adam overshoots'
+    return _check('curvature bears the steps', share <= 1 or None, share, why)
 
 
 CHECKS: Sequence[Any] = (

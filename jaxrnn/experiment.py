@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import detect, kept, loop, predicate, telemetry
-from jaxrnn.cause import cause_of, ranked, speaking_of
+from jaxrnn.cause import cause_of, mechanism_of, ranked, speaking_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
@@ -232,6 +232,8 @@ class Experiments:
             (change, self._outcome_of(change, ahead=changes[place + 1 : place + 2]))
             for place, change in enumerate(changes)
         ]
+        self.left = self.budget * (1 - RESERVED / 2)
+        self._confirm(tried, by_batch)
         self.left = self.budget
         outcomes = [outcome for _, outcome in tried if outcome is not None]
         drawn = random.Random(self.symptom.step).choice(outcomes) if outcomes else None
@@ -385,6 +387,21 @@ class Experiments:
         if outcome is not None and change.key is not None:
             self._known[change.key] = outcome
         return outcome
+
+    def _confirm(self, tried: list[tuple[Change, Outcome | None]], by_batch: bool | None) -> None:
+        """Tries what the budget did not reach to and would take away the very mechanism that is named so far, until one
+        of these refutes it, or all have averted: what one change says of a mechanism may be chance."""
+        while True:
+            outcomes = [outcome for _, outcome in tried if outcome is not None]
+            named = mechanism_of(outcomes, speaking_of(outcomes, by_batch))
+            place = next(
+                (n for n, (change, o) in enumerate(tried) if o is None and named and change.removes == named),
+                None,
+            )
+            outcome = None if place is None else self._outcome_of(tried[place][0])
+            if place is None or outcome is None:
+                return
+            tried[place] = (tried[place][0], outcome)
 
     def _with_margins(
         self, outcomes: list[Outcome], by_batch: bool | None, combine: Combine

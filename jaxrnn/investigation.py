@@ -145,8 +145,10 @@ def diagnose_run(
         diagnosis.where,
         told,
         diagnosis.symptom is not None,
+        None if diagnosis.symptom is None else diagnosis.symptom.step,
     )
-    diagnosis = dataclasses.replace(diagnosis, checks=(*checks.seven(evidence), *diagnosis.checks))
+    measured = (*checks.seven(evidence), *checks.inside(evidence))
+    diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *diagnosis.checks))
     if told is not None and told.identical:
         diagnosis = _in_fresh_runs(diagnosis, opened, remedies, fresh_runs, say)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())

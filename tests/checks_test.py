@@ -117,3 +117,28 @@ def test_weights_of_too_large_a_gain_are_named():
     )
     found = checks.all_is_scaled(evidence(initial=params))
     assert found['ok'] is False and 'recurrent_kernel' in found['why']
+
+
+def test_what_the_signals_say_of_the_inside():
+    """Of the 16 records before the symptom; what is out of bounds is to be thought about, no fault."""
+    assert checks.inside(evidence()) == ()
+    dead = np.where(np.arange(300) < 250, 0.0, 0.25)
+    columns = {
+        'dead_input_gate': np.zeros(300),
+        'dead_output_gate': dead,
+        'padding_gain': np.full(300, -np.log(1000.0)),
+        'preconditioned_sharpness': np.full(300, 0.5),
+    }
+    found = {check['name']: check for check in checks.inside(evidence(columns=columns, step=290))}
+    gates = found['gates pass gradients']
+    assert gates['ok'] is None and gates['value'] == 0.25
+    assert gates['why'] == '25% of the units have output gates that are 0 or 1 for every word and time step'
+    padding = found['gradients pass the padding']
+    assert padding['ok'] is None and padding['why'].endswith('they shrink by a factor of 1e+03')
+    assert found['curvature bears the steps']['ok'] is True
+    before = {check['name']: check for check in checks.inside(evidence(columns=columns, step=250))}
+    assert before['gates pass gradients']['ok'] is True and before['gates pass gradients']['value'] == 0
+    columns['padding_gain'] = np.full(300, 1.0)
+    columns['preconditioned_sharpness'] = np.full(300, np.nan)
+    names = {check['name']: check['ok'] for check in checks.inside(evidence(columns=columns))}
+    assert names == {'gates pass gradients': None, 'gradients pass the padding': True}

@@ -580,3 +580,22 @@ def test_what_did_nothing_refutes_nothing(tmp_path):
     assert {o.change.name: o.acted for o in told.outcomes} == {'still': True, 'clipped at 100': False}
     told, named = mechanism(change('faster', growing(1.101), removes='outlying gradients'))
     assert all(o.acted for o in told.outcomes) and not named.why.startswith('outlying gradients')
+
+
+def test_a_named_mechanism_is_confirmed_by_what_the_budget_had_not_reached(tmp_path):
+    """The last change of the list takes away the mechanism that the first names; in between there is more than the
+    budget reaches to. It refutes it, or it doesn't."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def told(last):
+        still = change('still', growing(1.0), removes='outlying gradients')
+        between = [change(f'no {n}', growing(1.0 + 1e-3 * n)) for n in range(1, 30)]
+        changes = [still, *between, change('last', growing(last), removes='outlying gradients')]
+        found = experiments(subject, budget=1500).run(changes)
+        assert found.steps_replayed <= 1500 and any(c.name == 'no 29' for c in found.untried)
+        return found
+
+    refuted, confirmed = told(1.2), told(0.9)
+    assert all('last' not in [c.name for c in each.untried] for each in (refuted, confirmed))
+    assert cause_of(confirmed, by_batch=False).why.startswith('outlying gradients')
+    assert not cause_of(refuted, by_batch=False).why.startswith('outlying gradients')
