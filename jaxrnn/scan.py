@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxrnn import cells
@@ -72,9 +73,9 @@ class Weights(NamedTuple):
     recurrent_bias: Array | None = None  # GRU, reset after: [3H], or [H] for the candidate alone
 
 
-UNITS = 128
-"""Units of a layer that a probe looks at, evenly spread: of 1,024 an eighth. Of the cotangents, which are of all gates
-side by side, as many numbers."""
+UNITS = 64
+"""Units of a layer that a probe looks at, evenly spread: of 1,024 a sixteenth; of the cotangents as many numbers, of
+all gates side by side."""
 
 SATURATED = 0.1
 """From 0 or 1, within which a gate's value counts as saturated (Karpathy, Johnson & Fei-Fei 2015, 1506.02078)."""
@@ -483,33 +484,57 @@ def _look(
     start, ends, last = looked_at
     units = functools.partial(_some_units, layout)
     examples = jnp.ones(tm1.h.shape[:1] + ends.shape, bool) if mask is None else mask  # [T, B]
-    if static.reverse:
-        examples, d = examples[::-1], d[::-1]
-    valid = examples[:, None, :] if layout.features_first else examples[:, :, None]
-    count = jnp.sum(examples)
-
-    def share(which: Array) -> Array:
-        return jnp.sum(which & valid) / (jnp.maximum(count, 1) * which.shape[layout.axis])
-
-    def is_dead(value: Array) -> Array:
-        shut = (value <= 0) | (value >= 1) | ~valid
-        return jnp.mean(jnp.all(shut, axis=(0, -1 if layout.features_first else -2)).astype(jnp.float32))
-
-    looked = {name: units(value) for name, value in gates.items()}
+    values = {name: units(value) for name, value in gates.items()}
+    saturated, alive, large = _over_time(
+        layout, values, jnp.abs(units(tm1.c)) if 'c' in tm1._fields else None, examples
+    )
     squares = jnp.sum(jnp.square(units(d)), axis=layout.axis)  # [T, B]
+    if static.reverse:
+        examples, squares = examples[::-1], squares[::-1]
     norms = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(examples, axis=1), 1)
     final = norms.shape[0] - 1 - jnp.argmax(jnp.any(examples, axis=1)[::-1])
     found = Seen(
-        saturated={
-            name: share((value < SATURATED) | (value > 1 - SATURATED)) for name, value in looked.items()
-        },
-        dead={name: is_dead(value) for name, value in looked.items()},
-        large_cells=share(jnp.abs(units(tm1.c)) > LARGE_CELL) if 'c' in tm1._fields else jnp.zeros(()),
+        saturated=saturated,
+        dead={name: 1 - jnp.mean(value) for name, value in alive.items()},
+        large_cells=large,
         memory=jnp.ones(()) if static.reverse else _memory(layout, units(tm1.h), units(last[None])[0], ends),
         through_time=_ratio(jnp.sqrt(norms[0]), jnp.sqrt(norms[final])),
         padding_gain=jnp.zeros(()) if static.reverse or mask is not None else _padding_gain(squares, ends),
     )
     return jax.tree.map(lambda x, zero: x.astype(zero.dtype), found, start)
+
+
+def _over_time(
+    layout: _Layout, gates: dict[str, Array], cells: Array | None, examples: Array
+) -> tuple[dict[str, Array], dict[str, Array], Array]:
+    """Of each gate the share of saturated values, and which units ever pass a gradient, [units]; and the share of large
+    cells. One loop over all of them, where XLA:CPU has a loop for each sum.
+
+    Args:
+        layout: of the arrays.
+        gates: values [T, units, B] or [T, B, units].
+        cells: |c|, the same; None where there is none.
+        examples: bool [T, B], what counts.
+    """
+    valid = examples[:, None, :] if layout.features_first else examples[:, :, None]
+    stuck = [(y < SATURATED) | (y > 1 - SATURATED) for y in gates.values()]
+    sums = [*stuck, *([] if cells is None else [cells > LARGE_CELL])]
+    largest = [(y > 0) & (y < 1) for y in gates.values()]
+    operands = [(x & valid).astype(jnp.float32) for x in (*sums, *largest)]
+
+    def combine(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+        return [
+            x + y if place < len(sums) else jnp.maximum(x, y)
+            for place, (x, y) in enumerate(zip(a, b, strict=True))
+        ]
+
+    axes = (0, 2) if layout.features_first else (0, 1)
+    per_unit = lax.reduce(operands, [np.float32(0)] * len(operands), combine, axes)
+    total = jnp.maximum(jnp.sum(examples), 1)
+    shares = [jnp.mean(x) / total for x in per_unit[: len(sums)]]
+    saturated = dict(zip(gates, shares, strict=False))
+    alive = dict(zip(gates, per_unit[len(sums) :], strict=True))
+    return saturated, alive, jnp.zeros(()) if cells is None else shares[-1]
 
 
 def _padding_gain(squares: Array, ends: Array) -> Array:

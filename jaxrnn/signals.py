@@ -29,8 +29,8 @@ normal with a deviation of .229, one in 11,000 (Molybog et al. 2023, 2304.09871;
 ULPS = 4
 """Roundings that v may be off by: ours and Kingma's way to write the average differ by two."""
 
-SAMPLE = 256
-"""Coordinates of a tensor that the median is taken of: its rank is right to 3.1 %, where the alarm asks for a factor
+SAMPLE = 64
+"""Coordinates of a tensor that the median is taken of: its rank is right to 6.3 %, where the alarm asks for a factor
 of 10; XLA:CPU sorts them by one thread."""
 
 ROW = 1024
@@ -91,7 +91,7 @@ OF_ADAM = (
     ),
     Signal(
         'epsilon_margin',
-        'median(√v̂) / ε, of at most 256 coordinates evenly spread',
+        'median(√v̂) / ε, of some 64 coordinates evenly spread',
         'lowest',
         '',
         'below 10: ε, not v, sets the step of many coordinates, and keeps it from growing further',
@@ -212,7 +212,7 @@ first, and come alive as it learns. Of 72 healthy small runs none has it for dea
 (benchmarks/false_alarms.py); nor for `padding_gain`, a factor of 10 being its measure; 3 have it for `memory`, a factor
 of 5, and 3 for `through_time`, a factor of 10."""
 
-INSIDE = 'reductions over what the backward pass keeps of at most 128 units'
+INSIDE = 'reductions over what the backward pass keeps of some 64 units'
 
 OF_LAYERS = (
     *(

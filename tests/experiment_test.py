@@ -599,3 +599,24 @@ def test_a_named_mechanism_is_confirmed_by_what_the_budget_had_not_reached(tmp_p
     assert all('last' not in [c.name for c in each.untried] for each in (refuted, confirmed))
     assert cause_of(confirmed, by_batch=False).why.startswith('outlying gradients')
     assert not cause_of(refuted, by_batch=False).why.startswith('outlying gradients')
+
+
+def test_another_network_that_breaks_at_once_is_not_counted_against():
+    """It says nothing of a run with it from the start; one that breaks late, or breaks an optimiser, does."""
+
+    def outcome(name, points_to, step):
+        return Outcome(Change(name, points_to, lambda: None), 'worse', Symptom('collapse', step), 0.1, step)
+
+    averting = Outcome(Change('half', 'optimiser', lambda: None), AVERTED, None, 0.1, 400)
+    failing = [
+        outcome('gates', 'model', 130),
+        outcome('late', 'model', 190),
+        outcome('rate', 'optimiser', 110),
+    ]
+    control = Outcome(Change('none', '', lambda: None), UNCHANGED, Symptom('collapse', 300), 0.1, 301)
+    told = Told(Window(100, 300, 351), control, True, control, (averting, *failing))
+    why = cause_of(told).why
+    assert why == (
+        'half averts it; not so late, rate; of gates, which break what was learnt without them, only a run from the '
+        'start tells'
+    )
