@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrnn.diagnosis import Cause
-from jaxrnn.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, WORSE, Outcome, Told, Window
+from jaxrnn.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, Outcome, Told
 
 MECHANISMS = {
     'low precision': 'rounding takes digits that training needs',
@@ -63,12 +63,8 @@ def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
         return Cause(kind, undecided)
     outcomes = ranked(told.outcomes, by_batch=by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
-    transplanted = [outcome for outcome in outcomes if _is_transplant(outcome, told.window)]
-    failed = [o.change.name for o in outcomes if o.verdict != AVERTED and o not in transplanted]
+    failed = [outcome.change.name for outcome in outcomes if outcome.verdict != AVERTED]
     fails = f'; not so {_listed(failed)}' if failed else ''
-    if transplanted:
-        names = _listed([outcome.change.name for outcome in transplanted])
-        fails += f'; of {names}, which break what was learnt without them, only a run from the start tells'
     speaking = speaking_of(outcomes, by_batch)
     if not speaking:
         only = _listed([outcome.change.name for outcome in averting])
@@ -104,20 +100,6 @@ def mechanism_of(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> st
     left = dict.fromkeys(o.change.removes for o in speaking if o.change.removes not in {'', *refuted})
     order = [*MECHANISMS, *left]
     return min(left, key=order.index, default='')
-
-
-TRANSPLANT = 60
-"""Steps within which another network, switched on in the middle of training, breaks what was learnt without it, if it
-does."""
-
-
-def _is_transplant(outcome: Outcome, window: Window | None) -> bool:
-    """Whether a change of the network itself made things worse at once: which says nothing of a run with it from the
-    start, so that nothing speaks against it."""
-    if window is None or window.lasting or outcome.symptom is None:
-        return False
-    soon = outcome.symptom.step - window.start < TRANSPLANT
-    return outcome.verdict == WORSE and outcome.change.points_to == 'model' and soon
 
 
 def _why_undecided(told: Told) -> str:

@@ -314,7 +314,8 @@ class Experiments:
         """Those whose outcome isn't known already."""
         assert self.window is not None
         for change in changes:
-            if self._outcomes.get(change.identity, self.window.start, self.window.horizon) is None:
+            start = 0 if change.initial else self.window.start
+            if self._outcomes.get(change.identity, start, self.window.horizon) is None:
                 self._make(change)
 
     def _compile(self, change: Change, wide: bool) -> Made:
@@ -344,8 +345,11 @@ class Experiments:
         `ahead`: changes to be compiled meanwhile, if the budget will reach to one more.
         """
         assert self.window is not None
-        start = self.window.start if start is None else start
+        if start is None:
+            start = 0 if change.initial else self.window.start
         horizon = self.window.horizon if horizon is None else horizon
+        if start < self.subject.checkpoints.steps()[0]:
+            return None
         if self.steps_replayed + horizon - start > self.left:
             return None
         known = self._outcomes.get(change.identity, start, horizon)
@@ -358,7 +362,7 @@ class Experiments:
         if self.steps_replayed + 2 * (horizon - start) <= self.left:
             self._make_ahead(ahead)
         begun = self._state(start)
-        history = [*self._history, *(row for row in self._control if row['step'] < start)]
+        history = [row for row in (*self._history, *self._control) if row['step'] < start]
         rows: list[Row] = []
         with jax.enable_x64(changed.wide or jax.config.values['jax_enable_x64']):
             state = changed.convert(begun)
@@ -449,6 +453,9 @@ class Experiments:
             left = self.budget - self.steps_replayed - 2 * (self.window.horizon - self.window.start)
             horizon = min(self.window.symptom + FARTHER, self.window.start + left)
             if best.verdict != AVERTED:
+                break
+            if best.change.initial:
+                outcomes[0] = best._replace(point_of_no_return=0)
                 break
             if horizon > best.reached:
                 again = self._attempt(best.change, horizon=horizon)

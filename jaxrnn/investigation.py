@@ -159,7 +159,6 @@ def _facts(symptom: Symptom, window: outcome.Window, opened: Opened, subject: re
     before = [row for row in opened.records if row['step'] < symptom.step]
     return remedy.Facts(
         symptom.kind,
-        window.start,
         window.lasting,
         telemetry.series(before),
         _sharpness(window.start, opened, subject),

@@ -37,6 +37,8 @@ class Change(NamedTuple):
         ''  # the mechanism that it takes away, of cause.MECHANISMS or one's own; '' where it would help any
     )
     key: Hashable = None  # what it makes of the run, if known: changes of equal keys are replayed once
+    # Whether it acts on what a run starts from, so that it's replayed from the run's first step.
+    initial: bool = False
     # The same as text that holds from one process to the next; '' where there is none: it is replayed anew each time.
     identity: str = ''
     # Itself with steps so many times as long; None where that is the run as it was, which broke.

@@ -35,14 +35,13 @@ class Remedy(NamedTuple):
     against: str = ''  # the one kind of symptom that it is for; '' for any
     # A rule over the records: where it holds before the symptom, this remedy is among the first to be tried.
     suggested: str = ''
-    until: int | None = None  # the last step at which it still does anything when switched on; None: always
+    initial: bool = False  # whether it is of what a run starts from: to be replayed from there
 
 
 class Facts(NamedTuple):
     """What is known of a symptom, by which remedies are chosen and put in order."""
 
     kind: str
-    start: int  # the first step of which a change can be replayed
     lasting: bool = False  # whether it is of a network that never started to learn
     columns: Series = MappingProxyType({})  # of the records before it
     sharpness: float | None = None  # λmax of the loss's Hessian, before it
@@ -57,10 +56,12 @@ def _fixed(
     unusual: bool = False,
     against: str = '',
     suggested: str = '',
-    until: int | None = None,
+    initial: bool = False,
     **options: Any,
 ) -> Remedy:
-    return Remedy(name, points_to, lambda config: options, means, removes, unusual, against, suggested, until)
+    return Remedy(
+        name, points_to, lambda config: options, means, removes, unusual, against, suggested, initial
+    )
 
 
 def _slower(config: Config, by: float) -> Options:
@@ -193,9 +194,10 @@ REMEDIES = (
     Remedy(
         'sigmoid gates', 'model', _soft_gates, 'gates keep a gradient where hard ones are shut', 'shut gates',
         suggested=' or '.join(f'smooth(dead_{gate}, 16) > .5' for gate in ('input_gate', 'output_gate')),
+        initial=True,
     ),
     _fixed(
-        'warm-up', 'optimiser', 'the first steps, whose averages are of a few gradients, are short', until=400,
+        'warm-up', 'optimiser', 'the first steps, whose averages are of a few gradients, are short', initial=True,
         warmup_steps=500,
     ),
     Remedy(
@@ -212,7 +214,7 @@ REMEDIES = (
     ),
     Remedy(
         'recurrent gain of 1', 'model', _smaller_gain, 'the state is not amplified from step to step',
-        'recurrent gain',
+        'recurrent gain', initial=True,
     ),
     _fixed(
         'ZClip', 'optimiser', 'gradients far above their running norm are cut', 'outlying gradients', clip='zclip',
@@ -224,6 +226,7 @@ REMEDIES = (
     _fixed(
         'masked padding', 'model', 'a word ends at its last letter', 'padding', mask_padding=True,
         suggested='smooth(memory, 16) < .05 or smooth(memory, 16) > 20 or smooth(abs(padding_gain), 16) > 2.3',
+        initial=True,
     ),
     Remedy(
         'exact products', 'precision', _exact_products, 'products of float32 round none of their operands',
@@ -257,7 +260,8 @@ REMEDIES = (
         'outlying gradients', clip='adaptive', clip_threshold=0.01,
     ),
     Remedy(
-        'chrono biases', 'model', _chrono, 'gates start with memories as long as the words', 'short memory', until=0,
+        'chrono biases', 'model', _chrono, 'gates start with memories as long as the words', 'short memory',
+        initial=True,
     ),
 )  # fmt: skip
 """In the order in which they are tried."""
@@ -299,23 +303,21 @@ def applicable(config: Config) -> list[Remedy]:
 
 def suspects(config: Config, facts: Facts) -> list[Remedy]:
     """Those that may avert a symptom, the first suspected first: what takes back something unusual; what is for this
-    kind of symptom; for a network that never started to learn what changes the network; what the records suggest."""
+    kind of symptom; for a network that never started to learn what changes the network; then what can be replayed
+    without going back to the start; of equals what the records suggest."""
     found = applicable(config)
     if facts.sharpness is not None:
         ruled = epsilon_by_rule(facts.sharpness)
         found = [ruled if each.name == EPSILON and ruled.options(config) else each for each in found]
 
-    def may_help(remedy: Remedy) -> bool:
-        return remedy.against in ('', facts.kind) and (remedy.until is None or facts.start <= remedy.until)
-
     def order(remedy: Remedy) -> tuple[bool, ...]:
         first = (
             remedy.unusual, bool(remedy.against), facts.lasting and remedy.points_to == 'model',
-            _holds(remedy.suggested, facts.columns),
+            facts.lasting or not remedy.initial, _holds(remedy.suggested, facts.columns),
         )  # fmt: skip
         return tuple(not each for each in first)
 
-    return sorted(filter(may_help, found), key=order)
+    return sorted((each for each in found if each.against in ('', facts.kind)), key=order)
 
 
 def _holds(rule: str, columns: Series) -> bool:
@@ -375,10 +377,11 @@ def change(
         # Of a program that somebody altered nothing is known.
         ours = make_program is train.make_program
         identity = json.dumps([quiet.to_json(), dataset.digest], sort_keys=True) if ours else ''
+        can_be_stressed = times == 1 and not (remedy.unusual or remedy.against or remedy.initial)
         name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
-            remedy.removes, other, identity, None if times > 1 or remedy.unusual or remedy.against else at,
+            remedy.removes, other, remedy.initial, identity, at if can_be_stressed else None,
         )  # fmt: skip
 
     made = at(1)

@@ -55,8 +55,8 @@ def experiments(subject, *, detectors=(LARGE,), budget=2000):
     return experiment.Experiments(subject, found.symptom, detectors, budget=budget)
 
 
-def change(name, step, points_to='model', removes='', **more):
-    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removes)
+def change(name, step, points_to='model', removes='', initial=False, **more):
+    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removes, initial=initial)
 
 
 def test_outcomes(subject):
@@ -601,22 +601,19 @@ def test_a_named_mechanism_is_confirmed_by_what_the_budget_had_not_reached(tmp_p
     assert not cause_of(refuted, by_batch=False).why.startswith('outlying gradients')
 
 
-def test_another_network_that_breaks_at_once_is_not_counted_against():
-    """It says nothing of a run with it from the start; one that breaks late, or breaks an optimiser, does."""
-
-    def outcome(name, points_to, step):
-        return Outcome(Change(name, points_to, lambda: None), 'worse', Symptom('collapse', step), 0.1, step)
-
-    averting = Outcome(Change('half', 'optimiser', lambda: None), AVERTED, None, 0.1, 400)
-    failing = [
-        outcome('gates', 'model', 130),
-        outcome('late', 'model', 190),
-        outcome('rate', 'optimiser', 110),
-    ]
-    control = Outcome(Change('none', '', lambda: None), UNCHANGED, Symptom('collapse', 300), 0.1, 301)
-    told = Told(Window(100, 300, 351), control, True, control, (averting, *failing))
-    why = cause_of(told).why
-    assert why == (
-        'half averts it; not so late, rate; of gates, which break what was learnt without them, only a run from the '
-        'start tells'
-    )
+def test_another_start_is_replayed_from_the_start(tmp_path):
+    """With the window's horizon; where it averts, it does so when switched on at step 0. Not where the budget doesn't
+    reach so far, nor where there is no state to start from."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    smaller = change('smaller', growing(RATE), convert=lambda x: x / 50, initial=True)
+    larger = change('larger', growing(RATE), convert=lambda x: x * 50, initial=True)
+    told = experiments(subject).run([smaller, larger, change('slower', growing(1.099))])
+    found = {o.change.name: o for o in told.outcomes}
+    assert found['smaller'].verdict == 'delayed' and found['smaller'].symptom.step == SYMPTOM + 41
+    assert found['larger'].verdict == 'worse' and found['larger'].symptom.step == SYMPTOM - 41
+    still = change('still', growing(1.0), initial=True)
+    told = experiments(subject).run([still])
+    assert told.outcomes[0].verdict == AVERTED and told.outcomes[0].point_of_no_return == 0
+    assert told.steps_replayed >= SYMPTOM + 51
+    told = experiments(subject, budget=400).run([still])
+    assert [each.name for each in told.untried] == ['still']

@@ -9,8 +9,8 @@ import small
 
 from jaxrnn import cause, cells, config, predicate, remedy, signals, train
 
-ELSEWHERE = ('learning rate by width', 'exact products')
-"""Of wide networks, and of accelerators."""
+ELSEWHERE = ('learning rate by width', 'exact products', 'constant learning rate')
+"""Of wide networks, of accelerators, and of rates that decay."""
 
 NAMES = [each.name for each in remedy.REMEDIES if each.name not in ELSEWHERE]
 CONFIG = small.configuration('lstm', preset='keras1').changed(
@@ -34,13 +34,15 @@ def test_names_are_told_apart():
 def test_the_first_suspected_are_tried_first():
     """What is out of the ordinary; then what is for this symptom alone; of a network that never learnt the network."""
     unusual = ['float32 products', 'float32 moments', 'bias correction']
-    usual = [name for name in NAMES if name not in unusual and name != 'guard']
+    usual = [name for name in NAMES if name not in unusual and not by_name(name).against]
 
     def names(kind, **facts):
-        return [each.name for each in remedy.suspects(CONFIG, remedy.Facts(kind, 0, **facts))]
+        return [each.name for each in remedy.suspects(CONFIG, remedy.Facts(kind, **facts))]
 
+    usual.sort(key=lambda name: by_name(name).initial)
     assert names('collapse') == unusual + usual
     assert names('nonfinite') == [*unusual, 'guard', *usual]
+    assert names('stall') == [*unusual, 'four times the learning rate', *usual]
     never_learnt = names('constant', lasting=True)
     assert sorted(never_learnt) == sorted(unusual + usual) and never_learnt[:3] == unusual
     model = [name for name in usual if by_name(name).points_to == 'model']
@@ -58,29 +60,40 @@ def test_what_the_records_suggest_is_tried_first():
     }
 
     def first(**columns):
-        facts = remedy.Facts('collapse', 600, columns={**quiet, **columns})
+        facts = remedy.Facts('collapse', columns={**quiet, **columns})
         names = [each.name for each in remedy.suspects(CONFIG, facts)]
         return names[3]  # after what is unusual
 
-    usual = first()
-    assert usual == 'update clipping'
-    assert first(memory=np.full(300, 0.01)) == first(padding_gain=np.full(300, -3.0)) == 'masked padding'
-    burst = first(step_rms=np.where(steps < 280, 1.0, 9.0), memory=np.full(300, 100.0))
+    def first_of_the_start(columns):
+        facts = remedy.Facts('collapse', columns={**quiet, **columns})
+        return next(each.name for each in remedy.suspects(CONFIG, facts) if each.initial)
+
+    assert first() == 'update clipping'
+    assert first(update_curvature=np.full(300, 0.9)) == 'capped curvature'
+    assert first(relative_step=np.full(300, 0.3)) == 'capped spectral step'
+    burst = first(step_rms=np.where(steps < 280, 1.0, 9.0), relative_step=np.full(300, 0.3))
     assert burst == 'update clipping'  # in the order of the table, where several are
+    padding = [{'memory': np.full(300, 0.01)}, {'padding_gain': np.full(300, -3.0)}]
+    assert [first_of_the_start(columns) for columns in padding] == ['masked padding'] * 2
     gates = {'dead_input_gate': np.zeros(300), 'dead_output_gate': np.full(300, 0.7)}
-    assert first(**gates) == 'sigmoid gates'
+    assert first_of_the_start(gates) == 'sigmoid gates'
+    assert first_of_the_start({}) == 'sigmoid gates' != first_of_the_start(padding[0])
     for each in remedy.REMEDIES:
         if each.suggested:
             fields = predicate.parse(each.suggested).fields - {'step'}
             assert fields <= {signal.name for signal in signals.SIGNALS}
 
 
-def test_what_acts_at_the_start_alone_is_tried_there_alone():
-    def names(start):
-        return {each.name for each in remedy.suspects(CONFIG, remedy.Facts('collapse', start))}
-
-    assert names(0) - names(1) == {'chrono biases'}
-    assert names(1) - names(1000) == {'warm-up'}
+def test_what_needs_a_run_from_the_start_is_tried_last():
+    """Unless the window begins there anyway, as that of a network that never learnt."""
+    initial = {'sigmoid gates', 'warm-up', 'recurrent gain of 1', 'masked padding', 'chrono biases'}
+    assert {each.name for each in remedy.REMEDIES if each.initial} == initial
+    for lasting in (False, True):
+        facts = remedy.Facts('constant', lasting=lasting)
+        names = [each.name for each in remedy.suspects(CONFIG, facts)]
+        assert (set(names[-len(initial) :]) == initial) == (not lasting)
+    made = remedy.change(CONFIG, small.dataset(), by_name('masked padding'))
+    assert made.initial and made.stressed is None
 
 
 def test_epsilon_by_the_rule():
@@ -91,7 +104,7 @@ def test_epsilon_by_the_rule():
     assert remedy.applied(CONFIG.changed(epsilon=1e-3), found) == CONFIG.changed(epsilon=1e-3)
 
     def epsilon(sharpness):
-        suspected = remedy.suspects(CONFIG, remedy.Facts('collapse', 0, sharpness=sharpness))
+        suspected = remedy.suspects(CONFIG, remedy.Facts('collapse', sharpness=sharpness))
         (one,) = (each for each in suspected if each.name == remedy.EPSILON)
         return remedy.applied(CONFIG, one).optimiser.epsilon
 
@@ -104,6 +117,16 @@ def test_the_rate_goes_with_the_width():
     stacked = config.Config(model=config.Model(network='stacked'))
     assert remedy.flags(stacked, by_width) == '--learning_rate=0.00025'
     assert by_width not in remedy.applicable(CONFIG)
+
+
+def test_a_rate_that_decayed_may_be_kept_constant():
+    decaying = CONFIG.changed(schedule='exponential')
+    constant = by_name('constant learning rate')
+    assert remedy.flags(decaying, constant) == '--schedule=constant'
+    names = [each.name for each in remedy.suspects(decaying, remedy.Facts('stall')) if not each.unusual]
+    assert names[:2] == ['constant learning rate', 'four times the learning rate']
+    assert constant not in remedy.suspects(decaying, remedy.Facts('collapse'))
+    assert constant not in remedy.applicable(CONFIG)
 
 
 def test_exact_products_are_of_accelerators(monkeypatch):
@@ -156,7 +179,9 @@ def test_what_changes_nothing_is_not_applicable():
     )
     left = {each.name for each in remedy.applicable(changed)}
     rates = {'half the learning rate', 'an eighth of the learning rate'}
-    assert left == {*rates, 'Yogi', 'norm clipping', 'AdaGC', 'SPAM clipping', 'adaptive clipping'}
+    clippings = {'norm clipping', 'AdaGC', 'SPAM clipping', 'adaptive clipping'}
+    stalled = {'constant learning rate', 'four times the learning rate'}
+    assert left == {*rates, *clippings, *stalled, 'Yogi'}
     assert cells.PRESETS['keras3'].gate is cells.SIGMOID
     assert 'sigmoid gates' not in {each.name for each in remedy.applicable(small.configuration())}
 
