@@ -10,6 +10,7 @@ from jaxrnn.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, Outcome, Told
 MECHANISMS = {
     'low precision': 'rounding takes digits that training needs',
     'missing bias correction': 'means that start at zero make the first steps too long',
+    'excessive recurrent gain': 'the recurrent weights start several times larger than any library has them',
     'vanishing steps': 'steps are too short to learn anything more',
     'second-moment decay': "Adam's v decays in quiet steps until the next ones are too long",
     'outrun second moment': 'gradients grow faster than v, their squared mean, follows',

@@ -133,8 +133,16 @@ def _chrono(config: Config) -> Options:
     return {} if config.model.chrono_steps else {'chrono_steps': steps}
 
 
+USUAL_GAIN = 1.5
+"""Of initial recurrent weights that are orthogonal times a number: libraries have 1 or 1.1."""
+
+
 def _smaller_gain(config: Config) -> Options:
-    return {'recurrent_gain': 1.0} if gain(config) > 1 else {}
+    return {'recurrent_gain': 1.0} if 1 < gain(config) <= USUAL_GAIN else {}
+
+
+def _usual_gain(config: Config) -> Options:
+    return {'recurrent_gain': 1.0} if gain(config) > USUAL_GAIN else {}
 
 
 def gain(config: Config) -> float:
@@ -167,6 +175,10 @@ REMEDIES = (
     _fixed(
         'bias correction', 'optimiser', 'the first steps are no longer than the others',
         'missing bias correction', unusual=True, bias_correction=True,
+    ),
+    Remedy(
+        'usual recurrent gain', 'model', _usual_gain, 'the state is not amplified from step to step',
+        'excessive recurrent gain', unusual=True, initial=True,
     ),
     Remedy(
         'constant learning rate', 'optimiser', _constant, 'steps do not shrink before anything is learnt',

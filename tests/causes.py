@@ -55,10 +55,12 @@ class Cause(NamedTuple):
     learning_rate: float = 3e-3
     steps: int = 1100
     once: bool = False  # whether it strikes once, as a fault of the machine
+    pad_to: int = 0  # time steps of a word; 0: as the longest needs
 
     def config(self, seed: int = 0) -> config.Config:
         made = small.configuration(self.network, hidden=self.hidden, preset='keras1', seed=seed)
         return made.changed(
+            pad_to=self.pad_to,
             learning_rate=self.learning_rate,
             max_steps=self.steps,
             on_divergence='stop',
@@ -245,6 +247,10 @@ CAUSES = {
             options={'schedule': 'exponential', 'decay_steps': 12},
         ),
         Cause('gates shut', 'model', gates_shut),
+        Cause(
+            'recurrent gain of 4', 'model', network='gru', hidden=32, learning_rate=6e-3, pad_to=20,
+            options={'recurrent_gain': 4.0},
+        ),
         Cause('bit of a weight', 'hardware', bit_of_a_weight, once=True),
         Cause('bit of a moment', 'hardware', bit_of_a_moment, once=True),
         Cause('threads race', 'nondeterminism', threads_race),
@@ -257,7 +263,7 @@ CAUSES = {
 
 def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> run.Trained:
     """Trains it, with flags added."""
-    data.write_dataset(loop.Paths(directory).data, small.dataset())
+    data.write_dataset(loop.Paths(directory).data, small.dataset(cause.pad_to))
     made = cause.config(seed)
     types_of = {name: type(value) for group in made.to_json().values() for name, value in group.items()}
     pairs = (flag.removeprefix('--').split('=', 1) for flag in flags.split())

@@ -9,8 +9,8 @@ import small
 
 from jaxrnn import cause, cells, config, predicate, remedy, signals, train
 
-ELSEWHERE = ('learning rate by width', 'exact products', 'constant learning rate')
-"""Of wide networks, of accelerators, and of rates that decay."""
+ELSEWHERE = ('learning rate by width', 'exact products', 'constant learning rate', 'usual recurrent gain')
+"""Of wide networks, of accelerators, of rates that decay, and of large gains."""
 
 NAMES = [each.name for each in remedy.REMEDIES if each.name not in ELSEWHERE]
 CONFIG = small.configuration('lstm', preset='keras1').changed(
@@ -87,7 +87,7 @@ def test_what_the_records_suggest_is_tried_first():
 def test_what_needs_a_run_from_the_start_is_tried_last():
     """Unless the window begins there anyway, as that of a network that never learnt."""
     initial = {'sigmoid gates', 'warm-up', 'recurrent gain of 1', 'masked padding', 'chrono biases'}
-    assert {each.name for each in remedy.REMEDIES if each.initial} == initial
+    assert {each.name for each in remedy.REMEDIES if each.initial} == {*initial, 'usual recurrent gain'}
     for lasting in (False, True):
         facts = remedy.Facts('constant', lasting=lasting)
         names = [each.name for each in remedy.suspects(CONFIG, facts)]
@@ -127,6 +127,17 @@ def test_a_rate_that_decayed_may_be_kept_constant():
     assert names[:2] == ['constant learning rate', 'four times the learning rate']
     assert constant not in remedy.suspects(decaying, remedy.Facts('collapse'))
     assert constant not in remedy.applicable(CONFIG)
+
+
+def test_a_gain_that_no_library_has_is_suspected_first():
+    names = [
+        each.name for each in remedy.suspects(CONFIG.changed(recurrent_gain=2.0), remedy.Facts('collapse'))
+    ]
+    assert 'usual recurrent gain' in names[:4] and 'recurrent gain of 1' not in names
+    assert (
+        remedy.flags(CONFIG.changed(recurrent_gain=2.0), by_name('usual recurrent gain'))
+        == '--recurrent_gain=1.0'
+    )
 
 
 def test_exact_products_are_of_accelerators(monkeypatch):

@@ -12,7 +12,7 @@ NETWORKS = ('lstm', 'gru', 'stacked')
 
 
 @functools.lru_cache
-def dataset() -> data.Dataset:
+def dataset(pad_to: int = 0) -> data.Dataset:
     rng = np.random.default_rng(0)
     words: dict[str, None] = {}
     while len(words) < 40:
@@ -20,7 +20,8 @@ def dataset() -> data.Dataset:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'vectors.txt'
         data.write_vectors(path, list(words), rng.normal(size=(40, 8)).astype(np.float32))
-        return data.load(config.Data(vectors=str(path), validation_share=0.0, test_share=0.0), seed=0)
+        options = config.Data(vectors=str(path), validation_share=0.0, test_share=0.0, pad_to=pad_to)
+        return data.load(options, seed=0)
 
 
 def configuration(
