@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxrnn import detect, experiment, inside, loop, outcome, replay, telemetry
+from jaxrnn.changes import in_order
 from jaxrnn.checkpoint import Checkpoints
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.telemetry import Row
@@ -109,7 +110,7 @@ def diagnose(
     diagnosis, _ = inside.into(subject, diagnosis)
 
     def tried(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
-        return experiment.in_order(subject, window, bad_batches, changes)
+        return in_order(subject, window, bad_batches, changes)
 
     return experiment.explain(subject, diagnosis, tried, detectors, budget=budget)
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import detect, kept, loop, predicate, telemetry
 from jaxrnn.cause import cause_of, mechanism_of, ranked, speaking_of
+from jaxrnn.changes import NUDGE, NUDGE_NAME, nudged, step_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Change, Changed, Outcome, Told, Window
 from jaxrnn.replay import Replayer, Subject
 from jaxrnn.telemetry import Row
-from jaxrnn.types import BatchAt, Series, Step, Tree
+from jaxrnn.types import BatchAt, Series, Tree
 
 BUDGET = 2000
 """Steps that a diagnosis may replay."""
@@ -50,11 +50,6 @@ LOOK_EVERY = 8
 
 SNAPSHOTS = 8
 """States of the control that are kept, for points of no return."""
-
-NUDGE = 1e-6
-"""Of each parameter, as a share: ten times float32's rounding, and nothing that training would notice."""
-
-NUDGE_NAME = 'nudge'
 
 ACTED = 10
 """Times that a change must move a loss farther than a nudge does to count as having done anything: other roundings, of
@@ -87,73 +82,6 @@ def window_of(subject: Subject, step: int, began: int | None = None) -> Window |
 
 Combine = Callable[[Change], Change | None]
 """A change -> it and another as one; None where there is no such."""
-
-
-# Changes that anybody's run can be given.
-
-
-def nudged(subject: Subject, seed: int = 0) -> Change:
-    """Every floating-point number of the state moved by a millionth of itself: a baseline. What this averts
-    depends on chance."""
-
-    def nudge(state: Tree) -> Tree:
-        leaves, structure = jax.tree.flatten(state)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return jax.tree.unflatten(structure, [_nudged(x, key) for x, key in zip(leaves, keys, strict=True)])
-
-    # Without identity: how far it moves the losses is asked of its rows.
-    return Change(NUDGE_NAME, '', lambda: Changed(_step(subject), subject.batch_at, nudge))
-
-
-def _nudged(x: Any, key: Any) -> Any:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x * (1 + NUDGE * jax.random.normal(key, jnp.shape(x))).astype(x.dtype)
-
-
-def without_batch(subject: Subject, step: int) -> Change:
-    """The batch of one step left out, that of the step before in its place. `step`: from 1 on."""
-    return Change(
-        f'without the batch of step {step}', 'data',
-        lambda: Changed(_step(subject), loop.without(subject.batch_at, {step})), f'--skip_batches={step}',
-        means='the batch itself is bad, or meets a state that it upsets', identity=f'without {step}',
-    )  # fmt: skip
-
-
-def other_batches(subject: Subject, window: Window) -> Change:
-    """All of them from the steps before the window, so that the run has seen them."""
-    length = window.horizon - window.start
-
-    def batch_at(number: int) -> Tree:
-        return subject.batch_at((number - length) % max(window.start, 1))
-
-    return Change(
-        'other batches', 'data', lambda: Changed(_step(subject), batch_at),
-        means='the batches, or their order, and not the state', identity='other batches',
-    )  # fmt: skip
-
-
-def in_float64(subject: Subject) -> Change:
-    """State and batches in float64, and with them all that isn't told to be otherwise. What this averts, and a nudge
-    doesn't, is the rounding's doing."""
-    return Change(
-        'float64', 'precision',
-        lambda: Changed(_step(subject), lambda step: _widened(subject.batch_at(step)), _widened, wide=True),
-        means='numbers keep twice their digits', removes='low precision', identity='float64',
-    )  # fmt: skip
-
-
-def _widened(numbers: Tree) -> Tree:
-    def widen(x: Any) -> Any:
-        return x.astype(np.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
-
-    return jax.tree.map(widen, numbers)
-
-
-def _step(subject: Subject) -> Step:
-    if subject.step is None:
-        raise ValueError('a subject without its step can be replayed, not changed')
-    return subject.step
 
 
 class Made(NamedTuple):
@@ -299,7 +227,7 @@ class Experiments:
         shared = [row for row in self._control if row['step'] in recorded]
         identical = all(telemetry.same(recorded[row['step']], row) for row in shared)
         found = self._found([*self._history, *self._control], start)
-        unchanged = Change('none', '', lambda: Changed(_step(self.subject), self.subject.batch_at))
+        unchanged = Change('none', '', lambda: Changed(step_of(self.subject), self.subject.batch_at))
         return self._outcome(unchanged, found, self._control), identical
 
     def _make(self, change: Change) -> 'concurrent.futures.Future[Made]':
@@ -660,7 +588,7 @@ def _computed_again(subject: Subject, symptom: Symptom, detectors: Sequence[Dete
     """The steps before a symptom that did not come out as they were recorded: does it show again?"""
     experiments = Experiments(subject, symptom, detectors, budget=budget)
     again = Change(
-        'the same steps again', 'hardware', lambda: Changed(_step(subject), subject.batch_at),
+        'the same steps again', 'hardware', lambda: Changed(step_of(subject), subject.batch_at),
         '--on_divergence=rewind', means='a fault of the hardware does not come again',
     )  # fmt: skip
     outcome = None if experiments.window is None else experiments._attempt(again)
@@ -668,15 +596,6 @@ def _computed_again(subject: Subject, symptom: Symptom, detectors: Sequence[Dete
         experiments.window, None, False, None, () if outcome is None else (outcome,), None,
         () if outcome is not None else (again,), experiments.steps_replayed,
     )  # fmt: skip
-
-
-def in_order(
-    subject: Subject, window: Window, bad_batches: Sequence[int], changes: Sequence[Change]
-) -> list[Change]:
-    """Changes with those of the data: these first where there are bad batches, else last."""
-    left_out = [without_batch(subject, step) for step in bad_batches or [window.symptom] if step]
-    last = [in_float64(subject), other_batches(subject, window)]
-    return [*left_out, *changes, *last] if bad_batches else [*changes, *last, *left_out]
 
 
 def _as_remedy(outcome: Outcome) -> dict[str, Any]:

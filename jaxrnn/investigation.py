@@ -29,6 +29,7 @@ from jaxrnn import (
     telemetry,
     train,
 )
+from jaxrnn.changes import in_order
 from jaxrnn.config import Config
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
@@ -121,15 +122,15 @@ def diagnose_run(
         found = None if known is None else remedy.combined(opened.config, known)
         return None if found is None else change(found)
 
-    def changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
+    def suspected_changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         assert diagnosis.symptom is not None
         facts = _facts(diagnosis.symptom, window, opened, subject)
         suspected = [change(each) for each in remedy.suspects(opened.config, facts)]
         say(f'replaying the steps from {window.start} on, under one change at a time')
-        return experiment.in_order(subject, window, bad_batches, suspected)
+        return in_order(subject, window, bad_batches, suspected)
 
     diagnosis, told = experiment.explain(
-        subject, diagnosis, changes, detectors, budget=budget, combine=combine,
+        subject, diagnosis, suspected_changes, detectors, budget=budget, combine=combine,
         keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
     )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:

@@ -14,19 +14,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrnn import cells, scan
+from jaxrnn.seen import Seen, probe
 from jaxrnn.types import Array, Tree
 
-_next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[scan.Seen | None, Array | None]]] = (
+_next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[Seen | None, Array | None]]] = (
     contextvars.ContextVar('next_probe', default=lambda cell: (None, None))
 )
 
 
-def probes(network: Callable, *args: Any) -> list[scan.Seen]:
+def probes(network: Callable, *args: Any) -> list[Seen]:
     """A probe for each call of a recurrent layer in a function, in their order. args: of the function."""
-    found: list[scan.Seen] = []
+    found: list[Seen] = []
 
     def count(cell: cells.Cell) -> tuple[None, None]:
-        found.append(scan.probe(cell))
+        found.append(probe(cell))
         return None, None
 
     with _probing(count):
@@ -37,7 +38,7 @@ def probes(network: Callable, *args: Any) -> list[scan.Seen]:
 
 
 @contextlib.contextmanager
-def looked_at(probes: Sequence[scan.Seen], ends: Array | None = None) -> Iterator[None]:
+def looked_at(probes: Sequence[Seen], ends: Array | None = None) -> Iterator[None]:
     """Gives the probes to the recurrent layers called within, in their order; `ends` as `scan.run` has it."""
     left = iter(probes)
     with _probing(lambda cell: (next(left, None), ends)):
@@ -45,7 +46,7 @@ def looked_at(probes: Sequence[scan.Seen], ends: Array | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def _probing(take: Callable[[cells.Cell], tuple[scan.Seen | None, Array | None]]) -> Iterator[None]:
+def _probing(take: Callable[[cells.Cell], tuple[Seen | None, Array | None]]) -> Iterator[None]:
     token = _next_probe.set(take)
     try:
         yield

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxrnn import cells
+from jaxrnn.seen import Seen, look
 from jaxrnn.types import Array, Tree
 
 
@@ -73,48 +73,6 @@ class Weights(NamedTuple):
     recurrent_bias: Array | None = None  # GRU, reset after: [3H], or [H] for the candidate alone
 
 
-UNITS = 64
-"""Units of a layer that a probe looks at, evenly spread: of 1,024 a sixteenth; of the cotangents as many numbers, of
-all gates side by side."""
-
-SATURATED = 0.1
-"""From 0 or 1, within which a gate's value counts as saturated (Karpathy, Johnson & Fei-Fei 2015, 1506.02078)."""
-
-LARGE_CELL = 4.0
-"""|c| from which on tanh(c) passes less than 1.4e-3 of a gradient."""
-
-TINY = 1e-30
-"""Keeps a ratio off 0/0, which it makes 1, and finite."""
-
-
-class Seen(NamedTuple):
-    """What a layer did in one pass, forward and back: numbers by which to tell how it will fare.
-
-    An argument of `run` that moves nothing, whose gradient is what was seen: so it comes out beside the weights'
-    gradients, of the pass that makes these. Of some UNITS units; masked time steps don't count.
-    """
-
-    saturated: dict[str, Array]  # gate -> share of its values within SATURATED of 0 or 1
-    dead: dict[
-        str, Array
-    ]  # gate -> share of the units whose gate is at 0 or 1 for all examples and time steps
-    large_cells: Array  # share of |c| > LARGE_CELL; 0 for a GRU
-    memory: (
-        Array  # Σ Var(h after the last time step) / Σ Var(h at each example's `end`), over examples and units
-    )
-    through_time: Array  # RMS(∂L/∂a) at the first time step, over that at the last; a: pre-activations
-    # log of ‖∂L/∂a‖ at an example's `end` over that at the last time step, mean of the examples that end before: the
-    # Lyapunov exponent of what comes between, along the gradient, times its steps
-    padding_gain: Array
-
-
-def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Seen:
-    """What `run` takes to look at a layer: zeros, to be differentiated by."""
-    zero = jnp.zeros((), dtype)
-    per_gate = {name: zero for name, _ in cell.gates}
-    return Seen(per_gate, per_gate, zero, zero, zero, zero)
-
-
 def run(
     cell: cells.Cell,
     weights: Weights,
@@ -146,7 +104,7 @@ def run(
         reference: whether to take the plain scan, which JAX differentiates: slower, but open to forward mode
             (`jax.jvp`). Hessian-vector products as `jax.jvp` of `jax.grad` need it not.
         plan: layout of the loops; the platform's best if not given.
-        seen: of `probe`, to look at the layer; the plain scan gives it no gradient.
+        seen: of `seen.probe`, to look at the layer; the plain scan gives it no gradient.
         ends: int [B], time steps up to which an example says something, for `Seen.memory`; T if not given.
 
     Returns:
@@ -464,103 +422,15 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
     if looked_at is not None:
         gates = {name: _stack([apart(s)[k] for s in saved]) for name, k in cell.gates}
         states = jax.tree.map(lambda *pieces: _stack(pieces), *tm1)
-        seen = _look(static, layout, looked_at, mask, gates, states, groups[0])
+        start, ends, last = looked_at
+        seen = look(
+            start, gates, states, last, groups[0], ends=ends, mask=mask, reverse=static.reverse,
+            features_first=layout.features_first,
+        )  # fmt: skip
     return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None, seen, None
 
 
 _fast.defvjp(_forward, _backward)
-
-
-def _look(
-    static: _Static,
-    layout: _Layout,
-    looked_at: tuple[Seen, Array, Array],
-    mask: Array | None,
-    gates: dict[str, Array],
-    tm1: Tree,
-    d: Array,
-) -> Seen:
-    """What was seen. gates, states and cotangents of pre-activations: [T, B, ..] or [T, .., B]."""
-    start, ends, last = looked_at
-    units = functools.partial(_some_units, layout)
-    examples = jnp.ones(tm1.h.shape[:1] + ends.shape, bool) if mask is None else mask  # [T, B]
-    values = {name: units(value) for name, value in gates.items()}
-    saturated, alive, large = _over_time(
-        layout, values, jnp.abs(units(tm1.c)) if 'c' in tm1._fields else None, examples
-    )
-    squares = jnp.sum(jnp.square(units(d)), axis=layout.axis)  # [T, B]
-    if static.reverse:
-        examples, squares = examples[::-1], squares[::-1]
-    norms = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(examples, axis=1), 1)
-    final = norms.shape[0] - 1 - jnp.argmax(jnp.any(examples, axis=1)[::-1])
-    found = Seen(
-        saturated=saturated,
-        dead={name: 1 - jnp.mean(value) for name, value in alive.items()},
-        large_cells=large,
-        memory=jnp.ones(()) if static.reverse else _memory(layout, units(tm1.h), units(last[None])[0], ends),
-        through_time=_ratio(jnp.sqrt(norms[0]), jnp.sqrt(norms[final])),
-        padding_gain=jnp.zeros(()) if static.reverse or mask is not None else _padding_gain(squares, ends),
-    )
-    return jax.tree.map(lambda x, zero: x.astype(zero.dtype), found, start)
-
-
-def _over_time(
-    layout: _Layout, gates: dict[str, Array], cells: Array | None, examples: Array
-) -> tuple[dict[str, Array], dict[str, Array], Array]:
-    """Of each gate the share of saturated values, and which units ever pass a gradient, [units]; and the share of large
-    cells. One loop over all of them, where XLA:CPU has a loop for each sum.
-
-    Args:
-        layout: of the arrays.
-        gates: values [T, units, B] or [T, B, units].
-        cells: |c|, the same; None where there is none.
-        examples: bool [T, B], what counts.
-    """
-    valid = examples[:, None, :] if layout.features_first else examples[:, :, None]
-    stuck = [(y < SATURATED) | (y > 1 - SATURATED) for y in gates.values()]
-    sums = [*stuck, *([] if cells is None else [cells > LARGE_CELL])]
-    largest = [(y > 0) & (y < 1) for y in gates.values()]
-    operands = [(x & valid).astype(jnp.float32) for x in (*sums, *largest)]
-
-    def combine(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-        return [
-            x + y if place < len(sums) else jnp.maximum(x, y)
-            for place, (x, y) in enumerate(zip(a, b, strict=True))
-        ]
-
-    axes = (0, 2) if layout.features_first else (0, 1)
-    per_unit = lax.reduce(operands, [np.float32(0)] * len(operands), combine, axes)
-    total = jnp.maximum(jnp.sum(examples), 1)
-    shares = [jnp.mean(x) / total for x in per_unit[: len(sums)]]
-    saturated = dict(zip(gates, shares, strict=False))
-    alive = dict(zip(gates, per_unit[len(sums) :], strict=True))
-    return saturated, alive, jnp.zeros(()) if cells is None else shares[-1]
-
-
-def _padding_gain(squares: Array, ends: Array) -> Array:
-    """squares: of the cotangents of an example's pre-activations, [T, B]."""
-    at_end = jnp.take_along_axis(squares, jnp.maximum(ends - 1, 0)[None], axis=0, mode='clip')[0]
-    gains = jnp.log(_ratio(jnp.sqrt(at_end), jnp.sqrt(squares[-1])))
-    padded = ends < squares.shape[0]
-    return jnp.sum(jnp.where(padded, gains, 0)) / jnp.maximum(jnp.sum(padded), 1)
-
-
-def _memory(layout: _Layout, h: Array, last: Array, ends: Array) -> Array:
-    """h: before each time step."""
-    every = jnp.concatenate([h, last[None]])
-    places = ends[None, None, :] if layout.features_first else ends[None, :, None]
-    at_end = jnp.take_along_axis(every, places, axis=0, mode='clip')[0]
-    examples = -1 if layout.features_first else -2
-    return _ratio(jnp.sum(jnp.var(last, axis=examples)), jnp.sum(jnp.var(at_end, axis=examples)))
-
-
-def _some_units(layout: _Layout, x: Array) -> Array:
-    every = max(x.shape[layout.axis] // UNITS, 1)
-    return x[..., ::every, :] if layout.features_first else x[..., ::every]
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    return (a + TINY) / (b + TINY)
 
 
 def _inputs(layout: _Layout, weights: Weights, xs: Array) -> tuple[Array, Callable[[Array], Array]]:

@@ -19,7 +19,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxrnn import cells, scan, transforms, tree
+from jaxrnn import cells, transforms, tree
+from jaxrnn.seen import Seen
 from jaxrnn.types import Array, Record, Tree
 
 SATURATED = 0.9
@@ -379,11 +380,11 @@ def of_adam(
     return record | dict(zip(NORMS, (gs, us, thetas), strict=True))
 
 
-def of_layers(seen: Sequence[scan.Seen]) -> Record:
+def of_layers(seen: Sequence[Seen]) -> Record:
     """The signals of recurrent layers: those of OF_LAYERS that they have, the worst over the layers.
 
     Args:
-        seen: of each layer, from the input on: the gradients of its probe (see `scan.Seen`, `layers.probes`).
+        seen: of each layer, from the input on: the gradients of its probe (see `Seen`, `layers.probes`).
     """
     each: dict[str, list[Array]] = {}
     for layer in seen:

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import cells, curvature, data, layers, loop, models, optim, scan, signals, transforms, tree
+from jaxrnn import cells, curvature, data, layers, loop, models, optim, signals, transforms, tree
 from jaxrnn.config import Config, Model, Optimiser
+from jaxrnn.seen import Seen
 from jaxrnn.types import Array, Batch, BatchAt, Record, Staged, Step, Tree, UserError
 
 TINY = 1e-12
@@ -93,7 +94,7 @@ PARTS = 64
 steps of where they would if all were read, and what is smoothed over 16 steps is off by 3 % at most in the median
 (docs/decisions/0009-signals.md)."""
 
-SignalsOf = Callable[[TrainState, TrainState, Tree, Tree, Sequence[scan.Seen]], Record]
+SignalsOf = Callable[[TrainState, TrainState, Tree, Tree, Sequence[Seen]], Record]
 """State before a step, state after it, gradients, updates, what was seen of the layers -> what is recorded beside the
 rest."""
 
@@ -110,7 +111,7 @@ def _signals_of(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainS
         left_out |= {'bound', 'second_moment_broken', 'momentum_cosine'}  # of moments that are kept whole
 
     def signals_of(
-        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[scan.Seen]
+        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[Seen]
     ) -> Record:
         clipped = optim.clipped(options, gradients, before.opt_state, before.params)
         found = signals.of_adam(
@@ -196,7 +197,7 @@ def _begin(
 ) -> Callable[[TrainState, Batch], Tree]:
     """State, batch -> (loss, predictions), (gradients, what was seen of each recurrent layer if `look`)."""
 
-    def looked_at(params: Tree, seen: list[scan.Seen], batch: Batch) -> tuple[Array, Array]:
+    def looked_at(params: Tree, seen: list[Seen], batch: Batch) -> tuple[Array, Array]:
         with layers.looked_at(seen, models.lengths_of(batch.letters) if seen else None):
             return loss_of(predict, params, batch)
 

@@ -12,6 +12,7 @@ import pytest
 import jaxrnn
 from jaxrnn import checkpoint, detect, experiment, loop, replay, telemetry
 from jaxrnn.cause import cause_of, ranked
+from jaxrnn.changes import in_float64, other_batches, without_batch
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.outcome import AVERTED, UNCHANGED, VERDICTS, Change, Changed, Outcome, Told, Window
 from jaxrnn.types import Staged
@@ -228,7 +229,7 @@ def test_what_float64_averts_is_the_rounding(tmp_path):
         return jnp.int32(0), jnp.float32(1)
 
     subject = subject_of(too_small_to_see, no_batch, init, tmp_path)
-    told = experiments(subject).run([experiment.in_float64(subject), change('as it was', too_small_to_see)])
+    told = experiments(subject).run([in_float64(subject), change('as it was', too_small_to_see)])
     assert {o.change.name: o.verdict for o in told.outcomes} == {'float64': AVERTED, 'as it was': UNCHANGED}
     assert told.identical and told.nudge.verdict == UNCHANGED
     cause = cause_of(told)
@@ -237,7 +238,7 @@ def test_what_float64_averts_is_the_rounding(tmp_path):
     assert not jax.config.values['jax_enable_x64']
     # What rounding has no part in, it doesn't avert.
     grows = subject_of(growing(RATE), no_batch, first, tmp_path / 'grows')
-    (outcome,) = experiments(grows).run([experiment.in_float64(grows)]).outcomes
+    (outcome,) = experiments(grows).run([in_float64(grows)]).outcomes
     assert outcome.verdict == UNCHANGED
 
 
@@ -327,7 +328,7 @@ def test_a_bad_batch(tmp_path):
     subject = subject_of(halving, with_a_bad_batch, first, tmp_path)
     made = experiments(subject)
     assert made.bad_batches() == (200,)
-    changes = [experiment.without_batch(subject, 200), experiment.other_batches(subject, made.window)]
+    changes = [without_batch(subject, 200), other_batches(subject, made.window)]
     told = made.run([change('half', lambda x, batch: (x / 2, {'loss': x})), *changes])
     assert {o.change.name: o.verdict for o in told.outcomes} == {
         'without the batch of step 200': 'averted',

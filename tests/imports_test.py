@@ -8,6 +8,7 @@ FLOORS = {
     1: (
         'cells',
         'scan',
+        'seen',
         'optim',
         'transforms',
         'data',
@@ -22,7 +23,7 @@ FLOORS = {
     2: ('layers', 'detect', 'cause'),
     3: ('models', 'loop', 'kept'),
     4: ('train', 'replay', 'rewind'),
-    5: ('inside', 'experiment', 'run'),
+    5: ('inside', 'experiment', 'changes', 'run'),
     6: ('remedy',),
     7: ('checks',),
     8: ('investigation', 'debug'),
@@ -40,10 +41,13 @@ ALLOWED_BESIDE = {
     ('scan', 'cells'),
     ('optim', 'transforms'),
     ('signals', 'transforms'),
+    ('experiment', 'changes'),
     ('optim', 'curvature'),
     ('curvature', 'transforms'),
     ('signals', 'cells'),
-    ('signals', 'scan'),
+    ('signals', 'seen'),
+    ('scan', 'seen'),
+    ('seen', 'cells'),
 }
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

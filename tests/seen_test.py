@@ -9,6 +9,7 @@ import pytest
 import small
 
 from jaxrnn import cells, layers, scan, signals, train
+from jaxrnn.seen import UNITS, Seen, probe
 
 T, B, V, H = 7, 5, 4, 6
 CELLS = {
@@ -37,14 +38,14 @@ def loss_of(h: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(h - jnp.linspace(-1, 1, h.shape[1])[None]))
 
 
-def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> scan.Seen:
+def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> Seen:
     def loss(seen):
         _, carry = scan.run(
             cell, weights, letters, mask=mask, ends=ends, plan=plan, sequences=False, seen=seen
         )
         return loss_of(carry.h)
 
-    return jax.jit(jax.grad(loss))(scan.probe(cell))
+    return jax.jit(jax.grad(loss))(probe(cell))
 
 
 def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
@@ -102,7 +103,7 @@ def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
     }
 
 
-def flat(seen: scan.Seen) -> dict:
+def flat(seen: Seen) -> dict:
     return {
         **{('saturated', name): value for name, value in seen.saturated.items()},
         **{('dead', name): value for name, value in seen.dead.items()},
@@ -144,7 +145,7 @@ def test_units_whose_gate_is_shut_for_all_are_dead():
 def test_of_many_units_some_are_looked_at():
     """Those of an eighth of 512: a share that is theirs, near that of all."""
     cell = CELLS['lstm']
-    weights = weights_of(cell, hidden=8 * scan.UNITS, scale=0.1)
+    weights = weights_of(cell, hidden=8 * UNITS, scale=0.1)
     got, wanted = flat(found(cell, weights, letters_of())), expected(cell, weights, letters_of())
     for field, value in wanted.items():
         np.testing.assert_allclose(got[field], value, rtol=0.25, atol=0.05, err_msg=str(field))
@@ -160,7 +161,7 @@ def test_looking_moves_nothing(reverse):
 
         return jax.jit(jax.value_and_grad(loss))(weights_of(cell))
 
-    jax.tree.map(np.testing.assert_array_equal, gradient(None), gradient(scan.probe(cell)))
+    jax.tree.map(np.testing.assert_array_equal, gradient(None), gradient(probe(cell)))
 
 
 def test_backwards_masked_steps_do_not_count():
@@ -172,7 +173,7 @@ def test_backwards_masked_steps_do_not_count():
         def loss(seen):
             return loss_of(scan.run(cell, weights, letters, mask=mask, reverse=reverse, seen=seen)[1].h)
 
-        return flat(jax.grad(loss)(scan.probe(cell)))
+        return flat(jax.grad(loss)(probe(cell)))
 
     turned = np.where(
         mask, letters[(mask.sum(axis=0) - 1 - np.arange(T)[:, None]) % T, np.arange(B)], letters
@@ -189,7 +190,7 @@ def test_backwards_the_first_step_is_the_last():
         def loss(seen):
             return loss_of(scan.run(cell, weights_of(cell), letters, reverse=reverse, seen=seen)[1].h)
 
-        return jax.grad(loss)(scan.probe(cell))
+        return jax.grad(loss)(probe(cell))
 
     one, other = through_time(letters, False), through_time(letters[::-1], True)
     np.testing.assert_allclose(one.through_time, other.through_time, rtol=1e-5)
@@ -210,9 +211,7 @@ def test_a_network_of_ours_is_looked_at_layer_by_layer():
 def test_the_worst_layer_speaks():
     def layer(saturated, memory, through_time):
         gate = {cells.INPUT: jnp.float32(saturated)}
-        return scan.Seen(
-            gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time, -memory))
-        )
+        return Seen(gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time, -memory)))
 
     got = signals.of_layers([layer(0.5, 0.1, 1e-4), layer(0.25, 0.2, 50.0)])
     assert {name: round(float(value), 6) for name, value in got.items()} == {
