@@ -203,7 +203,14 @@ def test_an_absurd_operation_is_named_with_time_step_and_example():
     assert absurd.source == f'{__file__}:{line}' and 'jnp.exp(h)' in absurd.code
 
 
-@pytest.mark.parametrize('network', faulty.SUBJECTS)
+ALIKE = ('plain', 'nnx', 'haiku', 'lstm', 'gru unrolled')
+"""Of which another of the same kind is looked at in any case."""
+
+
+@pytest.mark.parametrize(
+    'network',
+    [pytest.param(name, marks=pytest.mark.battery if name in ALIKE else ()) for name in faulty.SUBJECTS],
+)
 def test_neighbouring_steps_of_every_library(network):
     """Nothing is absurd, and every parameter has its gradient."""
     subject = faulty.SUBJECTS[network]()

@@ -131,7 +131,15 @@ def test_an_update_of_rounding_errors_alone_is_told():
     assert told.lost is not None
 
 
-@pytest.mark.parametrize('network', ['plain', 'linen', 'equinox', 'lstm', 'gru'])
+@pytest.mark.parametrize(
+    'network',
+    [
+        'plain',
+        'equinox',
+        'gru',
+        *(pytest.param(name, marks=pytest.mark.battery) for name in ('linen', 'lstm')),
+    ],
+)
 def test_healthy_steps_lose_nothing(network):
     subject = faulty.SUBJECTS[network]()
     state, batch = subject.init(), subject.batch(1, 2)
