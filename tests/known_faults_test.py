@@ -222,6 +222,6 @@ def test_healthy_runs_are_hardly_warned_of():
         columns = {'step': np.arange(1500.0), **{n: np.asarray(v, np.float64) for n, v in record.items()}}
         assert detect.symptoms(columns) == []
         usable = detect.applicable(columns, detect.ONSETS)
-        assert len(usable) == 7
+        assert len(usable) == 13
         shares.append(np.mean(np.logical_or.reduce([predicate.holds(w.rule, columns) for w in usable])))
     assert config.Training().signals is False and np.mean(shares) < 0.02
