@@ -197,8 +197,8 @@ def _padding_passes(means: Mapping[str, float]) -> Check | None:
         return None
     gain = means['padding_gain']
     factor = np.exp(min(abs(gain), 700.0))
-    what = 'shrink' if gain < 0 else 'grow'
-    why = f'on their way back through the padding they {what} by a factor of {factor:,.3g}'
+    what, number = 'shrink' if gain < 0 else 'grow', f'{factor:,.0f}' if factor >= 100 else f'{factor:.3g}'
+    why = f'on their way back through the padding they {what} by a factor of {number}'
     return _check('gradients pass the padding', abs(gain) <= PASSED or None, gain, why)
 
 

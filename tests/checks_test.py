@@ -134,7 +134,7 @@ def test_what_the_signals_say_of_the_inside():
     assert gates['ok'] is None and gates['value'] == 0.25
     assert gates['why'] == '25% of the units have output gates that are 0 or 1 for every word and time step'
     padding = found['gradients pass the padding']
-    assert padding['ok'] is None and padding['why'].endswith('they shrink by a factor of 1e+03')
+    assert padding['ok'] is None and padding['why'].endswith('they shrink by a factor of 1,000')
     assert found['curvature bears the steps']['ok'] is True
     before = {check['name']: check for check in checks.inside(evidence(columns=columns, step=250))}
     assert before['gates pass gradients']['ok'] is True and before['gates pass gradients']['value'] == 0
