@@ -85,6 +85,16 @@ def test_a_file_of_something_else_is_begun_anew(subject, tmp_path, content):
     assert len(made) == 3
 
 
+def test_outcomes_of_another_scope_are_not_taken(subject, tmp_path):
+    """Though changes and steps be the same: the package may have been edited since."""
+    path, made = tmp_path / 'experiments.jsonl', []
+    told(subject, path, changes())
+    _, *lines = path.read_text().splitlines()
+    path.write_text('\n'.join([json.dumps({'scope': 'another'}), *lines]))
+    told(subject, path, changes(made))
+    assert len(made) == 3 and 'another' not in path.read_text()
+
+
 def test_another_question_has_other_outcomes(subject, tmp_path):
     path, made = tmp_path / 'experiments.jsonl', []
     told(subject, path, changes(made))

@@ -5,6 +5,7 @@ import json
 import causes
 import pytest
 import small
+from detect_test import stalled
 
 from jaxrnn import data, investigation, loop, rewind, run, telemetry
 from jaxrnn.diagnosis import Symptom
@@ -118,3 +119,16 @@ def test_a_damaged_file_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match='can not be read'):
         rewind.read(path)
+
+
+def test_a_stall_ends_a_run_and_takes_none_back():
+    """What stalls would stall again, from wherever it starts."""
+    columns = stalled()
+    rows = [
+        {**{name: float(values[step]) for name, values in columns.items()}, 'step': step}
+        for step in range(len(columns['step']))
+    ]
+    for on, ends in (('stop', True), ('rewind', False), ('continue', False)):
+        stop = run._Stop(on)
+        assert any(stop(row) for row in rows) == ends
+        assert (stop.found is not None and stop.found.kind == 'stall') == ends
