@@ -14,14 +14,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[0] = str(ROOT)
 sys.path.insert(1, str(ROOT / 'tests'))
 
-import jax
 import numpy as np
 import small
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import config, detect, environment, predicate, telemetry, train
+from jaxrnn import config, detect, environment, predicate, train
 from jaxrnn.types import Series
 from scripts import common
 
@@ -36,16 +35,7 @@ def columns_of(network: str, preset: str, seed: int, steps: int) -> Series:
         optimiser=config.Optimiser(learning_rate=values.learning_rate),
         training=config.Training(batch_size=values.batch_size, seed=seed, signals=True),
     )
-    program = train.make_program(made, small.dataset())
-    step, state = jax.jit(program.step), program.init()
-    records = []
-    for number in range(steps):
-        state, record = step(state, program.batch_at(number))
-        records.append(record)
-    return telemetry.series(
-        {'step': number, **{name: float(value) for name, value in record.items()}}
-        for number, record in enumerate(jax.device_get(records))
-    )
+    return small.series_of(train.make_program(made, small.dataset()), steps)
 
 
 def main(arguments: list[str]) -> int:

@@ -15,13 +15,12 @@ sys.path.insert(1, str(ROOT / 'tests'))
 
 import json
 
-import jax
 import small
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import detect, environment, telemetry, train
+from jaxrnn import detect, environment, train
 from scripts import common
 
 PLANTS = {
@@ -38,16 +37,11 @@ def symptom_of(network: str, hidden: int, rate: float, seed: int, plant: dict) -
     values = flags.FLAGS
     made = small.configuration(network, hidden=hidden, preset='keras1', seed=seed)
     program = train.make_program(made.changed(learning_rate=rate, **plant), small.dataset(values.pad_to))
-    step, state = jax.jit(program.step), program.init()
-    records = []
-    for number in range(values.steps):
-        state, record = step(state, program.batch_at(number))
-        records.append(record)
-    columns = telemetry.series(
-        {'step': number, **{name: float(value) for name, value in record.items()}}
-        for number, record in enumerate(jax.device_get(records))
-    )
-    grave = [symptom for symptom in detect.symptoms(columns) if symptom.kind != 'spike']
+    grave = [
+        symptom
+        for symptom in detect.symptoms(small.series_of(program, values.steps))
+        if symptom.kind != 'spike'
+    ]
     return grave[0] if grave else None
 
 

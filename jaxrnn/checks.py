@@ -42,8 +42,7 @@ class Evidence(NamedTuple):
     batch: Batch | None  # of the first bad step
     where: dict[str, Any] | None
     told: Told | None
-    symptom: bool = False  # whether there is one
-    step: int | None = None  # of the symptom
+    step: int | None = None  # of the symptom, if there is one
 
 
 def seven(evidence: Evidence) -> tuple[Check, ...]:
@@ -104,7 +103,7 @@ def steps_are_finite(evidence: Evidence) -> Check:
 def rate_may_stay(evidence: Evidence) -> Check:
     """4. Would a decaying learning rate have averted it? An experiment: 1 if it would."""
     name, told = 'a decaying learning rate is not missing', evidence.told
-    if not evidence.symptom:
+    if evidence.step is None:
         return _check(name, True, 0, 'there is nothing to avert')
     outcomes = () if told is None else told.outcomes
     tried = [outcome for outcome in outcomes if outcome.change.name == remedy.DECAY]

@@ -131,6 +131,7 @@ def diagnose_run(
 
     diagnosis, told = experiment.explain(
         subject, diagnosis, suspected_changes, detectors, budget=budget, combine=combine,
+        # Of a program that somebody altered no identity tells all.
         keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
     )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
@@ -145,7 +146,6 @@ def diagnose_run(
         batch if isinstance(batch, Batch) else None,
         diagnosis.where,
         told,
-        diagnosis.symptom is not None,
         None if diagnosis.symptom is None else diagnosis.symptom.step,
     )
     measured = (*checks.seven(evidence), *checks.inside(evidence))

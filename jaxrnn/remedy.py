@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import cells, curvature, data, models, optim, predicate, train
+from jaxrnn import cells, curvature, data, models, optim, predicate, signals, train
 from jaxrnn.config import Config
 from jaxrnn.outcome import Change, Changed
 from jaxrnn.types import Series, Tree
@@ -160,8 +160,7 @@ NARROW = 128
 """Width at which a stock learning rate is at home: an Adam step is as long as √(n m) of a matrix [n, m], whose norm
 doesn't grow with its width, so that the rate goes with 1 / width (Yang & Hu 2021, 2011.14522, for Adam)."""
 
-OUTGREW = 'smooth(log(step_rms), 16) > median(log(step_rms), 200) + .9'
-"""The alarm of the signal."""
+OUTGREW = next(signal.alarm for signal in signals.OF_ADAM if signal.name == 'step_rms')
 
 REMEDIES = (
     _fixed(
@@ -386,9 +385,7 @@ def change(
 
         if other == config:
             return None
-        # Of a program that somebody altered nothing is known.
-        ours = make_program is train.make_program
-        identity = json.dumps([quiet.to_json(), dataset.digest], sort_keys=True) if ours else ''
+        identity = json.dumps([quiet.to_json(), dataset.digest], sort_keys=True)
         can_be_stressed = times == 1 and not (remedy.unusual or remedy.against or remedy.initial)
         name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
         return Change(

@@ -123,9 +123,10 @@ def run(
     if reference:
         return _reference(cell, weights, xs, carry, mask, reverse=reverse, sequences=sequences, dtype=dtype)
     static = _Static(cell, plan or best_plan(xs.shape[1]), reverse, sequences, dtype)
-    if seen is not None and ends is None:
-        ends = jnp.full(xs.shape[1], xs.shape[0])
-    return _fast(static, weights, xs, carry, mask, seen, ends)
+    watched = None
+    if seen is not None:
+        watched = seen, jnp.full(xs.shape[1], xs.shape[0]) if ends is None else ends
+    return _fast(static, weights, xs, carry, mask, watched)
 
 
 def _start(cell: cells.Cell, weights: Weights, xs: Array, carry: Tree | None) -> Tree:
@@ -328,17 +329,15 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int], wide: Any) -> Array:
     return lax.dot_general(a, b, over, preferred_element_type=wide)
 
 
+_Watched = tuple[Seen, Array] | None
+"""What is to be seen, and `ends`."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fast(
-    static: _Static,
-    weights: Weights,
-    xs: Array,
-    carry: Tree,
-    mask: Array | None,
-    seen: Seen | None,
-    ends: Array | None,
+    static: _Static, weights: Weights, xs: Array, carry: Tree, mask: Array | None, watched: _Watched
 ) -> tuple[Array | None, Tree]:
-    return _forward(static, weights, xs, carry, mask, seen, ends)[0]
+    return _forward(static, weights, xs, carry, mask, watched)[0]
 
 
 class _Residuals(NamedTuple):
@@ -347,17 +346,12 @@ class _Residuals(NamedTuple):
     mask: Array | None
     saved: tuple[Any, ...]  # as `_pieces`: what the cell saved at each time step
     tm1: tuple[Tree, ...]  # the carry before it
-    seen: tuple[Seen, Array, Array] | None  # what is to be seen, `ends`, and the last h
+    watched: _Watched
+    last: Array  # h after the last time step
 
 
 def _forward(
-    static: _Static,
-    weights: Weights,
-    xs: Array,
-    carry: Tree,
-    mask: Array | None,
-    seen: Seen | None,
-    ends: Array | None,
+    static: _Static, weights: Weights, xs: Array, carry: Tree, mask: Array | None, watched: _Watched
 ) -> tuple[tuple[Array | None, Tree], _Residuals]:
     cell = static.cell
     layout = _Layout(static.plan.features_first, static.dtype, carry.h.dtype)
@@ -383,13 +377,12 @@ def _forward(
     last, kept = _scan(step, start, _pieces((inputs, mask), unroll), reverse=static.reverse)
     saved, tm1, outputs = zip(*kept, strict=True)
     results = _stack(outputs) if static.sequences else None, jax.tree.map(layout.turned, last)
-    looked_at = None if seen is None or ends is None else (seen, ends, last.h)
-    return results, _Residuals(weights, xs, mask, saved, tm1, looked_at)
+    return results, _Residuals(weights, xs, mask, saved, tm1, watched, last.h)
 
 
 def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | None, Tree]) -> tuple:
     cell = static.cell
-    weights, xs, mask, saved, tm1, looked_at = residuals
+    weights, xs, mask, saved, tm1, watched, last = residuals
     d_outputs, d_last = cotangents
     layout = _Layout(static.plan.features_first, static.dtype, d_last.h.dtype)
     transposed = layout.transposed(layout.blocks(cell, weights.recurrent_kernel))
@@ -418,16 +411,17 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
     stacked = [_stack(of_each) for of_each in zip(*operands, strict=True)]
     groups = [_stack(of_each) for of_each in zip(*d, strict=True)]
     d_weights, d_xs = _gradients(static, layout, weights, xs, groups, stacked)
-    seen = None
-    if looked_at is not None:
+    d_watched = None
+    if watched is not None:
         gates = {name: _stack([apart(s)[k] for s in saved]) for name, k in cell.gates}
         states = jax.tree.map(lambda *pieces: _stack(pieces), *tm1)
-        start, ends, last = looked_at
+        start, ends = watched
         seen = look(
             start, gates, states, last, groups[0], ends=ends, mask=mask, reverse=static.reverse,
             features_first=layout.features_first,
         )  # fmt: skip
-    return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None, seen, None
+        d_watched = seen, None
+    return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None, d_watched
 
 
 _fast.defvjp(_forward, _backward)

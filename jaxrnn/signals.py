@@ -424,12 +424,11 @@ def per_tensor(
     """The signals of each tensor, by path: for replays, where `of_adam` has said that something is wrong."""
     adam = _adam(state.count, learning_rate, b1, b2, eps, epsilon_hat)
     tensors = _tensors(params, gradients, updates, state, before)
-    sums = _stacked([_sums(adam, *leaves) for leaves in tensors.values()]) if tensors else None
-    if sums is None:
+    if not tensors:
         return {}
-    found = _signals(adam, sums) | {
-        'epsilon_margin': _margins(adam, [leaves[4] for leaves in tensors.values()])
-    }
+    sums = _stacked([_sums(adam, *leaves) for leaves in tensors.values()])
+    margins = _margins(adam, [leaves[4] for leaves in tensors.values()])
+    found = _signals(adam, sums) | {'epsilon_margin': margins}
     return {name: {key: values[place] for key, values in found.items()} for place, name in enumerate(tensors)}
 
 

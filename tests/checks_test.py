@@ -76,11 +76,11 @@ def test_what_is_not_finite_first_is_named():
 def test_a_decaying_rate_is_an_experiment(verdict, ok):
     outcome = Outcome(Change(remedy.DECAY, 'optimiser', lambda: None), verdict, None, 0.1, 200)
     told = Told(Window(100, 150, 200), None, True, None, (outcome,))
-    found = checks.rate_may_stay(evidence(told=told, symptom=True))
+    found = checks.rate_may_stay(evidence(told=told, step=200))
     assert found['ok'] is ok and found['value'] == float(not ok) and verdict in found['why']
-    assert checks.rate_may_stay(evidence(told=told._replace(outcomes=()), symptom=True))['ok'] is None
+    assert checks.rate_may_stay(evidence(told=told._replace(outcomes=()), step=200))['ok'] is None
     # A symptom whose steps can't be reproduced has no experiments.
-    assert checks.rate_may_stay(evidence(symptom=True))['ok'] is None
+    assert checks.rate_may_stay(evidence(step=200))['ok'] is None
 
 
 def test_constant_outputs():

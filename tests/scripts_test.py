@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrnn import config, data
+from jaxrnn import config, data, detect
 
 ROOT = Path(__file__).parent.parent
 SMALL = ('--network=lstm', '--hidden=8', '--batch_size=8', '--learning_rate=3e-3', '--checkpoint_every=20')
@@ -289,6 +289,8 @@ def test_help_is_complete_and_grouped(script):
     done = call(script, '--help')
     assert done.returncode == 0
     assert 'exit codes' in done.stdout and '--run_dir' in done.stdout and '\nrun\n' in done.stdout
+    if script in ('bisect', 'diagnose'):
+        assert all(detector.kind in done.stdout for detector in detect.DETECTORS)
     if script == 'train':
         for group in ('data', 'model', 'optimiser', 'training', 'loop'):
             assert f'\n{group}\n' in done.stdout

@@ -4,9 +4,11 @@ import functools
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from jaxrnn import config, data, train
+from jaxrnn import config, data, telemetry, train
+from jaxrnn.types import Series
 
 NETWORKS = ('lstm', 'gru', 'stacked')
 
@@ -31,6 +33,18 @@ def configuration(
         model=config.Model(network=network, preset=preset, hidden=hidden),
         optimiser=config.Optimiser(learning_rate=3e-3),
         training=config.Training(**{'batch_size': 8, **training}),
+    )
+
+
+def series_of(program: train.Program, steps: int) -> Series:
+    """The records of a run of so many steps, as columns."""
+    step, state, records = jax.jit(program.step), program.init(), []
+    for number in range(steps):
+        state, record = step(state, program.batch_at(number))
+        records.append(record)
+    return telemetry.series(
+        {'step': number, **{name: float(value) for name, value in record.items()}}
+        for number, record in enumerate(jax.device_get(records))
     )
 
 
