@@ -1,16 +1,28 @@
 """Words and their vectors, from a file or a corpus, to the batch of any step.
 
 The only user of gensim, which is imported where it is needed: that takes a second.
+
+files      files opened, whatever they are packed in     letters    words as integers, the alphabet, the split
+formats    word2vec, GloVe and KeyedVectors, by row      dataset    all of it together, and the batch of a step
+vectors    rows gathered, nearest neighbours, writing    store      a data set on disk
+corpus     word vectors trained on a text
 """
 
-from jaxrnn.data.dataset import Dataset as Dataset
-from jaxrnn.data.dataset import batch_at as batch_at
-from jaxrnn.data.dataset import load as load
-from jaxrnn.data.letters import decode as decode
-from jaxrnn.data.letters import encode as encode
-from jaxrnn.data.store import read_dataset as read_dataset
-from jaxrnn.data.store import write_dataset as write_dataset
-from jaxrnn.data.vectors import nearest as nearest
-from jaxrnn.data.vectors import read_vectors as read_vectors
-from jaxrnn.data.vectors import unit_length as unit_length
-from jaxrnn.data.vectors import write_vectors as write_vectors
+from jaxrnn.data.dataset import Dataset, batch_at, load
+from jaxrnn.data.letters import decode, encode
+from jaxrnn.data.store import read_dataset, write_dataset
+from jaxrnn.data.vectors import nearest, read_vectors, unit_length, write_vectors
+
+__all__ = [
+    'Dataset',
+    'batch_at',
+    'decode',
+    'encode',
+    'load',
+    'nearest',
+    'read_dataset',
+    'read_vectors',
+    'unit_length',
+    'write_dataset',
+    'write_vectors',
+]
