@@ -42,7 +42,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
-from jaxrnn import environment, scan
+from jaxrnn import environment
+from jaxrnn.rnn import scan
 from jaxrnn.types import Array, Tree, UserError
 from scripts import common
 

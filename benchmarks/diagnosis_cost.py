@@ -25,8 +25,10 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import environment, investigation, loop
+from jaxrnn import environment
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.record import loop
+from jaxrnn.words import investigation
 from scripts import common, demo
 
 STEPS, STRIKES = 10_000, 9_350

@@ -20,8 +20,11 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import config, detect, environment, predicate, train
+from jaxrnn import detect, environment
+from jaxrnn.detect import rules
 from jaxrnn.types import Series
+from jaxrnn.words import config, train
+from jaxrnn.words.signals import ALARMS
 from scripts import common
 
 PRESETS = ('keras1', 'keras3', 'flax')
@@ -48,10 +51,10 @@ def main(arguments: list[str]) -> int:
         for seed in range(values.seeds)
     }
     rows = []
-    for what, rules in (('detector', detect.DETECTORS), ('alarm', detect.ONSETS)):
-        for each in rules:
+    for what, table in (('detector', detect.DETECTORS), ('alarm', ALARMS)):
+        for each in table:
             held = [
-                predicate.holds(each.rule, columns)
+                rules.holds(each.rule, columns)
                 for columns in runs.values()
                 if detect.applicable(columns, [each])
             ]

@@ -20,7 +20,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import detect, environment, train
+from jaxrnn import detect, environment
+from jaxrnn.words import train
 from scripts import common
 
 PLANTS = {

@@ -23,7 +23,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import detect, environment, telemetry
+from jaxrnn import detect, environment
+from jaxrnn.record import telemetry
+from jaxrnn.words.signals import ALARMS
 from scripts import common, demo
 
 GRAVE = ('nonfinite', 'collapse', 'constant')
@@ -52,7 +54,7 @@ def run(seed: int) -> dict:
     grave = [symptom for symptom in detect.symptoms(columns) if symptom.kind in GRAVE]
     accuracy = np.convolve(columns['accuracy'], np.full(16, 1 / 16), 'valid')
     symptom = min(grave, key=lambda symptom: symptom.step, default=None)
-    warned = detect.onset(columns, symptom) if symptom else None
+    warned = detect.onset(columns, symptom, ALARMS) if symptom else None
     step = symptom.step if symptom else accuracy.size
     found = {
         'seed': seed,

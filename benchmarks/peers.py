@@ -198,7 +198,7 @@ def jaxrnn(case: Case, recurrence: str = 'fast') -> tuple[Tree, Callable]:
     import jax
     from flax import nnx
 
-    from jaxrnn import config, models
+    from jaxrnn.words import config, models
 
     options = config.Model(network=case.network, hidden=case.hidden, preset='keras3', recurrence=recurrence)
     build = functools.partial(models.build, options, letters=LETTERS, vector_size=SIZE, key=jax.random.key(0))
@@ -448,7 +448,7 @@ def jax_step(case: Case, params: Tree, predict: Callable, time_major: bool, kera
     import jax.numpy as jnp
     import optax
 
-    from jaxrnn import transforms
+    from jaxrnn.optim import transforms
 
     optimiser = optax.adam(RATE)
     if keras:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxrnn import data
+from jaxrnn.words import data
 
 LETTERS, STEPS, SIZE = 27, 20, 100
 

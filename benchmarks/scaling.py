@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers import LETTERS
-from jaxrnn import cells, environment, scan
+from jaxrnn import environment
+from jaxrnn.rnn import cells, scan
 from jaxrnn.types import Array, UserError
 from scripts import common
 

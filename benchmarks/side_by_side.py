@@ -10,8 +10,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxrnn import config, environment
+from jaxrnn import environment
 from jaxrnn.types import BatchAt, Tree
+from jaxrnn.words import config
 from scripts import common
 
 WARM = 2

@@ -28,7 +28,9 @@ from rich.table import Table
 
 from benchmarks import peers
 from benchmarks.peers import RATE, STEPS, Case, cases, define_cases, examples, jax_step
-from jaxrnn import environment, scan, transforms
+from jaxrnn import environment
+from jaxrnn.optim import transforms
+from jaxrnn.rnn import scan
 from jaxrnn.types import Array, UserError
 from scripts import common
 

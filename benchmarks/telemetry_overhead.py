@@ -15,7 +15,8 @@ import jax
 
 from benchmarks import side_by_side
 from benchmarks.random_words import dataset
-from jaxrnn import telemetry, train
+from jaxrnn.record import telemetry
+from jaxrnn.words import train
 from scripts import common
 
 

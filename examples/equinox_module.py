@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from words import ALPHABET, SIZE, batch_at, train
 
-from jaxrnn import cells, scan
+from jaxrnn.rnn import cells, scan
 
 ADAM = optax.adam(1e-2)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.training import train_state
 from words import ALPHABET, SIZE, batch_at, train
 
-from jaxrnn import cells, scan
+from jaxrnn.rnn import cells, scan
 
 
 class LSTM(nn.Module):

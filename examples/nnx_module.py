@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from words import ALPHABET, SIZE, batch_at, train
 
-from jaxrnn import layers
+from jaxrnn.rnn import layers
 
 
 class Network(nnx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from words import ALPHABET, SIZE, batch_at, train
 
-from jaxrnn import cells, scan
+from jaxrnn.rnn import cells, scan
 
 GRU = cells.gru_reset_after(cells.SIGMOID)
 ADAM = optax.adam(1e-2)

@@ -1,14 +1,51 @@
-"""jaxrnn: LSTM and GRU training in JAX that says at which step it broke, and proves it by replay."""
+"""jaxrnn: LSTM and GRU training in JAX that says at which step it broke, and proves it by replay.
+
+    jaxrnn.record(step, batch_at, init, 'runs/mine', max_steps=1000)
+    diagnosis, rows = jaxrnn.bisect(step, batch_at, 'runs/mine', like=init)
+    diagnosis, report = jaxrnn.diagnose(step, batch_at, 'runs/mine', changes, like=init)
+
+Rooms, each of which imports only those below it:
+
+    cli         the command `jaxrnn`
+    words       the question's networks         report      what a person reads
+    experiment  which change averts a symptom
+    bisect      the first bad step, proven
+    detect      records -> symptoms
+    optim       what optax lacks                record      a run: loop, records, checkpoints
+    rnn         the fast recurrence             trace       a function evaluated equation by equation
+    types, environment, tree, diagnosis         ground
+"""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrnn import trace as trace
+    from jaxrnn.bisect import bisect as bisect
+    from jaxrnn.experiment import Change as Change
+    from jaxrnn.experiment import Changed as Changed
+    from jaxrnn.experiment import diagnose as diagnose
+    from jaxrnn.record import record as record
+    from jaxrnn.types import UserError as UserError
 
 __version__ = '0.1.0'
-__all__ = ['UserError', 'bisect', 'diagnose', 'record']
+__all__ = ['Change', 'Changed', 'UserError', 'bisect', 'diagnose', 'record', 'trace']
+
+_ROOMS = ('bisect', 'record', 'trace')
+"""Of these names the package itself is meant; the first two can be called."""
+
+_HOMES = {
+    'Change': 'jaxrnn.experiment',
+    'Changed': 'jaxrnn.experiment',
+    'diagnose': 'jaxrnn.experiment',
+    'UserError': 'jaxrnn.types',
+}
 
 
 def __getattr__(name: str) -> Any:
     """All of __all__, imported when they are wanted: JAX takes its time."""
-    if name not in __all__:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module('jaxrnn.debug'), name)
+    if name in _ROOMS:
+        return importlib.import_module(f'jaxrnn.{name}')
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

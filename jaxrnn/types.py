@@ -23,14 +23,6 @@ Record = Mapping[str, Array]
 """What one step tells its observer: name -> scalar."""
 
 
-class Batch(NamedTuple):
-    """The examples of one step, time-major."""
-
-    letters: Array  # int32 [T, B], 0 is the pad letter `$`
-    targets: Array  # float32 [B, E]
-    index: Array  # type: ignore[assignment]  # int32 [B], row of each example's word in the data set
-
-
 class Step(Protocol):
     """A train step: a pure function of the state and the batch (design, section 2).
 
@@ -65,6 +57,21 @@ class BatchAt(Protocol):
     """The batch of a step: a pure function of the step's number, counted from 0."""
 
     def __call__(self, step: int, /) -> Tree: ...
+
+
+class Signal(NamedTuple):
+    """A number in the record that warns of a symptom."""
+
+    name: str  # of the field
+    formula: str
+    # 'highest' or 'lowest' over the tensors, or the layers; 'farthest' from 1; 'last' of the layers; 'whole': of all
+    # tensors as one
+    worst: str
+    alarm: str  # in the language of `detect.rules`; '' where the number is to be read beside others
+    means: str
+    source: str
+    cost: str
+    lead: str  # steps from alarm to symptom
 
 
 Series = Mapping[str, np.ndarray]

@@ -19,8 +19,9 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import investigation, report
+    from jaxrnn import report
     from jaxrnn.types import UserError
+    from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')

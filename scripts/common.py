@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from jaxrnn import config
 from jaxrnn.types import UserError
+from jaxrnn.words import config
 
 HEALTHY, FAILED, MISUSE, DIVERGED, IRREPRODUCIBLE = 0, 1, 2, 3, 4
 """Exit codes; 128 + n where signal n ended a run that can be resumed."""
@@ -121,7 +121,8 @@ def run_dir() -> str:
 
 def keep_compiled() -> None:
     """Keeps compiled steps with the run, so that whoever looks into it later need not wait for them again."""
-    from jaxrnn import environment, loop
+    from jaxrnn import environment
+    from jaxrnn.record import loop
 
     environment.keep_compiled(loop.Paths(pathlib.Path(run_dir())).compiled)
 

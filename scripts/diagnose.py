@@ -17,8 +17,9 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import experiment, investigation, report
+    from jaxrnn import experiment, report
     from jaxrnn.types import UserError
+    from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')

@@ -17,8 +17,8 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import data, run, train
     from jaxrnn.types import UserError
+    from jaxrnn.words import data, run, train
 
     if flags.FLAGS.neighbours < 1:
         raise UserError(f'--neighbours: {flags.FLAGS.neighbours} found, at least 1 expected')

@@ -21,8 +21,10 @@ from scripts import common
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import inside, investigation, report
+    from jaxrnn import report
+    from jaxrnn.bisect import inspection
     from jaxrnn.types import UserError
+    from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
-    screens = [name for name in inside.SCREENS if flags.FLAGS[name].value]
+    screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
     look, words = investigation.look_into_run(
         directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
     )

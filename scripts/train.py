@@ -52,8 +52,9 @@ class Display:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report, run
+    from jaxrnn import report
     from jaxrnn.types import UserError
+    from jaxrnn.words import run
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')

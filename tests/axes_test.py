@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxrnn import axes
-from jaxrnn.trace import evaluate
+from jaxrnn.trace import axes, evaluate
 
 SHAPE = (4, 6, 2)
 

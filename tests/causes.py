@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import small
 
-from jaxrnn import config, data, diagnosis, environment, investigation, loop, run, train
-from jaxrnn.types import Batch, Tree
+from jaxrnn import diagnosis, environment
+from jaxrnn.record import loop
+from jaxrnn.types import Tree
+from jaxrnn.words import config, data, investigation, run, train
+from jaxrnn.words.data import Batch
 
 AT = 650
 """Step at which what happens once happens: between two checkpoints."""

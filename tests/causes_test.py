@@ -7,8 +7,10 @@ import causes
 import pytest
 import small
 
-from jaxrnn import data, environment, investigation, loop, remedy, report, run
+from jaxrnn import environment, report
 from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.record import loop
+from jaxrnn.words import data, investigation, run
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
 
@@ -62,7 +64,7 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
         return {'name': name, 'ok': not breaks[name], 'value': 0.0, 'why': ''}
 
     monkeypatch.setattr(investigation, '_fresh_run', fresh)
-    named = {each.name: each for each in remedy.REMEDIES}
+    named = {each.name: each for each in remedies.REMEDIES}
     after = investigation._in_fresh_runs(found, opened, named, 2, print)
     order = ['AMSGrad', 'ZClip', 'other batches', 'half the learning rate', 'larger epsilon']
     assert [each['name'] for each in after.remedies] == order

@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 from tolerance import assert_close
 
-from jaxrnn import cells, config, layers, models, scan, tree
+from jaxrnn import tree
+from jaxrnn.rnn import cells, layers, scan
+from jaxrnn.words import config, models
 
 GATES = {'sigmoid': cells.SIGMOID, 'hard_sigmoid': cells.HARD_SIGMOID}
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn import checks, remedy
-from jaxrnn.outcome import Change, Outcome, Told, Window
+from jaxrnn.experiment.outcome import Change, Outcome, Told, Window
+from jaxrnn.words import checks, remedies
 
 DATASET = small.dataset()
 VARIANCE = float(np.mean(np.var(DATASET.vectors, axis=0)))
@@ -74,7 +74,7 @@ def test_what_is_not_finite_first_is_named():
     'verdict,ok', [('averted', False), ('delayed', True), ('unchanged', True), ('worse', True)]
 )
 def test_a_decaying_rate_is_an_experiment(verdict, ok):
-    outcome = Outcome(Change(remedy.DECAY, 'optimiser', lambda: None), verdict, None, 0.1, 200)
+    outcome = Outcome(Change(remedies.DECAY, 'optimiser', lambda: None), verdict, None, 0.1, 200)
     told = Told(Window(100, 150, 200), None, True, None, (outcome,))
     found = checks.rate_may_stay(evidence(told=told, step=200))
     assert found['ok'] is ok and found['value'] == float(not ok) and verdict in found['why']

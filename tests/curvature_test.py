@@ -11,8 +11,11 @@ import small
 from jax.flatten_util import ravel_pytree
 from tolerance import assert_close
 
-from jaxrnn import cells, curvature, scan, signals, telemetry, train, transforms
+from jaxrnn.optim import curvature, signals, transforms
+from jaxrnn.record import telemetry
+from jaxrnn.rnn import cells, scan
 from jaxrnn.types import UserError
+from jaxrnn.words import train
 
 
 def quadratic(eigenvalues: np.ndarray):

@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 from gensim.models import KeyedVectors
 
-from jaxrnn import config, data
-from jaxrnn.data import corpus, dataset, files, letters
 from jaxrnn.types import UserError
+from jaxrnn.words import config, data
+from jaxrnn.words.data import corpus, dataset, files, letters
 
 WORDS = ('the', 'cat', 'naïve', 'слово', 'λόγος', '日本語', 'हिन्दी')
 VECTORS = np.array(
@@ -744,7 +744,7 @@ def test_nearest_in_blocks_is_nearest_at_once(monkeypatch):
     vectors, queries = numbers.normal(size=(50, 8)), numbers.normal(size=(20, 8))
     cosines = queries @ vectors.T / np.outer(*(np.linalg.norm(x, axis=1) for x in (queries, vectors)))
     expected = np.argsort(-cosines, axis=1)[:, :5]
-    monkeypatch.setattr('jaxrnn.data.vectors.BLOCK', 150)
+    monkeypatch.setattr('jaxrnn.words.data.vectors.BLOCK', 150)
     index, cosine = data.nearest(vectors, queries, 5)
     np.testing.assert_array_equal(index, expected)
     np.testing.assert_allclose(cosine, np.take_along_axis(cosines, expected, 1), atol=1e-6)

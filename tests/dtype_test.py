@@ -11,7 +11,7 @@ import pytest
 import small
 from tolerance import TOLERANCES, assert_close
 
-from jaxrnn import config, train
+from jaxrnn.words import config, train
 
 each_network = pytest.mark.parametrize('network', small.NETWORKS)
 

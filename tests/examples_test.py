@@ -14,7 +14,7 @@ from flax import nnx
 from tolerance import assert_close
 
 import jaxrnn
-from jaxrnn import scan
+from jaxrnn.rnn import scan
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.stem for path in (ROOT / 'examples').glob('*.py') if path.stem != 'words')

@@ -19,8 +19,10 @@ import pytest
 from breaks import KINDS, PLACES, Places, batch_leaf
 from flax import nnx
 
-from jaxrnn import cells, config, models, scan, train
-from jaxrnn.types import Array, Batch
+from jaxrnn.rnn import cells, scan
+from jaxrnn.types import Array
+from jaxrnn.words import config, models, train
+from jaxrnn.words.data import Batch
 
 V, T, B, H, E = 26, 7, 5, 6, 4
 ADAM = optax.adam(1e-2)

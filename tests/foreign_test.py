@@ -9,7 +9,9 @@ import pytest
 from flax import linen
 from flax.training import train_state
 
-from jaxrnn import checkpoint, detect, loop, replay, telemetry
+from jaxrnn import detect
+from jaxrnn.bisect import replay
+from jaxrnn.record import checkpoint, loop, telemetry
 
 BAD = 61
 STEPS = 100

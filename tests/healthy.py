@@ -19,7 +19,8 @@ import pytest
 from jax import lax
 from jax.scipy import special
 
-from jaxrnn import cells, scan, trace
+from jaxrnn import trace
+from jaxrnn.rnn import cells, scan
 
 INF = jnp.inf
 A_LITTLE = 1e-3

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from tolerance import assert_close
 
-from jaxrnn import cells, config, models, optim, train
-from jaxrnn.types import Batch
+from jaxrnn.rnn import cells
+from jaxrnn.words import config, models, optimisers, train
+from jaxrnn.words.data import Batch
 
 T, B, V, E, H = 12, 16, 28, 20, 48
 STEPS = 50
@@ -134,7 +135,7 @@ def test_losses_of_training(keras, name):
         trained = [np.asarray(variable.value) for variable in theirs.weights]
 
     preset = cells.PRESETS['keras3']
-    optimiser = optim.build(config.Optimiser(), epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
+    optimiser = optimisers.build(config.Optimiser(), epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
     step_once = jax.jit(train.make_step(network.predict, optimiser, lambda state: jnp.float32(1e-3)))
     state = train.TrainState(jnp.int32(0), network.params, optimiser.init(network.params))
     losses = []
@@ -160,7 +161,7 @@ def test_clipped_adam(keras, clip, theirs):
 
     params = drawn(1)
     preset = cells.PRESETS['keras3']
-    ours = optim.build(
+    ours = optimisers.build(
         config.Optimiser(clip=clip, clip_threshold=0.7),
         epsilon=preset.epsilon,
         epsilon_hat=preset.epsilon_hat,

@@ -11,8 +11,12 @@ import pytest
 import small
 
 import jaxrnn
-from jaxrnn import config, curvature, detect, optim, predicate, signals, train, transforms
-from jaxrnn.outcome import Change, Changed
+from jaxrnn import detect
+from jaxrnn.detect import rules
+from jaxrnn.experiment.outcome import Change, Changed
+from jaxrnn.optim import curvature, signals, transforms
+from jaxrnn.words import config, optimisers, train
+from jaxrnn.words.signals import ALARMS
 
 
 def train_on(loss_of, params, *, steps: int, rate: float = 1e-3, b2: float = 0.999, eps: float = 1e-8):
@@ -139,7 +143,7 @@ def diagnosed(loss_of, params, directory, *, before, sharpness: float, steps: in
     """Records a loop and diagnoses it. `sharpness`: the loss's largest curvature, which the rule for epsilon needs."""
 
     def step_of(options):
-        optimiser = optim.build(options, epsilon=1e-8, epsilon_hat=False)
+        optimiser = optimisers.build(options, epsilon=1e-8, epsilon_hat=False)
 
         def step(state, batch):
             loss, gradients = jax.value_and_grad(loss_of)(state['params'])
@@ -163,7 +167,7 @@ def diagnosed(loss_of, params, directory, *, before, sharpness: float, steps: in
         after = dataclasses.replace(before, **options)
 
         def convert(state):
-            opt_state = optim.convert(state['opt_state'], before, after, state['params'])
+            opt_state = optimisers.convert(state['opt_state'], before, after, state['params'])
             return {**state, 'opt_state': opt_state}
 
         return Change(
@@ -221,7 +225,7 @@ def test_healthy_runs_are_hardly_warned_of():
         record = run(seeded.init(), jax.tree.map(lambda *xs: np.stack(xs), *batches))
         columns = {'step': np.arange(1500.0), **{n: np.asarray(v, np.float64) for n, v in record.items()}}
         assert detect.symptoms(columns) == []
-        usable = detect.applicable(columns, detect.ONSETS)
+        usable = detect.applicable(columns, ALARMS)
         assert len(usable) == 13
-        shares.append(np.mean(np.logical_or.reduce([predicate.holds(w.rule, columns) for w in usable])))
+        shares.append(np.mean(np.logical_or.reduce([rules.holds(w.rule, columns) for w in usable])))
     assert config.Training().signals is False and np.mean(shares) < 0.02

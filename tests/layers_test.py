@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from tolerance import assert_close
 
-from jaxrnn import cells, layers
+from jaxrnn.rnn import cells, layers
 
 B, T, D, H = 3, 6, 2, 4
 LENGTHS = np.array([6, 1, 4])

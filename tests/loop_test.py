@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn import checkpoint, loop, telemetry, tree
+from jaxrnn import tree
+from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import UserError
 
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import detect, train
-from jaxrnn.types import Array, Batch, Step, Tree
+from jaxrnn import detect
+from jaxrnn.types import Array, Step, Tree
+from jaxrnn.words import train
+from jaxrnn.words.data import Batch
 
 
 class Fault(NamedTuple):

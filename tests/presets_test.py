@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 from tolerance import assert_close
 
-from jaxrnn import cells, config, layers, models, tree
+from jaxrnn import tree
+from jaxrnn.rnn import cells, layers
+from jaxrnn.words import config, models
 
 KERAS1, KERAS3, FLAX = (cells.PRESETS[name] for name in ('keras1', 'keras3', 'flax'))
 LAYERS = {'LSTM': (layers.LSTM, 4), 'GRU': (layers.GRU, 3)}

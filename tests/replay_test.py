@@ -10,7 +10,9 @@ import planted
 import pytest
 import small
 
-from jaxrnn import checkpoint, detect, inside, loop, replay, telemetry
+from jaxrnn import detect
+from jaxrnn.bisect import inspection, replay
+from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import UserError
 
 FAULTS = 200
@@ -78,7 +80,7 @@ def test_bisect_looks_into_the_step(network, tmp_path):
     fault = planted.Fault('NaN in a target', 40, 5)
     run = planted.plant(program.step), planted.batches(program.batch_at, fault), program.init, tmp_path
     train(*run, checkpoint_every=15)
-    found, look = inside.into(subject(*run), replay.bisect(subject(*run))[0])
+    found, look = inspection.into(subject(*run), replay.bisect(subject(*run))[0])
     assert found.first_bad_step == 40
     assert found.where is not None and look.where() == found.where
     assert found.where['source'].startswith(planted.__file__)

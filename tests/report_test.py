@@ -5,9 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxrnn import inside, report, trace
+from jaxrnn import report, trace
+from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
-from jaxrnn.outcome import Change, Outcome, Told, Window
+from jaxrnn.experiment.outcome import Change, Outcome, Told, Window
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']
@@ -39,7 +40,7 @@ def change(**other) -> trace.Change:
     )
 
 
-LOOK = inside.Look(12, None, change(), 10)
+LOOK = inspection.Look(12, None, change(), 10)
 
 CHANGED = """
 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
@@ -165,7 +166,7 @@ computed just before: mul, add at a.py:2; mul at a.py:1
 
 
 def test_a_finding():
-    look = inside.Look(12, trace.Story(FINDING, (), 7), None, None)
+    look = inspection.Look(12, trace.Story(FINDING, (), 7), None, None)
     assert shown(report.looked(look, WORDS)).strip() == STORY.strip()
     told = report.look_json(look, WORDS)['finding']
     assert told['chain'][0] == {'op': 'mul', 'source': 'a.py:2'}
@@ -193,15 +194,15 @@ not computed in float64: custom_linear_solve
 
 
 def test_what_float64_says():
-    screen = shown(report.looked(inside.Look(12, None, None, None, shadowed=SHADOWED), WORDS))
+    screen = shown(report.looked(inspection.Look(12, None, None, None, shadowed=SHADOWED), WORDS))
     assert screen.strip() == BESIDE_FLOAT64.strip()
     nothing = trace.Shadowed(None, {'record/loss': 2e-7}, ())
-    screen = shown(report.looked(inside.Look(12, None, None, None, shadowed=nothing), WORDS))
+    screen = shown(report.looked(inspection.Look(12, None, None, None, shadowed=nothing), WORDS))
     assert 'lost' not in screen and '2e-07' in screen
 
 
 def test_what_float64_says_as_json():
-    told = report.look_json(inside.Look(12, None, None, None, shadowed=SHADOWED), WORDS)['float64']
+    told = report.look_json(inspection.Look(12, None, None, None, shadowed=SHADOWED), WORDS)['float64']
     assert told['lost'] == {
         'pass': 'forward',
         'op': 'sub',

@@ -7,10 +7,11 @@ import pytest
 import small
 from detect_test import stalled
 
-from jaxrnn import data, investigation, loop, rewind, run, telemetry
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.rewind import Rewind
+from jaxrnn.record import loop, rewind, telemetry
+from jaxrnn.record.rewind import Rewind
 from jaxrnn.types import UserError
+from jaxrnn.words import data, investigation, run
 
 EVERY = range(0, 1000, 100)
 

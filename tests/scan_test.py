@@ -12,7 +12,7 @@ import oracle
 import pytest
 from tolerance import TOLERANCES, assert_close
 
-from jaxrnn import cells, scan
+from jaxrnn.rnn import cells, scan
 
 CELLS = {
     'lstm': (cells.lstm(cells.SIGMOID), oracle.lstm),

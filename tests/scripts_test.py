@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrnn import config, data, detect
+from jaxrnn import detect
+from jaxrnn.words import config, data
 
 ROOT = Path(__file__).parent.parent
 SMALL = ('--network=lstm', '--hidden=8', '--batch_size=8', '--learning_rate=3e-3', '--checkpoint_every=20')

@@ -10,8 +10,12 @@ import pytest
 import small
 from tolerance import assert_close
 
-from jaxrnn import config, optim, predicate, signals, train, transforms
+from jaxrnn.detect import rules
+from jaxrnn.optim import signals, transforms
+from jaxrnn.rnn.signals import OF_LAYERS
 from jaxrnn.types import UserError
+from jaxrnn.words import config, optimisers, train
+from jaxrnn.words.signals import SIGNALS
 
 SHAPES = {'bias': (5,), 'kernel': (7, 5), 'long': (2500,), 'scalar': ()}
 STEPS = 8
@@ -174,9 +178,9 @@ def test_a_flat_record_of_the_table():
     norms = {'gradient_norm', 'update_norm', 'parameter_norm'}
     assert record.keys() == {signal.name for signal in signals.OF_ADAM} | norms
     assert all(value.shape == () and value.dtype == jnp.float32 for value in record.values())
-    for signal in signals.SIGNALS:
+    for signal in SIGNALS:
         if signal.alarm:
-            assert signal.name in predicate.parse(signal.alarm).fields
+            assert signal.name in rules.parse(signal.alarm).fields
 
 
 def test_float64():
@@ -359,7 +363,9 @@ def test_adam_is_found_in_any_chain():
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
         optax.inject_hyperparams(optax.adam)(1e-3),
         optax.masked(optax.adam(1e-3), {name: name != 'long' for name in SHAPES}),
-        optim.build(config.Optimiser(clip='adaptive', schedule='plateau'), epsilon=1e-7, epsilon_hat=True),
+        optimisers.build(
+            config.Optimiser(clip='adaptive', schedule='plateau'), epsilon=1e-7, epsilon_hat=True
+        ),
     ):
         assert isinstance(signals.adam_state(optimiser.init(params)), optax.ScaleByAdamState)
 
@@ -402,7 +408,7 @@ def test_a_program_records_them_where_asked(clip):
     inside = {'saturated_update_gate', 'saturated_reset_gate', 'dead_update_gate', 'dead_reset_gate'}
     inside |= {'large_cells', 'memory', 'through_time', 'padding_gain'}
     assert with_signals.keys() - plain.keys() == {signal.name for signal in signals.OF_ADAM} | inside
-    assert inside < {signal.name for signal in signals.OF_LAYERS}
+    assert inside < {signal.name for signal in OF_LAYERS}
     for name, value in plain.items():
         assert_close(with_signals[name], value, 'float32 signal')
     assert 0 < with_signals['bound'] < 1.001 and with_signals['second_moment_broken'] == 0

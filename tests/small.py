@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrnn import config, data, telemetry, train
+from jaxrnn.record import telemetry
 from jaxrnn.types import Series
+from jaxrnn.words import config, data, train
 
 NETWORKS = ('lstm', 'gru', 'stacked')
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn import models, train
 from jaxrnn.types import UserError
+from jaxrnn.words import models, train
 
 
 def test_skipped_batches_are_replaced_by_the_one_before():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
-from jaxrnn import transforms, tree
+from jaxrnn import tree
+from jaxrnn.optim import transforms
 
 SHAPES = {'bias': (4,), 'kernel': (3, 4)}
 EPSILON = 1e-8

@@ -7,9 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxrnn import inside
+from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Outcome, Told
+from jaxrnn.experiment.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Outcome, Told
 from jaxrnn.report import runs, steps
 from jaxrnn.report.text import number, table
 
@@ -24,7 +24,7 @@ STYLES = {
 def diagnosed(
     diagnosis: Diagnosis,
     told: Told | None,
-    look: inside.Look | None = None,
+    look: inspection.Look | None = None,
     words: Sequence[str] = (),
 ) -> RenderableType:
     """One screen on a diagnosis.

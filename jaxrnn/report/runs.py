@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from jaxrnn import detect, inside
+from jaxrnn import detect
+from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.record.telemetry import Row
 from jaxrnn.report import steps
 from jaxrnn.report.text import count, number, some, table
-from jaxrnn.telemetry import Row
 
 COLUMNS = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'update_norm', 'parameter_norm')
 """Fields shown of each record, where it has them."""
@@ -19,7 +20,7 @@ AROUND = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
 
 
 def bisected(
-    diagnosis: Diagnosis, rows: Sequence[Row], words: Sequence[str] = (), look: inside.Look | None = None
+    diagnosis: Diagnosis, rows: Sequence[Row], words: Sequence[str] = (), look: inspection.Look | None = None
 ) -> RenderableType:
     """One screen on what a bisect found.
 

@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from jaxrnn import inside, trace
+from jaxrnn import trace
+from jaxrnn.bisect import inspection
 from jaxrnn.report.text import count, number, pair, percent, short, some, table
 
 MOST = 6
@@ -16,11 +17,11 @@ SCORES = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'upda
 """Records shown of a change, where there are such; else the first of those that there are."""
 
 
-def looked(look: inside.Look, words: Sequence[str] = ()) -> RenderableType:
+def looked(look: inspection.Look, words: Sequence[str] = ()) -> RenderableType:
     """What looking into one step found.
 
     Args:
-        look: of inside.look.
+        look: of inspection.look.
         words: of the step's batch.
     """
     parts: list[RenderableType] = []
@@ -33,7 +34,7 @@ def looked(look: inside.Look, words: Sequence[str] = ()) -> RenderableType:
     return Group(*parts, *(check(one) for one in look.screens))
 
 
-def in_short(look: inside.Look, words: Sequence[str] = ()) -> list[RenderableType]:
+def in_short(look: inspection.Look, words: Sequence[str] = ()) -> list[RenderableType]:
     """A change in a few lines."""
     change = look.change
     assert change is not None
@@ -50,7 +51,7 @@ def in_short(look: inside.Look, words: Sequence[str] = ()) -> list[RenderableTyp
         lines.append(
             Text(f'  backward: {first.layer}, most at time step {first.time_step}, {pair(first.gradient)}')
         )
-    named = inside.leading(change.examples)
+    named = inspection.leading(change.examples)
     if named:
         told = _named(named, words) or list(map(str, named))
         many = f'{len(named)} of {count(len(change.examples), "example")}'
@@ -58,7 +59,7 @@ def in_short(look: inside.Look, words: Sequence[str] = ()) -> list[RenderableTyp
     return lines
 
 
-def look_json(look: inside.Look, words: Sequence[str] = ()) -> dict[str, Any]:
+def look_json(look: inspection.Look, words: Sequence[str] = ()) -> dict[str, Any]:
     """The machine-readable form of `looked`."""
     story, change = look.story, look.change
     told = None if story is None or story.finding is None else _finding_json(story.finding, words)
@@ -106,7 +107,7 @@ def _told(story: trace.Story, step: int, words: Sequence[str]) -> list[Renderabl
     else:
         parts.append(Text(f'step {step}: {finding.kind}', style='bold red'))
         parts.append(Text(trace.KINDS[finding.kind], style='dim'))
-        parts.append(place(inside.of_finding(finding) | {'words': _named(finding.examples, words)}))
+        parts.append(place(inspection.of_finding(finding) | {'words': _named(finding.examples, words)}))
         if finding.code:
             parts.append(Text(f'  {finding.code}', style='cyan'))
         if finding.devices:
@@ -140,7 +141,7 @@ def _device(at: Mapping[str, int]) -> str:
 
 
 def _finding_json(finding: trace.Finding, words: Sequence[str]) -> dict[str, Any]:
-    said = inside.of_finding(finding) | {'words': _named(finding.examples, words)}
+    said = inspection.of_finding(finding) | {'words': _named(finding.examples, words)}
     ranges = {name: [one._asdict() for one in getattr(finding, name)] for name in ('operands', 'results')}
     return {
         **said,
@@ -222,7 +223,7 @@ def _shadowed_json(shadowed: trace.Shadowed, words: Sequence[str]) -> dict[str, 
 # What changed.
 
 
-def _changed(look: inside.Look, words: Sequence[str]) -> list[RenderableType]:
+def _changed(look: inspection.Look, words: Sequence[str]) -> list[RenderableType]:
     change = look.change
     assert change is not None
     parts: list[RenderableType] = [_heading(look), _scores(change, look)]
@@ -248,7 +249,7 @@ def _changed(look: inside.Look, words: Sequence[str]) -> list[RenderableType]:
     return parts
 
 
-def _heading(look: inside.Look) -> Text:
+def _heading(look: inspection.Look) -> Text:
     change = look.change
     assert change is not None
     lines = Text(f'against step {look.against}: ', style='bold')
@@ -262,7 +263,7 @@ def _heading(look: inside.Look) -> Text:
     return lines.append(f'loss {pair((before, now))}, {shares}', style='not bold')
 
 
-def _scores(change: trace.Change, look: inside.Look) -> RenderableType:
+def _scores(change: trace.Change, look: inspection.Look) -> RenderableType:
     names = [name for name in SCORES if name in change.scores] or list(change.scores)[:MOST]
     made = table('state', 'batch', *(name.replace('_', ' ') for name in names), left=('state', 'batch'))
     steps = ((look.against, look.against), (look.against, look.step), (look.step, look.step))

@@ -20,7 +20,7 @@ shadow      a step in float64 beside itself
 sharded     values that differ by device      times       which time step a value is of
 """
 
-from jaxrnn.trace.change import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
+from jaxrnn.trace.comparison import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
 from jaxrnn.trace.evaluate import first_bad
 from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, Story
 from jaxrnn.trace.shadow import LOST, Lost, Shadowed, lost_precision

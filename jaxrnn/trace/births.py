@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrnn.axes import unfixed
+from jaxrnn.trace.axes import unfixed
 from jaxrnn.trace.equations import inner
 from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
 

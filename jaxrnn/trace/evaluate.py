@@ -10,8 +10,8 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 
-from jaxrnn import axes
-from jaxrnn.axes import Axes
+from jaxrnn.trace import axes
+from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.births import (
     MOST_PLACES,
     MOVERS,

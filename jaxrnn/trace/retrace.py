@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxrnn import axes
-from jaxrnn.axes import Axes, Factor
+from jaxrnn.trace import axes
+from jaxrnn.trace.axes import Axes, Factor
 from jaxrnn.trace.births import MOVERS
 from jaxrnn.trace.equations import holds, inner, scan_counts
 from jaxrnn.trace.evaluate import Run, example_names, named_arguments

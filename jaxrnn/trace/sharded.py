@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrnn.axes import Axes, Axis, Factor, Shard, unknown
+from jaxrnn.trace.axes import Axes, Axis, Factor, Shard, unknown
 from jaxrnn.trace.values import Value, is_key
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrnn.axes import Axes
+from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.births import MOVERS
 from jaxrnn.trace.values import Node, Place, outwards
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.axes import Axes
+from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.findings import Range
 
 

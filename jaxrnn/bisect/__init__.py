@@ -1,0 +1,99 @@
+"""The first bad step of a run, proven by replay; and one step looked into.
+
+replay       any step again, bit for bit, and the first bad one by bisection
+inspection   one step evaluated equation by equation, or held against an earlier one
+
+The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
+"""
+
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxrnn import detect
+from jaxrnn.bisect import inspection, replay
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.record import loop, telemetry
+from jaxrnn.record.checkpoint import Checkpoints
+from jaxrnn.record.telemetry import Row
+from jaxrnn.types import BatchAt, Step, Tree, UserError
+
+
+def bisect(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    *,
+    like: Tree | Callable[[], Tree] = None,
+    when: str = '',
+    symptom: str = '',
+    good: int | None = None,
+    bad: int | None = None,
+    digest_every: int = 1,
+    alarms: Sequence[detect.Detector] = detect.ALARMS,
+) -> tuple[Diagnosis, list[Row]]:
+    """Names the first bad step of a run, proves it by replay, and says where in it.
+
+    Args:
+        step: as in the run.
+        batch_at: as in the run.
+        directory: of a run that `record` left, or of an orbax CheckpointManager whose checkpoint k is the state
+            that step k starts from.
+        like: a state, or what makes one, for the structure of the state; not needed for nested dictionaries.
+        when: a rule, as 'loss > 3 * median(loss, 200)'; else the built-in symptoms are looked for.
+        symptom: look for this one only.
+        good: a step before it.
+        bad: a step after it began.
+        digest_every: as in the run.
+        alarms: which date the first sign of a symptom; `detect.alarms_of` makes them of a table of signals.
+
+    Returns:
+        The diagnosis, and the rows that were replayed.
+
+    Raises:
+        UserError: no checkpoints, damaged ones, or a rule that can't be read.
+    """
+    detectors = detectors_of(when, symptom)
+    subject = subject_of(step, batch_at, directory, like, digest_every)
+    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
+    return inspection.into(subject, diagnosis)[0], rows
+
+
+def detectors_of(when: str, symptom: str) -> Sequence[detect.Detector]:
+    """What is to be looked for. Raises UserError where the two contradict each other."""
+    if when and symptom:
+        raise UserError('when and symptom: both found, one expected')
+    return [detect.custom(when)] if when else [detect.by_name(symptom)] if symptom else detect.DETECTORS
+
+
+def subject_of(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    like: Tree | Callable[[], Tree],
+    digest_every: int,
+) -> replay.Subject:
+    """Anybody's run in a directory. Arguments as `bisect` has them."""
+    structure = jax.eval_shape(like) if callable(like) else like
+    paths = loop.Paths(Path(directory))
+    ours = paths.checkpoints.is_dir()
+    return replay.subject(
+        step,
+        batch_at,
+        Checkpoints(paths.checkpoints if ours else paths.root, like=structure),
+        telemetry.RecordFile(paths.records).read() if ours else (),
+        digest_every=digest_every,
+    )
+
+
+class _Callable(types.ModuleType):
+    """Of a package that has the name of its main function."""
+
+    __call__ = staticmethod(bisect)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,184 @@
+"""Looking into one step of a run: what broke in it, or, where all is finite, what changed.
+
+Knows nothing of networks, as `replay`: it takes a subject and the number of a step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import checkify
+
+from jaxrnn import trace
+from jaxrnn.bisect.replay import Replayer, Subject
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.record import telemetry
+from jaxrnn.record.telemetry import Row
+from jaxrnn.types import Step, Tree
+
+ORDINARY = 200
+"""Steps before a step among whose losses an ordinary one is looked for."""
+
+FINITE = ('collapse', 'constant', 'spike')
+"""Symptoms, less grave than 'nonfinite', of steps in which all is finite. A user's own rule may hold for others."""
+
+HALF = 0.5
+"""Share of a change that the examples named of a finite step make together."""
+
+
+class Look(NamedTuple):
+    """What looking into a step gave."""
+
+    step: int
+    story: trace.Story | None  # of what isn't finite; None where it wasn't asked for
+    change: trace.Change | None  # of a finite step against an earlier one
+    against: int | None  # that one's number
+    screens: tuple[dict[str, Any], ...] = ()  # what JAX's own tools say, as checks of a diagnosis
+    shadowed: trace.Shadowed | None = None  # what float64 says, where it was asked for
+
+    def where(self) -> dict[str, Any] | None:
+        """As a diagnosis states it."""
+        if self.story is not None and self.story.finding is not None:
+            return of_finding(self.story.finding)
+        return None if self.change is None else of_change(self.change)
+
+
+def look(
+    subject: Subject,
+    step: int,
+    *,
+    finite: bool = False,
+    against: int | None = None,
+    screens: Sequence[str] = (),
+    float64: bool = False,
+) -> Look:
+    """Evaluates one step of a run on the very state that it started from.
+
+    Args:
+        subject: the run, with its step.
+        step: its number.
+        finite: whether its record says that all is finite; else that is looked into first.
+        against: an earlier step to hold a finite one against; the last ordinary one if not given.
+        screens: of SCREENS, JAX's own tools to be asked, too.
+        float64: whether to compute the step in float64 beside it, and say where digits are lost.
+
+    Raises:
+        UserError: there is no checkpoint before the step.
+    """
+    if subject.step is None:
+        raise ValueError('a subject without its step can be replayed, not looked into')
+    now = Replayer(subject).state(step), subject.batch_at(step)
+    with jax.debug_nans(False):  # which would raise where we look
+        story = None if finite else trace.first_bad(subject.step, *now)
+        change = None
+        if story is None or story.finding is None:
+            against = _ordinary(subject, step) if against is None else against
+            if against is not None:
+                before = Replayer(subject).state(against), subject.batch_at(against)
+                change = trace.compare(subject.step, before, now)
+        shadowed = trace.lost_precision(subject.step, *now) if float64 else None
+    told = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
+    return Look(step, story, change, None if change is None else against, told, shadowed)
+
+
+def into(
+    subject: Subject, diagnosis: Diagnosis, *, screens: Sequence[str] = ()
+) -> tuple[Diagnosis, Look | None]:
+    """Looks into the first bad step of a diagnosis, and says in it where."""
+    step, symptom = diagnosis.first_bad_step, diagnosis.symptom
+    if step is None or symptom is None:
+        return diagnosis, None
+    found = look(subject, step, finite=symptom.kind in FINITE, screens=screens)
+    checks = (*diagnosis.checks, *found.screens)
+    return dataclasses.replace(diagnosis, where=found.where(), checks=checks), found
+
+
+def of_finding(finding: trace.Finding) -> dict[str, Any]:
+    """A finding as a diagnosis states it."""
+    return {
+        'pass': finding.pass_,
+        'op': finding.op,
+        'source': finding.source,
+        'layer': finding.layer,
+        'time_step': finding.time_step,
+        'examples': list(finding.examples),
+        'words': [],
+    }
+
+
+def of_change(change: trace.Change) -> dict[str, Any]:
+    """A change as a diagnosis states it: the first absurd operation, else the largest share of each kind, which names
+    no operation."""
+    absurd = change.absurd
+    layer = change.layers[0].path if change.layers else ''
+    time_step = change.moments[0].time_step if change.moments else None
+    return {
+        'pass': absurd.pass_ if absurd else 'data' if change.by_batch else 'update',
+        'op': absurd.op if absurd else '',
+        'source': absurd.source if absurd else '',
+        'layer': absurd.layer if absurd else layer,
+        'time_step': absurd.time_step if absurd else time_step,
+        'examples': list(absurd.examples if absurd and absurd.examples else leading(change.examples)),
+        'words': [],
+    }
+
+
+def leading(examples: Sequence[trace.Example]) -> list[int]:
+    """The examples that together make half of a change."""
+    rising = [example for example in examples if example.share > 0]
+    total, found = sum(example.share for example in rising), []
+    reached = 0.0
+    for example in rising[: trace.MOST_EXAMPLES]:
+        if reached >= HALF * total:
+            break
+        reached += example.share
+        found.append(example.place)
+    return found
+
+
+def _ordinary(subject: Subject, step: int) -> int | None:
+    """The last step before it whose loss was no more than the median of those before; the very one before where there
+    are no records; None for the first that can be replayed."""
+    steps = subject.checkpoints.steps()
+    if not steps or step <= steps[0]:
+        return None
+    before = [row for row in subject.records if max(step - ORDINARY, steps[0]) <= row['step'] < step]
+    return _last_ordinary(before) or step - 1
+
+
+def _last_ordinary(rows: Sequence[Row]) -> int | None:
+    losses = telemetry.series(rows).get('loss')
+    if losses is None or not np.isfinite(losses).any():
+        return None
+    median = np.median(losses[np.isfinite(losses)])
+    return next(
+        (row['step'] for row, loss in zip(rows[::-1], losses[::-1], strict=True) if loss <= median), None
+    )
+
+
+def _by_checkify(step: Step, state: Tree, batch: Tree) -> str:
+    error, _ = jax.jit(checkify.checkify(step, errors=checkify.float_checks))(state, batch)
+    return (error.get() or '').split('\n')[0]
+
+
+def _by_debug_nans(step: Step, state: Tree, batch: Tree) -> str:
+    # A function of its own: jax_debug_nans overlooks a NaN in one whose first calls were healthy.
+    with jax.debug_nans(True):
+        try:
+            jax.block_until_ready(jax.jit(lambda state, batch: step(state, batch))(state, batch))
+        except FloatingPointError as error:
+            return str(error).split('\n')[0]
+    return ''
+
+
+SCREENS: Mapping[str, Callable[[Step, Tree, Tree], str]] = {
+    'checkify': _by_checkify,
+    'debug_nans': _by_debug_nans,
+}
+"""JAX's own tools: what each says of a step, nothing where it finds nothing."""
+
+
+def _check(name: str, said: str) -> dict[str, Any]:
+    return {'name': name, 'ok': not said, 'value': float(bool(said)), 'why': said or 'found nothing'}

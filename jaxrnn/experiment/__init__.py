@@ -1,0 +1,59 @@
+"""The steps before a symptom again, each time under one change: which change averts it, and so its cause.
+
+outcome   a change, and what became of the symptom     engine    the experiments on one symptom
+changes   changes that anybody's run can be given      cause     what the outcomes say
+cache     outcomes kept with a run
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+from jaxrnn import detect
+from jaxrnn.bisect import detectors_of, inspection, replay, subject_of
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.experiment.changes import in_order
+from jaxrnn.experiment.engine import BUDGET, Experiments, explain, window_of
+from jaxrnn.experiment.outcome import Change, Changed, Told, Window
+from jaxrnn.types import BatchAt, Step, Tree
+
+__all__ = ['BUDGET', 'Change', 'Changed', 'Experiments', 'Told', 'Window', 'diagnose', 'explain', 'window_of']
+
+
+def diagnose(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    changes: Sequence[Change] = (),
+    *,
+    budget: int = BUDGET,
+    like: Tree | Callable[[], Tree] = None,
+    when: str = '',
+    symptom: str = '',
+    good: int | None = None,
+    bad: int | None = None,
+    digest_every: int = 1,
+    alarms: Sequence[detect.Detector] = detect.ALARMS,
+) -> tuple[Diagnosis, Told | None]:
+    """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
+
+    Args:
+        step, batch_at, directory: as in `bisect`.
+        changes: what is tried beside other batches, in this order; see `Change`.
+        budget: steps that may be replayed, those of the bisection included.
+        like, when, symptom, good, bad, digest_every, alarms: as in `bisect`.
+
+    Returns:
+        The diagnosis with cause and remedies, and what the experiments gave, None where there was nothing to explain.
+
+    Raises:
+        UserError: as `bisect`.
+    """
+    detectors = detectors_of(when, symptom)
+    subject = subject_of(step, batch_at, directory, like, digest_every)
+    diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
+    diagnosis, _ = inspection.into(subject, diagnosis)
+
+    def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
+        return in_order(subject, window, bad_batches, changes)
+
+    return explain(subject, diagnosis, tried, detectors, budget=budget)

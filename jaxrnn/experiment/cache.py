@@ -1,0 +1,99 @@
+"""Outcomes of experiments, kept with a run: a diagnosis that was interrupted, or is asked for again, goes on from them.
+
+One JSON line for each, as it is known. The first line is a digest of all that decides an outcome beside the change and
+the steps: a file with another one is of no use, and is begun anew.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxrnn import environment
+from jaxrnn.detect import Detector
+from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment.outcome import Window
+from jaxrnn.record.telemetry import Row
+
+
+class Known(NamedTuple):
+    """What became of the symptom under one change, over some steps."""
+
+    verdict: str
+    symptom: Symptom | None
+    loss: float
+    reached: int
+    acted: bool
+    steps: int  # that were replayed for it
+
+
+class Outcomes:
+    """Those of a run, by the change and its steps; in a file if there is a path.
+
+    Args:
+        path: of the file; None to keep nothing.
+        scope: of `scope`.
+    """
+
+    def __init__(self, path: Path | None, scope: str):
+        self._path, self._scope = path, scope
+        self._known = {} if path is None else _read(path, scope)
+        self._begun = bool(self._known)
+
+    def get(self, change: str, start: int, horizon: int) -> Known | None:
+        """change: its identity; '' of one that is nobody's but this process's."""
+        return self._known.get((change, start, horizon)) if change else None
+
+    def put(self, change: str, start: int, horizon: int, known: Known) -> None:
+        if self._path is None or not change:
+            return
+        line = {'change': change, 'start': start, 'horizon': horizon, **known._asdict()}
+        line['symptom'] = None if known.symptom is None else [known.symptom.kind, known.symptom.step]
+        line['loss'] = known.loss if math.isfinite(known.loss) else None
+        with open(self._path, 'a' if self._begun else 'w', encoding='utf-8') as file:
+            if not self._begun:
+                file.write(json.dumps({'scope': self._scope}))
+            file.write(
+                '\n' + json.dumps(line)
+            )  # the break first: a line that was half written is ended by it
+        self._begun = True
+
+
+def scope(rows: Sequence[Row], symptom: Symptom, window: Window, detectors: Sequence[Detector]) -> str:
+    """16 hex digits over what decides outcomes: the records from which the window's histories are taken, what is looked
+    for, versions and machine, and the sources of this package."""
+    described: Mapping[str, Any] = {
+        'environment': environment.describe(),
+        'sources': environment.sources(),
+        'symptom': [symptom.kind, symptom.step],
+        'window': window,
+        'rules': [detector.rule.text for detector in detectors],
+        'records': hashlib.sha256(json.dumps([dict(row) for row in rows]).encode()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path, scope: str) -> dict[tuple[str, int, int], Known]:
+    """Those of the same scope; a line that was half written is as if it weren't there."""
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except OSError:
+        return {}
+    found: dict[tuple[str, int, int], Known] = {}
+    for number, text in enumerate(lines):
+        try:
+            line = json.loads(text)
+            if number == 0 and line != {'scope': scope}:
+                return {}
+            if number:
+                symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
+                loss = math.nan if line['loss'] is None else line['loss']
+                values = {**line, 'symptom': symptom, 'loss': loss}
+                known = Known(**{name: values[name] for name in Known._fields})
+                found[line['change'], line['start'], line['horizon']] = known
+        except (ValueError, KeyError, TypeError):
+            if number == 0:
+                return {}
+    return found

@@ -1,0 +1,43 @@
+"""A run: the loop that trains, the records and checkpoints that it leaves, and going back to one.
+
+loop         the loop                      checkpoint   states on disk, through orbax
+telemetry    records                       rewind       going back while training
+
+The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.
+"""
+
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from jaxrnn.record import loop
+from jaxrnn.types import BatchAt, Step, Tree
+
+
+def record(
+    step: Step, batch_at: BatchAt, init: Callable[[], Tree], directory: str | os.PathLike, **options: Any
+) -> loop.Ended:
+    """Trains with any pure step, and leaves a run that can be bisected; the same call again resumes it.
+
+    Args:
+        step: `(state, batch) -> (state, record)`; the record may be any tree of scalars.
+        batch_at: step number -> batch; a pure function.
+        init: makes the initial state.
+        directory: of the run.
+        **options: of `loop.Options`: max_steps, checkpoint_every, …
+
+    Returns:
+        How it ended, with the final state.
+    """
+    return loop.run(step, batch_at, init, directory, loop.Options(**options))
+
+
+class _Callable(types.ModuleType):
+    """Of a package that has the name of its main function."""
+
+    __call__ = staticmethod(record)
+
+
+sys.modules[__name__].__class__ = _Callable

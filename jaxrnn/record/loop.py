@@ -1,0 +1,397 @@
+"""The loop: runs any pure train step from its newest checkpoint on, and leaves records and checkpoints."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn import environment, tree
+from jaxrnn.record import checkpoint, telemetry
+from jaxrnn.record.telemetry import Row
+from jaxrnn.types import BatchAt, Step, Tree, UserError
+
+log = logging.getLogger('jaxrnn')
+
+
+class Paths(NamedTuple):
+    """Where things lie in a run's directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / 'config.json'
+
+    @property
+    def records(self) -> Path:
+        return self.root / 'records.jsonl'
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / 'checkpoints'
+
+    @property
+    def diagnosis(self) -> Path:
+        return self.root / 'diagnosis.json'
+
+    @property
+    def experiments(self) -> Path:
+        return self.root / 'experiments.jsonl'
+
+    @property
+    def flags(self) -> Path:
+        return self.root / 'flags.txt'
+
+    @property
+    def data(self) -> Path:
+        return self.root / 'data.npz'
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / 'evaluation.json'
+
+    @property
+    def rewinds(self) -> Path:
+        return self.root / 'rewinds.json'
+
+    @property
+    def compiled(self) -> Path:
+        return self.root / 'compiled'
+
+    @property
+    def lock(self) -> Path:
+        return self.root / 'lock'
+
+
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    step: int  # steps done
+    state: Tree
+    interrupted: int | None  # the signal that ended it
+    first_mismatch: int | None  # the first step that a resumed run computed otherwise than before
+    resumed_from: int | None
+
+
+class Options(NamedTuple):
+    """How to run; none of it changes what a step computes."""
+
+    max_steps: int
+    checkpoint_every: int = 100
+    keep_latest: int = 100
+    keep_every: int = 1000
+    digest_every: int = 1
+    checkify: bool = False
+    debug_nans: bool = False
+
+
+def run(
+    step: Step,
+    batch_at: BatchAt,
+    init: Callable[[], Tree],
+    directory: str | os.PathLike,
+    options: Options,
+    *,
+    identity: Mapping[str, str] | None = None,
+    on_row: Callable[[Row], bool] = lambda row: False,
+) -> Ended:
+    """Trains from the newest checkpoint in `directory`, or from `init`, and leaves a run there.
+
+    Checkpoint k is the state that step k starts from; there is one at 0, at every multiple of
+    checkpoint_every and at the end. SIGTERM and Ctrl-C end the run after the step they fall into, with a
+    checkpoint; a second Ctrl-C ends it at once. The same call again goes on where the last one ended.
+
+    Args:
+        step: a pure train step.
+        batch_at: the batch of each step.
+        init: makes the initial state; only called for a new run, and for the structure of the state.
+        directory: of the run, made if it isn't there.
+        options: see `Options`.
+        identity: digests by name (of config and data), which must be those of the run that is continued.
+        on_row: sees every record, one step late; training ends when it returns True.
+
+    Raises:
+        UserError: an unwritable or full directory, a run of another identity, or one in use.
+    """
+    paths = Paths(Path(directory))
+    make_directory(paths.root)
+    with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
+        observed = telemetry.instrument(step, checks=options.checkify)
+        first, state, resumed = _start(paths, init, dict(identity or {}))
+        records = telemetry.RecordFile(paths.records)
+        sink = _Sink(records, records.keep_before(first), on_row)
+        writer = checkpoint.Writer(
+            paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
+        )
+
+        def before(number: int, state: Tree) -> bool:
+            if signals.caught or sink.ended:
+                return False
+            if number % options.checkpoint_every == 0:
+                writer.save(number, state, _meta(number, state, identity))
+            return True
+
+        try:
+            done, state = advance(
+                observed,
+                batch_at,
+                state,
+                first,
+                options.max_steps,
+                digest_every=options.digest_every,
+                put=sink.put,
+                before=before,
+            )
+            writer.save(done, state, _meta(done, state, identity))
+            writer.wait()
+        finally:
+            records.close()
+            writer.close()
+    return Ended(done, state, signals.caught, sink.first_mismatch, first if resumed else None)
+
+
+def advance(
+    observed: telemetry.Observed,
+    batch_at: BatchAt,
+    state: Tree,
+    first: int,
+    stop: int,
+    *,
+    digest_every: int,
+    put: Callable[[Row], None],
+    before: Callable[[int, Tree], bool] = lambda number, state: True,
+) -> tuple[int, Tree]:
+    """The loop proper, of training and of every replay: steps `first` up to `stop`, which isn't done.
+
+    The record of a step is read while the device computes the next one.
+
+    Args:
+        observed: the compiled step; it consumes `state`.
+        batch_at: the batch of each step.
+        state: what step `first` starts from.
+        first: number of the first step.
+        stop: number of the step to stop at.
+        digest_every: steps between digests; the states at its multiples have one.
+        put: takes each record.
+        before: called with the number and the state before each step; False ends the loop.
+
+    Returns:
+        The number of the next step, and its state.
+    """
+    pending: tuple[int, telemetry.Observation] | None = None
+    number = first
+    while number < stop and before(number, state):
+        batch = batch_at(number)
+        try:
+            state, observation = observed(state, batch, (number + 1) % digest_every == 0)
+        except FloatingPointError as error:  # of debug_nans, which keeps the state
+            _emit(pending, put)
+            put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
+            return number, state
+        _emit(pending, put)
+        pending = number, observation
+        number += 1
+    _emit(pending, put)
+    return number, state
+
+
+def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
+    """The batches of some steps left out, each replaced by that of the last step before it that isn't one of them."""
+
+    def at(step: int) -> Tree:
+        while step in steps:
+            step -= 1
+        return batch_at(step)
+
+    return at
+
+
+def rewind(directory: str | os.PathLike, step: int) -> None:
+    """Takes a run back to one of its checkpoints: what was recorded and saved from there on is gone, and `run` goes on
+    from it. Done twice it is the same as done once."""
+    paths = Paths(Path(directory))
+    with _locked(paths):
+        checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
+        telemetry.RecordFile(paths.records).keep_before(step)
+
+
+def _emit(pending: tuple[int, telemetry.Observation] | None, put: Callable[[Row], None]) -> None:
+    if pending is not None:
+        number, observation = pending
+        put(telemetry.row(number, observation))
+
+
+class _Sink:
+    """Where records go: the file, the comparison with what a killed run had computed, the observer."""
+
+    def __init__(self, records: telemetry.RecordFile, before: list[Row], on_row: Callable[[Row], bool]):
+        self.records, self.on_row = records, on_row
+        self.before = {row['step']: row for row in before}
+        self.first_mismatch: int | None = None
+        self.ended = False
+
+    def put(self, row: Row) -> None:
+        try:
+            self.records.append(row)
+        except OSError as error:
+            raise UserError(
+                f'{self.records.path}: {error.strerror}; make room or check the disk, then run the same command '
+                'again to resume'
+            ) from error
+        old = self.before.pop(row['step'], None)
+        if old is not None and self.first_mismatch is None and not telemetry.same(old, row):
+            self.first_mismatch = row['step']
+        self.ended = bool(self.on_row(row)) or self.ended
+
+
+def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> tuple[int, Tree, bool]:
+    """The step to begin with, its state, and whether it comes from a checkpoint."""
+    checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
+    steps = checkpoints.steps()
+    if not steps:
+        return 0, jax.tree.map(_strong, init()), False
+    newest = steps[-1]
+    meta = checkpoints.meta(newest)
+    for name, value in identity.items():
+        if meta.get(name, value) != value:
+            raise UserError(
+                f'--run_dir: {paths.root} holds a run of another {name} ({meta[name]}, not {value}); '
+                'choose another directory, or the same flags'
+            )
+    state = checkpoints.restore(newest)
+    check_digest(checkpoints, newest, state)
+    recorded = meta.get('environment_details')
+    if recorded and (changed := environment.differences(recorded, environment.describe())):
+        log.warning(
+            'going on in another environment (%s): from step %d on, bits may differ',
+            ', '.join(changed),
+            newest,
+        )
+    return newest, state, True
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """A leaf as it will come back from a checkpoint: an array, even where flax starts with a Python number."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def check_digest(checkpoints: checkpoint.Checkpoints, step: int, state: Tree) -> None:
+    """Raises UserError when a restored state isn't the one that was saved."""
+    saved = checkpoints.meta(step).get('state')
+    if saved is not None and saved != state_digest(state):
+        raise UserError(
+            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
+            f'{saved} when it was saved); delete its folder to go on from the one before'
+        )
+
+
+_digest = jax.jit(tree.digest)
+
+
+def state_digest(state: Tree) -> str:
+    """A state's digest, as a record has it."""
+    return tree.hex_digest(jax.device_get(_digest(state)))
+
+
+def _meta(step: int, state: Tree, identity: Mapping[str, str] | None) -> dict[str, Any]:
+    around = environment.describe()
+    return {
+        **(identity or {}),
+        'step': step,
+        'state': state_digest(state),
+        'environment': environment.digest(around),
+        'environment_details': around,
+    }
+
+
+class _Signals:
+    """Which signal came."""
+
+    caught: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Signals]:
+    """SIGTERM and SIGINT noted rather than obeyed; left alone outside the main thread, where Python has no say."""
+    signals = _Signals()
+    try:
+        before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:
+        before = {}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_directory(root: Path) -> None:
+    """Makes a run's directory. Raises UserError where nothing can be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f'--run_dir: {root} can not be made ({error.strerror}); choose a directory you may write to'
+        ) from error
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise UserError(f'--run_dir: {root} is not writable; choose a directory you may write to')
+
+
+@contextlib.contextmanager
+def _locked(paths: Paths) -> Iterator[None]:
+    """Keeps a second process from training into the same directory; the lock goes with the process."""
+    try:
+        file = open(paths.lock, 'a', encoding='utf-8')
+    except OSError as error:
+        raise UserError(
+            f'--run_dir: {paths.root} is not writable ({error.strerror}); choose another'
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f'--run_dir: {paths.root} is in use by another process; wait for it, or choose another directory'
+            ) from None
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes whole or not at all; NaN and infinities, which JSON lacks, as null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes whole or not at all. Raises UserError where the disk refuses."""
+    temporary = path.with_name(path.name + '.part')
+    try:
+        temporary.write_text(text, encoding='utf-8')
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}; make room or choose another directory') from error
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {name: _finite(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,261 @@
+"""A run of jaxrnn's own networks: made from a configuration, and opened from its directory."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxrnn import detect
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.record import loop, rewind, telemetry
+from jaxrnn.record.checkpoint import Checkpoints
+from jaxrnn.record.telemetry import Row
+from jaxrnn.types import Tree, UserError
+from jaxrnn.words import data, optimisers, train
+from jaxrnn.words.config import Config
+
+AFTERMATH = 100
+"""Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
+
+
+class Trained(NamedTuple):
+    """What `train_run` leaves."""
+
+    ended: loop.Ended
+    diagnosis: Diagnosis  # of the records alone; nothing replayed
+    evaluation: Mapping[str, Mapping[str, float]]  # split -> score -> value
+
+
+class Opened(NamedTuple):
+    """A run read back from its directory."""
+
+    config: Config
+    dataset: data.Dataset
+    program: train.Program
+    checkpoints: Checkpoints
+    records: list[Row]
+    make_program: train.Make
+
+
+def train_run(
+    config: Config,
+    directory: str | os.PathLike,
+    *,
+    make_program: train.Make = train.make_program,
+    say: Callable[[str], None] = lambda line: None,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Trained:
+    """Trains a configuration into a directory, or goes on with the run that is there.
+
+    Args:
+        config: of the run.
+        directory: its home.
+        make_program: what the configuration and its data are made into. Whatever looks into the run later must be
+            given the same.
+        say: gets a line before slow work.
+        on_row: sees every record, a step late.
+
+    Raises:
+        UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
+    """
+    paths = loop.Paths(Path(directory))
+    _check_same_config(paths, config)
+    optimisers.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
+    with _directory(paths.root):
+        dataset = _dataset(paths, config, say)
+    program = make_program(config, dataset)
+    _describe(paths, config, dataset)
+    identity = {'config': config.digest(), 'data': dataset.digest}
+    while True:
+        rewinds = _rewound(paths)
+        stop = _Stop(config.loop.on_divergence)
+        stop.see_all(telemetry.RecordFile(paths.records).read())
+
+        def see(row: Row, stop: _Stop = stop) -> bool:
+            on_row(row)
+            return stop(row)
+
+        ended = loop.run(
+            program.step,
+            loop.without(program.batch_at, rewind.skipped(rewinds)),
+            program.init,
+            directory,
+            _loop_options(config, most=stop.at),
+            identity=identity,
+            on_row=see,
+        )
+        if ended.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
+            break
+    found = detect.symptoms(telemetry.series(telemetry.RecordFile(paths.records).read()))
+    diagnosis = _of_records(found, ended)
+    evaluation = train.evaluate(program.predict, ended.state.params, dataset)
+    loop.write_json(paths.evaluation, evaluation)
+    loop.write_json(paths.diagnosis, diagnosis.to_json())
+    return Trained(ended, diagnosis, evaluation)
+
+
+def open_run(directory: str | os.PathLike, make_program: train.Make = train.make_program) -> Opened:
+    """Reads a run back. Raises UserError where the directory holds none, or not a whole one."""
+    paths = loop.Paths(Path(directory))
+    config = read_config(paths)
+    dataset = _dataset(paths, config, say=lambda line: None)
+    program = make_program(config, dataset)
+    program = program._replace(
+        batch_at=loop.without(program.batch_at, rewind.skipped(rewind.read(paths.rewinds)))
+    )
+    checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
+    records = telemetry.RecordFile(paths.records).read()
+    return Opened(config, dataset, program, checkpoints, records, make_program)
+
+
+def newest_params(opened: Opened) -> Tree:
+    """The parameters of the newest checkpoint."""
+    steps = opened.checkpoints.steps()
+    if not steps:
+        raise UserError(f'--run_dir: {opened.checkpoints.directory} holds no checkpoint; train first')
+    return opened.checkpoints.restore(steps[-1]).params
+
+
+def read_config(paths: loop.Paths) -> Config:
+    """The configuration of a run. Raises UserError where there is none."""
+    try:
+        return Config.from_json(json.loads(paths.config.read_text(encoding='utf-8')))
+    except OSError as error:
+        raise UserError(
+            f'--run_dir: {paths.root} holds no run (config.json: {error.strerror}); '
+            'name the directory that train.py was given'
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({error})') from error
+
+
+def _loop_options(config: Config, most: float) -> loop.Options:
+    shared = {
+        field: getattr(config.loop, field)
+        for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every')
+    }
+    checks = {field: getattr(config.training, field) for field in ('digest_every', 'checkify', 'debug_nans')}
+    shared['max_steps'] = int(min(shared['max_steps'], most + 1))
+    return loop.Options(**shared, **checks)
+
+
+def _check_same_config(paths: loop.Paths, config: Config) -> None:
+    if not paths.config.exists():
+        return
+    before = read_config(paths)
+    if different := config.differences(before):
+        more = f' and {len(different) - 1} more' if len(different) > 1 else ''
+        raise UserError(
+            f'--run_dir: {paths.root} holds a run of other flags ({different[0]} there{more}); choose another '
+            f'directory, or go on with that run by --flagfile={paths.flags}'
+        )
+
+
+@contextlib.contextmanager
+def _directory(root: Path) -> Iterator[None]:
+    """A directory that can be written to, before the slow work; gone again if that fails."""
+    made = not root.exists()
+    loop.make_directory(root)
+    try:
+        yield
+    except BaseException:
+        if made:
+            root.rmdir()
+        raise
+
+
+def _dataset(paths: loop.Paths, config: Config, say: Callable[[str], None]) -> data.Dataset:
+    """The run's own copy of its data, so that it can be diagnosed anywhere; else made from its source."""
+    if paths.data.exists():
+        return data.read_dataset(paths.data)
+    dataset = data.load(config.data, config.training.seed, progress=say)
+    dropped = ', '.join(f'{count:,} {reason}' for reason, count in dataset.dropped.items())
+    say(f'{len(dataset.words):,} words from {dataset.source}; dropped: {dropped or "none"}')
+    return dataset
+
+
+def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:
+    """Writes configuration, flags and data, each whole or not at all."""
+    loop.write_json(paths.config, config.to_json())
+    flags = [
+        f'--{name}={_flag(value)}' for group in config.to_json().values() for name, value in group.items()
+    ]
+    loop.write_text(paths.flags, '\n'.join(flags) + '\n')
+    if not paths.data.exists():
+        data.write_dataset(paths.data, dataset)
+
+
+def _flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _of_records(found: list[Symptom], ended: loop.Ended) -> Diagnosis:
+    if ended.first_mismatch is not None:
+        why = (
+            f'steps computed again on resuming differ from their records, from step {ended.first_mismatch} on'
+        )
+        cause = Cause('nondeterminism', why)
+        return Diagnosis(symptom=found[0] if found else None, cause=cause)
+    if not found:
+        return Diagnosis(cause=Cause('none', 'no rule holds at any step'))
+    return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run diagnose.py'))
+
+
+def _rewound(paths: loop.Paths) -> list[rewind.Rewind]:
+    """How often a run has gone back; finishes a time that was cut short."""
+    rewinds = rewind.read(paths.rewinds)
+    if rewinds and not rewinds[-1].done:
+        loop.rewind(paths.root, rewinds[-1].to)
+        rewinds[-1] = rewinds[-1]._replace(done=True)
+        rewind.write(paths.rewinds, rewinds)
+    return rewinds
+
+
+def _goes_back(
+    paths: loop.Paths, stop: '_Stop', rewinds: Sequence[rewind.Rewind], say: Callable[[str], None]
+) -> bool:
+    """Decides whether a run that ended goes back, and writes it down."""
+    if stop.found is None or stop.on != 'rewind':
+        return False
+    planned = rewind.plan(stop.found, Checkpoints(paths.checkpoints).steps(), rewinds)
+    symptom = f'{stop.found.kind} at step {stop.found.step}'
+    if planned is None:
+        say(f'{symptom}: went back {rewind.TRIES} times, to no avail')
+        return False
+    left_out = (
+        f', without the batches of steps {planned.skipped[0]} to {planned.skipped[1]}'
+        if planned.skipped
+        else ''
+    )
+    say(f'{symptom}: going back to step {planned.to}{left_out}')
+    rewind.write(paths.rewinds, [*rewinds, planned])
+    return True
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Ends training at a symptom, where it is to go back, or some steps after it, where it is to end."""
+
+    on: str  # of --on_divergence
+    watch: detect.Watch = dataclasses.field(default_factory=detect.Watch)
+    at: float = float('inf')
+    found: Symptom | None = None
+
+    def see_all(self, rows: Sequence[Row]) -> None:
+        """The rows of a run that is continued: it may have had its symptom, and then goes no further."""
+        for row in rows:
+            self(row)
+
+    def __call__(self, row: Row) -> bool:
+        if self.on == 'continue':
+            return False
+        for symptom in self.watch(row):
+            if symptom.kind not in detect.PASSING[self.on]:
+                self.found = symptom if self.found is None or symptom.step < self.found.step else self.found
+                self.at = self.found.step + (AFTERMATH if self.on == 'stop' else 0)
+        return row['step'] >= self.at

@@ -1,0 +1,622 @@
+"""Experiments on toys whose every outcome is known beforehand: a number that grows by a factor at each step."""
+
+import json
+import math
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import detect, experiment
+from jaxrnn.bisect import replay
+from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment.cause import cause_of, ranked
+from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
+from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, VERDICTS, Change, Changed, Outcome, Told, Window
+from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.types import Staged
+
+RATE, FIRST, STEPS = 1.1, 1e-8, 320
+SYMPTOM = math.floor(math.log(1 / FIRST) / math.log(RATE)) + 1  # the first step that starts above 1
+LARGE = detect.custom('loss > 1')
+
+
+def growing(rate):
+    def step(x, batch):
+        return x * jnp.float32(rate) + batch, {'loss': x}
+
+    return step
+
+
+def no_batch(step):
+    return np.float32(0)
+
+
+def subject_of(step, batch_at, init, directory, *, records=True, every=50, steps=STEPS):
+    options = loop.Options(max_steps=steps, checkpoint_every=every)
+    loop.run(step, batch_at, init, directory, options)
+    rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
+    checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
+    return replay.subject(step, batch_at, checkpoints, rows)
+
+
+def first():
+    return jnp.float32(FIRST)
+
+
+@pytest.fixture(params=[True, False], ids=['records', 'checkpoints alone'])
+def subject(request, tmp_path):
+    return subject_of(growing(RATE), no_batch, first, tmp_path, records=request.param)
+
+
+def experiments(subject, *, detectors=(LARGE,), budget=2000):
+    found, _ = replay.bisect(subject, detectors)
+    assert found.symptom is not None
+    return experiment.Experiments(subject, found.symptom, detectors, budget=budget)
+
+
+def change(name, step, points_to='model', removes='', initial=False, **more):
+    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removes, initial=initial)
+
+
+def test_outcomes(subject):
+    told = experiments(subject).run(
+        [
+            change('slower', growing(1.08)),
+            change('a little slower', growing(1.0999)),
+            change('shrinking', growing(0.5)),
+            change('still', growing(1.0)),
+            change('faster', growing(1.5)),
+            change('not finite', lambda x, batch: (x * jnp.nan, {'loss': x})),
+            change('a smaller number', growing(RATE), convert=lambda x: x * 0),
+        ]
+    )
+    assert told.window == (100, SYMPTOM, SYMPTOM + 51, False) and told.identical
+    assert told.control.symptom == detect.Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
+    assert told.nudge.verdict == 'unchanged'
+    assert {outcome.change.name: outcome.verdict for outcome in told.outcomes} == {
+        'shrinking': 'averted',
+        'still': 'averted',
+        'a smaller number': 'averted',
+        'slower': 'delayed',
+        'a little slower': 'unchanged',
+        'faster': 'worse',
+        'not finite': 'worse',
+    }
+    assert [outcome.verdict for outcome in told.outcomes] == sorted(
+        (outcome.verdict for outcome in told.outcomes), key=VERDICTS.index
+    )
+    assert told.untried == () and told.drawn.change.name in {o.change.name for o in told.outcomes}
+
+
+def test_the_best_is_replayed_on_and_its_point_of_no_return_is_exact(subject):
+    (best,) = experiments(subject).run([change('shrinking', growing(0.5))]).outcomes
+    # At the symptom's own step the number is above 1, whatever the step does with it.
+    assert best.point_of_no_return == SYMPTOM - 1
+    assert best.reached == SYMPTOM + experiment.FARTHER and best.loss < 1e-8
+
+
+def test_what_holds_for_a_while_alone_is_delayed(subject):
+    """Growth so slow that the symptom comes 150 steps later."""
+    slow = math.exp(-math.log(RATE ** (150 - SYMPTOM)) / (SYMPTOM + 150 - 150))
+    (told,) = experiments(subject).run([change('slow', growing(slow))]).outcomes
+    assert told.verdict == 'delayed' and told.symptom.step > SYMPTOM + experiment.AFTER
+
+
+@pytest.mark.parametrize('budget', [0, 40, 100, 130, 200, 333, 500, 1000])
+def test_the_budget_is_kept(tmp_path, budget):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    changes = [change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05, 2.0)]
+    made = experiments(subject, budget=budget)
+    told = made.run(changes)
+    assert told.steps_replayed == made.steps_replayed
+    # The control is no matter of choice.
+    assert told.steps_replayed <= max(budget, SYMPTOM + 1 - told.window.start)
+    assert {o.change.name for o in told.outcomes} | {c.name for c in told.untried} == {
+        c.name for c in changes
+    }
+    if budget < 100:
+        assert cause_of(told).why.startswith('undecided: the budget')
+
+
+def test_a_cause_is_what_the_best_change_points_to(subject):
+    told = experiments(subject).run(
+        [change('faster', growing(2.0), 'data'), change('shrinking', growing(0.5), 'optimiser')]
+    )
+    cause = cause_of(told)
+    assert (cause.kind, cause.why) == ('optimiser', 'shrinking averts it; not so faster')
+
+
+def test_nothing_averts(subject):
+    cause = cause_of(experiments(subject).run([change('faster', growing(2.0))]))
+    assert (cause.kind, cause.why) == ('none', 'undecided: nothing tried averts it: faster')
+
+
+def outcomes(*made):
+    """(name, points to, removes, verdict) -> what experiments told, in that order."""
+    found = [
+        Outcome(Change(name, points_to, lambda: None, removes=removes), verdict, None, 0.1, 200)
+        for name, points_to, removes, verdict in made
+    ]
+    window, control = (
+        Window(100, 150, 201),
+        Outcome(found[0].change, 'unchanged', None, 1, 151),
+    )
+    return Told(window, control, True, control, tuple(found))
+
+
+def test_a_mechanism_is_named_where_all_that_takes_it_away_averts():
+    """And speaks before what would have helped against any, and before what is wider."""
+    told = outcomes(
+        ('half', 'optimiser', '', 'averted'),
+        ('masked', 'model', 'padding', 'averted'),
+        ('amsgrad', 'optimiser', 'second-moment decay', 'averted'),
+        ('epsilon', 'optimiser', 'second-moment decay', 'averted'),
+        ('sigmoid', 'model', 'shut gates', 'worse'),
+    )
+    cause = cause_of(told)
+    assert cause.kind == 'optimiser' and cause.why == (
+        "second-moment decay (Adam's v decays in quiet steps until the next ones are too long): amsgrad averts it; "
+        'so does epsilon, half, masked; not so sigmoid'
+    )
+    refuted = told._replace(outcomes=(*told.outcomes[:3], told.outcomes[3]._replace(verdict='delayed')))
+    cause = cause_of(refuted)
+    assert (cause.kind, cause.why[:14]) == (
+        'optimiser',
+        'half averts it',
+    )  # which changes less than the masks
+    cause = cause_of(refuted._replace(outcomes=refuted.outcomes[1:]))
+    assert cause.kind == 'model' and cause.why.startswith('padding (')
+    own = outcomes(('mine', 'model', 'a worn bearing', 'averted'))
+    assert cause_of(own).why == 'a worn bearing: mine averts it'
+
+
+def test_what_speaks_for_the_cause_is_ranked_first():
+    """Although others leave a lower loss."""
+    told = outcomes(
+        ('half', 'optimiser', '', 'averted'),
+        ('amsgrad', 'optimiser', 'second-moment decay', 'averted'),
+        ('without the batch', 'data', '', 'averted'),
+        ('sigmoid', 'model', 'shut gates', 'worse'),
+    )
+    made = [o._replace(loss=loss) for o, loss in zip(told.outcomes, (0.1, 0.3, 0.5, 0.01), strict=True)]
+
+    def names(**options):
+        return [outcome.change.name for outcome in ranked(made, **options)]
+
+    assert names() == names(by_batch=False) == ['amsgrad', 'half', 'without the batch', 'sigmoid']
+    assert names(by_batch=True) == ['without the batch', 'half', 'amsgrad', 'sigmoid']
+    # Longer steps are borne by what takes the cause away for good, and count before the cause.
+    half, amsgrad, *others = made
+    made = [half._replace(margin=4), amsgrad, *others]
+    assert names()[0] == 'amsgrad'
+    edgy = amsgrad.change._replace(stressed=lambda times: None)
+    made = [half._replace(margin=4), amsgrad._replace(change=edgy)]
+    assert names() == ['half', 'amsgrad']
+    made = [half._replace(margin=2), made[1]._replace(margin=2)]
+    assert names() == ['amsgrad', 'half']
+
+
+def test_the_narrowest_mechanism_is_named():
+    wide = ('sigmoid', 'model', 'shut gates', 'averted')
+    narrow = ('float32', 'precision', 'low precision', 'averted')
+    assert cause_of(outcomes(wide, narrow)).kind == 'precision'
+    assert cause_of(outcomes(narrow, wide)).kind == 'precision'
+
+
+def test_data_alone_averts_but_an_earlier_state_bears_the_batch():
+    told = outcomes(('other batches', 'data', '', 'averted'), ('half', 'optimiser', '', 'worse'))
+    cause = cause_of(told, by_batch=False)
+    assert cause.kind == 'none' and cause.why == (
+        'undecided: other batches averts it, but an earlier state bears the batch; not so half'
+    )
+    assert cause_of(told).kind == cause_of(told, by_batch=True).kind == 'data'
+
+
+def too_small_to_see(state, batch):
+    """Steps of a hundred-millionth of a number: in float32 it stands still, and that shows from step 150 on."""
+    number, x = state
+    after = x + jnp.asarray(1e-8, x.dtype)
+    stuck = (number >= 150) & (after == x)
+    return (number + 1, after), {'loss': jnp.where(stuck, 5.0, 0.1).astype(x.dtype)}
+
+
+def test_what_float64_averts_is_the_rounding(tmp_path):
+    """Its own compilation, of 64-bit types; everything else stays as narrow as it was."""
+
+    def init():
+        return jnp.int32(0), jnp.float32(1)
+
+    subject = subject_of(too_small_to_see, no_batch, init, tmp_path)
+    told = experiments(subject).run([in_float64(subject), change('as it was', too_small_to_see)])
+    assert {o.change.name: o.verdict for o in told.outcomes} == {'float64': AVERTED, 'as it was': UNCHANGED}
+    assert told.identical and told.nudge.verdict == UNCHANGED
+    cause = cause_of(told)
+    assert cause.kind == 'precision' and cause.why.startswith('low precision (')
+    assert told.outcomes[0].point_of_no_return == 150
+    assert not jax.config.values['jax_enable_x64']
+    # What rounding has no part in, it doesn't avert.
+    grows = subject_of(growing(RATE), no_batch, first, tmp_path / 'grows')
+    (outcome,) = experiments(grows).run([in_float64(grows)]).outcomes
+    assert outcome.verdict == UNCHANGED
+
+
+def with_a_bad_batch(step):
+    return np.float32(5 if step == 200 else 1e-3 * (1 + step % 7))
+
+
+def halving(x, batch):
+    return x / 2 + batch, {'loss': x + batch}
+
+
+def bearing(name, rate, removes=''):
+    """A change to another rate, which can be made longer: it averts up to a rate of 1."""
+
+    def at(times):
+        made = change(f'{name} x {times}', growing(rate * times), 'optimiser')
+        return made._replace(key=rate * times, stressed=at if times == 1 else None, removes=removes)
+
+    return at(1)
+
+
+def test_what_bears_longer_steps_is_ranked_first(tmp_path):
+    """Each replayed once, however often it is asked for; the largest margin ends the asking."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    made = experiments(subject)
+    attempted, attempt = [], made._attempt
+    made._attempt = lambda change, **more: attempted.append(change.name) or attempt(change, **more)
+    told = made.run([bearing('a', 0.9), bearing('b', 0.4), bearing('c', 0.2), bearing('d', 0.8)])
+    margins = {o.change.name: o.margin for o in told.outcomes}
+    # b and c leave a loss of 0. b x 2 and c x 4 are what d is, c x 2 is what b is.
+    assert margins == {'a x 1': None, 'b x 1': 2, 'c x 1': 4, 'd x 1': None}
+    assert told.outcomes[0].change.name == 'c x 1' and told.outcomes[0].point_of_no_return is not None
+    assert list(dict.fromkeys(attempted)) == [
+        'nudge',
+        'a x 1',
+        'b x 1',
+        'c x 1',
+        'd x 1',
+        'b x 4',
+    ]
+
+
+def test_margins_of_what_speaks_for_the_cause_are_asked_first(tmp_path):
+    """It is named although others bear more; one combined with another is tried where it bears some."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    fragile, sound = bearing('fragile', 0.9, 'wear'), bearing('sound', 0.45, 'wear')
+    asked = []
+
+    def combine(change):
+        asked.append(change.name)
+        return bearing('both', 0.225, 'wear')
+
+    told = experiments(subject).run([fragile, sound, bearing('half', 0.55)], combine=combine)
+    assert asked == ['sound x 1']
+    assert {o.change.name: o.margin for o in told.outcomes} == {
+        'both x 1': 4, 'sound x 1': 2, 'fragile x 1': None, 'half x 1': None
+    }  # fmt: skip
+    assert [o.change.name for o in told.outcomes][:2] == ['both x 1', 'sound x 1']
+    assert told.outcomes[0].reached == SYMPTOM + experiment.FARTHER
+    cause = cause_of(told)
+    assert cause.why.startswith('wear: both x 1 averts it; so does sound x 1')
+
+
+def test_a_margin_that_leads_back_to_the_run_as_it_was(tmp_path):
+    """It broke, and isn't replayed again."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    half = change('half', growing(0.5))._replace(stressed=lambda times: None)
+    (outcome,) = experiments(subject).run([half]).outcomes
+    assert outcome.margin == 1
+
+
+def test_no_margin_is_asked_of_what_takes_the_mechanism_away_for_good(tmp_path):
+    """Nor of what does not avert, nor beyond the budget."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    for_good = change('for good', growing(0.9))._replace(removes='wear')
+    worse = change('worse', growing(2.0))._replace(stressed=lambda times: 1 / 0)
+    told = experiments(subject).run([for_good, bearing('slower', 0.2), worse])
+    assert [(o.change.name, o.margin) for o in told.outcomes] == [
+        ('for good', None), ('slower x 1', None), ('worse', None)
+    ]  # fmt: skip
+    short = experiments(subject, budget=540).run([bearing('slower', 0.2)])
+    assert short.outcomes[0].margin == 2 and short.steps_replayed <= 540
+
+
+def test_a_bad_batch(tmp_path):
+    """A state that forgets, so that the batch alone is to blame."""
+    subject = subject_of(halving, with_a_bad_batch, first, tmp_path)
+    made = experiments(subject)
+    assert made.bad_batches() == (200,)
+    changes = [without_batch(subject, 200), other_batches(subject, made.window)]
+    told = made.run([change('half', lambda x, batch: (x / 2, {'loss': x})), *changes])
+    assert {o.change.name: o.verdict for o in told.outcomes} == {
+        'without the batch of step 200': 'averted',
+        'other batches': 'averted',
+        'half': 'averted',
+    }
+    cause = cause_of(told, by_batch=True)
+    assert cause.kind == 'data' and 'batch' in cause.why
+    assert next(o for o in told.outcomes if 'without' in o.change.name).change.flags == '--skip_batches=200'
+
+
+def test_a_batch_that_a_state_at_the_edge_cannot_bear_is_not_bad(tmp_path):
+    """All batches are alike; what any other step or batch averts is the state's."""
+
+    def ordinary(step):
+        return np.float32(1e-9 * (step % 7))
+
+    subject = subject_of(growing(RATE), ordinary, first, tmp_path)
+    made = experiments(subject)
+    assert made.bad_batches() == ()
+    told = made.run(
+        [
+            Change('no batches', 'data', lambda: Changed(growing(RATE), no_batch, lambda x: 0 * x)),
+            change('shrinking', growing(0.5)),
+        ]
+    )
+    assert {o.verdict for o in told.outcomes} == {'averted'}
+    assert cause_of(told, by_batch=False).kind == 'model'
+
+
+def asleep(rate):
+    """A network whose outputs vary the more the longer it learns; at a rate of 0 they never do."""
+
+    def step(x, batch):
+        return x * jnp.float32(1 + rate), {'loss': 1 - x, 'variance_ratio': x}
+
+    return step
+
+
+def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
+    """The rule waits for step 1,000; the state has been there since step 0, and is looked for after 200 steps."""
+    subject = subject_of(asleep(0), no_batch, lambda: jnp.float32(1e-3), tmp_path, every=100, steps=1010)
+    found = experiment.Experiments(subject, Symptom('constant', 1000), budget=9000)
+    assert found.window == Window(0, 199, 200, lasting=True)
+    told = found.run(
+        [
+            change('awake', asleep(0.05), 'model'),
+            change('slow', asleep(0.005), 'optimiser'),
+            change('broken', lambda x, batch: (x * jnp.nan, {'loss': x, 'variance_ratio': x})),
+        ]
+    )
+    assert told.control.verdict == told.nudge.verdict == 'unchanged' and told.control.reached == 200
+    verdicts = {outcome.change.name: outcome.verdict for outcome in told.outcomes}
+    assert verdicts == {'awake': 'averted', 'slow': 'unchanged', 'broken': 'worse'}
+    # Whenever it is switched on, 200 steps are time enough.
+    assert told.outcomes[0].point_of_no_return == 199
+    assert cause_of(told).kind == 'model'
+
+
+def test_what_set_in_late_is_no_lasting_state(tmp_path):
+    """Outputs that varied, and ceased to a little before the rule said so."""
+    died = 500
+
+    def batch_at(step):
+        return np.float32(1 if step < died else 1e-4)
+
+    def step(x, batch):
+        return x, {'loss': x, 'variance_ratio': x * batch}
+
+    subject = subject_of(step, batch_at, lambda: jnp.float32(1), tmp_path, every=100, steps=540)
+    found, _ = replay.bisect(subject)
+    window = experiment.Experiments(subject, found.symptom, budget=2000).window
+    assert found.symptom.kind == 'constant' and died < found.symptom.step < died + 20
+    assert window == Window(400, found.symptom.step, found.symptom.step + 51, lasting=False)
+
+
+def logistic_map(x, batch):
+    return 4 * x * (1 - x), {'loss': x}
+
+
+def test_what_depends_on_chance_is_undecided(tmp_path):
+    """Chaos doubles a millionth at each step, and meets the rule elsewhere or not at all."""
+    subject = subject_of(logistic_map, no_batch, lambda: jnp.float32(0.3), tmp_path)
+    columns = telemetry.series(subject.records)
+    highest = int(np.argmax(columns['loss'][150:250])) + 150
+    rule = detect.custom(f'loss >= {float(columns["loss"][highest])!r} and step > 100')
+    made = experiments(subject, detectors=(rule,))
+    assert made.symptom.step == highest
+    told = made.run([change('still', lambda x, batch: (x, {'loss': x * 0}))])
+    assert told.nudge.verdict == 'averted' and told.outcomes[0].verdict == 'averted'
+    cause = cause_of(told)
+    assert cause.kind == 'none' and 'chance' in cause.why
+
+
+def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    made = experiments(subject)
+    path = tmp_path / 'records.jsonl'
+    lines = path.read_text().splitlines()
+    lines[160] = json.dumps(json.loads(lines[160]) | {'digest': '0123456789abcdef'})
+    path.write_text('\n'.join(lines) + '\n')
+    altered = subject._replace(records=telemetry.RecordFile(path).read())
+    told = experiment.Experiments(altered, made.symptom, (LARGE,), budget=2000).run(
+        [change('still', growing(1.0))]
+    )
+    assert not told.identical and told.outcomes == () and told.nudge is None
+    assert cause_of(told).kind == 'nondeterminism'
+
+
+def test_steps_that_do_not_show_the_symptom_again_are_not_experimented_on(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path, records=False)
+    other = detect.Symptom('when', SYMPTOM - 30)
+    told = experiment.Experiments(subject, other, (LARGE,), budget=2000).run([change('still', growing(1.0))])
+    assert told.outcomes == () and 'did not show' in cause_of(told).why
+
+
+def test_without_a_checkpoint_nothing_is_tried(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path, every=320)
+    made = experiments(subject)
+    assert experiment.window_of(subject, -1) is None
+    made.window = None
+    told = made.run([change('still', growing(1.0))])
+    assert told.outcomes == () and 'no checkpoint' in cause_of(told).why
+
+
+def test_a_window_starts_early_enough_where_it_can(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    lead = experiment.LEAD
+    assert experiment.window_of(subject, 50 + lead).start == 50
+    assert experiment.window_of(subject, 49 + lead).start == 0
+    assert experiment.window_of(subject, 10).start == 0
+    assert not experiment.window_of(subject, 0, began=0).lasting
+
+
+def test_anybody_s_run_is_diagnosed(tmp_path):
+    """A batch that is not a number, in a run of which nothing is known but its step."""
+
+    def batch_at(step):
+        return np.float32(np.nan if step == 120 else 1e-3 * (1 + step % 7))
+
+    jaxrnn.record(halving, batch_at, first, tmp_path, max_steps=200, checkpoint_every=50)
+    changes = [Change('half', 'optimiser', lambda: Changed(halving, batch_at, lambda x: x / 2))]
+    diagnosis, told = jaxrnn.diagnose(halving, batch_at, tmp_path, changes, like=first)
+    assert (diagnosis.first_bad_step, diagnosis.cause.kind) == (120, 'data')
+    assert diagnosis.where['source'] == 'batch'
+    outcomes = {remedy['name']: remedy['outcome'] for remedy in diagnosis.remedies}
+    assert outcomes == {
+        'without the batch of step 120': 'averted',
+        'other batches': 'averted',
+        'half': 'unchanged',
+        'float64': 'unchanged',
+    }
+    assert diagnosis.replay.steps_replayed == 21 + told.steps_replayed <= 2000
+    best = diagnosis.remedies[0]
+    assert (best['flags'], best['point_of_no_return']) == ('--skip_batches=120', 120)
+
+
+def test_a_change_is_compiled_while_another_is_replayed(tmp_path, monkeypatch):
+    """By another thread, and once."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    prepared, prepare = [], telemetry.Tried.prepare
+
+    def see(self, state, batch):
+        prepared.append(threading.current_thread() is threading.main_thread())
+        prepare(self, state, batch)
+
+    monkeypatch.setattr(telemetry.Tried, 'prepare', see)
+    made = experiments(subject)
+    told = made.run([change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
+    assert len(told.outcomes) == 3 and prepared == [False] * 3
+    for future in made._made.values():
+        observed = future.result().observed
+        assert observed is subject.observed or observed._finish._cache_size() == 1
+
+
+def test_a_staged_step_is_begun_by_one_program_for_all_changes(tmp_path):
+    begun = []
+
+    def begin(state, batch):
+        begun.append(1)  # when it is traced
+        return 2.0 * state
+
+    def staged(rate):
+        return Staged(begin, lambda state, batch, doubled: growing(rate)(state + 0 * doubled, batch))
+
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    told = experiments(subject).run([change(f'{rate}', staged(rate)) for rate in (0.5, 1.0, RATE)])
+    verdicts = {o.change.name: o.verdict for o in told.outcomes}
+    assert verdicts == {'0.5': AVERTED, '1.0': AVERTED, f'{RATE}': UNCHANGED} and len(begun) == 1
+
+
+def test_a_change_that_records_less_than_the_run_is_not_taken_for_one_that_breaks(tmp_path):
+    """NaN is what a column lacks; it is no symptom of the change."""
+
+    def chatty(state, batch):
+        state, record = growing(RATE)(state, batch)
+        return state, {**record, 'more': state}
+
+    subject = subject_of(chatty, no_batch, first, tmp_path)
+    looking_back = detect.custom('loss > 1 and loss > median(loss, 20)')
+    told = experiments(subject, detectors=[looking_back]).run([change('half', growing(0.5))])
+    assert told.identical and told.outcomes[0].verdict == AVERTED
+
+
+def test_a_change_is_made_where_there_are_64_bit_types_if_there_are(tmp_path):
+    """In the thread that compiles, too."""
+    seen = []
+
+    def make():
+        seen.append(jax.config.values['jax_enable_x64'])
+        return Changed(growing(0.5), no_batch)
+
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            subject = subject_of(growing(RATE), no_batch, first, tmp_path / str(wide))
+            experiments(subject).run([Change('half', 'model', make)])
+    assert seen == [False, True]
+
+
+def test_what_can_not_be_made_is_said(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def make():
+        raise ValueError('no such step')
+
+    with pytest.raises(ValueError, match='no such step'):
+        experiments(subject).run([Change('broken', 'model', make)])
+
+
+def test_a_healthy_run_has_nothing_to_explain(tmp_path):
+    jaxrnn.record(halving, no_batch, first, tmp_path, max_steps=60, checkpoint_every=20)
+    diagnosis, told = jaxrnn.diagnose(halving, no_batch, tmp_path, like=first)
+    assert (diagnosis.symptom, diagnosis.remedies, told) == (None, (), None)
+
+
+def test_what_did_nothing_refutes_nothing(tmp_path):
+    """A clipping that never clips says nothing of whether there was something to clip; one that does refutes."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def clipped(at):
+        return lambda x, batch: (jnp.minimum(x * jnp.float32(RATE), at), {'loss': x})
+
+    def mechanism(*more):
+        still = change('still', growing(1.0), removes='outlying gradients')
+        told = experiments(subject).run([still, *more])
+        return told, cause_of(told, by_batch=False)
+
+    told, named = mechanism(change('clipped at 100', clipped(100.0), removes='outlying gradients'))
+    assert named.why.startswith('outlying gradients')
+    assert {o.change.name: o.acted for o in told.outcomes} == {'still': True, 'clipped at 100': False}
+    told, named = mechanism(change('faster', growing(1.101), removes='outlying gradients'))
+    assert all(o.acted for o in told.outcomes) and not named.why.startswith('outlying gradients')
+
+
+def test_a_named_mechanism_is_confirmed_by_what_the_budget_had_not_reached(tmp_path):
+    """The last change of the list takes away the mechanism that the first names; in between there is more than the
+    budget reaches to. It refutes it, or it doesn't."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+
+    def told(last):
+        still = change('still', growing(1.0), removes='outlying gradients')
+        between = [change(f'no {n}', growing(1.0 + 1e-3 * n)) for n in range(1, 30)]
+        changes = [still, *between, change('last', growing(last), removes='outlying gradients')]
+        found = experiments(subject, budget=1500).run(changes)
+        assert found.steps_replayed <= 1500 and any(c.name == 'no 29' for c in found.untried)
+        return found
+
+    refuted, confirmed = told(1.2), told(0.9)
+    assert all('last' not in [c.name for c in each.untried] for each in (refuted, confirmed))
+    assert cause_of(confirmed, by_batch=False).why.startswith('outlying gradients')
+    assert not cause_of(refuted, by_batch=False).why.startswith('outlying gradients')
+
+
+def test_another_start_is_replayed_from_the_start(tmp_path):
+    """With the window's horizon; where it averts, it does so when switched on at step 0. Not where the budget doesn't
+    reach so far, nor where there is no state to start from."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    smaller = change('smaller', growing(RATE), convert=lambda x: x / 50, initial=True)
+    larger = change('larger', growing(RATE), convert=lambda x: x * 50, initial=True)
+    told = experiments(subject).run([smaller, larger, change('slower', growing(1.099))])
+    found = {o.change.name: o for o in told.outcomes}
+    assert found['smaller'].verdict == 'delayed' and found['smaller'].symptom.step == SYMPTOM + 41
+    assert found['larger'].verdict == 'worse' and found['larger'].symptom.step == SYMPTOM - 41
+    still = change('still', growing(1.0), initial=True)
+    told = experiments(subject).run([still])
+    assert told.outcomes[0].verdict == AVERTED and told.outcomes[0].point_of_no_return == 0
+    assert told.steps_replayed >= SYMPTOM + 51
+    told = experiments(subject, budget=400).run([still])
+    assert [each.name for each in told.untried] == ['still']

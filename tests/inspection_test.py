@@ -1,0 +1,170 @@
+"""Looking into steps of runs whose fault is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import trace
+from jaxrnn.bisect import inspection, replay
+from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.types import UserError
+
+BAD, ROW, STEPS = 251, 3, 260
+WEIGHTS = np.linspace(-1, 1, 5).astype(np.float32)
+
+
+def init():
+    return {'w': jnp.zeros(5), 'velocity': jnp.zeros(5)}
+
+
+def batches(change):
+    def batch_at(step):
+        rng = np.random.default_rng(step)
+        x = rng.normal(size=(16, 5)).astype(np.float32)
+        y = x @ WEIGHTS + 0.1 * rng.normal(size=16).astype(np.float32)
+        if step == BAD:
+            y[ROW] = change(y[ROW])
+        return {'x': x, 'y': y}
+
+    return batch_at
+
+
+def step(state, batch):
+    def loss_of(w):
+        return jnp.mean((batch['x'] @ w - batch['y']) ** 2)
+
+    loss, gradient = jax.value_and_grad(loss_of)(state['w'])
+    velocity = 0.9 * state['velocity'] + gradient
+    return {'w': state['w'] - 0.01 * velocity, 'velocity': velocity}, {'loss': loss}
+
+
+@pytest.fixture(scope='module', params=['outlier', 'nan'])
+def run(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    batch_at = batches({'outlier': lambda y: y + 40, 'nan': lambda y: y * np.nan}[request.param])
+    jaxrnn.record(step, batch_at, init, directory, max_steps=STEPS, checkpoint_every=50)
+    return request.param, batch_at, directory
+
+
+def subject_of(run, *, records=True):
+    _, batch_at, directory = run
+    paths = loop.Paths(directory)
+    rows = telemetry.RecordFile(paths.records).read() if records else ()
+    checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
+    return replay.subject(step, batch_at, checkpoints, rows)
+
+
+def test_a_bisect_looks_into_the_step_it_names(run):
+    kind, batch_at, directory = run
+    diagnosis, _ = jaxrnn.bisect(step, batch_at, directory, like=init)
+    assert diagnosis.first_bad_step == BAD and diagnosis.replay.bit_identical
+    assert diagnosis.symptom.kind == {'outlier': 'spike', 'nan': 'nonfinite'}[kind]
+    assert diagnosis.where['pass'] == 'data' and diagnosis.where['examples'] == [ROW]
+    if kind == 'nan':
+        assert (diagnosis.where['op'], diagnosis.where['source']) == ('input', 'batch/y')
+
+
+def test_a_finite_step_is_held_against_the_last_ordinary_one(run):
+    kind, _, directory = run
+    found = inspection.look(subject_of(run), BAD)
+    if kind == 'nan':
+        assert found.story.finding.source == 'batch/y' and found.change is None and found.against is None
+        return
+    losses = telemetry.series(telemetry.RecordFile(loop.Paths(directory).records).read())['loss']
+    median = np.median(losses[BAD - 200 : BAD])
+    assert losses[found.against] <= median and (losses[found.against + 1 : BAD] > median).all()
+    assert found.story.finding is None and found.change.by_batch
+    assert found.change.scores['loss'][0] == pytest.approx(losses[found.against], rel=1e-5)
+    assert found.change.scores['loss'][2] == pytest.approx(losses[BAD], rel=1e-5)
+    other = inspection.look(subject_of(run), BAD, against=200, finite=True)
+    assert other.against == 200 and other.story is None
+    assert other.change.scores['loss'][0] == pytest.approx(losses[200], rel=1e-5)
+
+
+def test_without_records_it_is_held_against_the_step_before(run):
+    if run[0] == 'outlier':
+        assert inspection.look(subject_of(run, records=False), BAD, finite=True).against == BAD - 1
+
+
+def test_the_first_step_has_none_before(run):
+    found = inspection.look(subject_of(run), 0)
+    assert found.story.finding is None and found.change is None and found.where() is None
+    with pytest.raises(UserError, match='no checkpoint'):
+        inspection.look(subject_of(run), 3, against=-1)
+
+
+def test_what_jax_own_tools_say(run):
+    found = inspection.look(subject_of(run), BAD, screens=tuple(inspection.SCREENS))
+    told = {check['name']: check for check in found.screens}
+    assert set(told) == {'checkify', 'debug_nans'}
+    for check in told.values():
+        assert check['ok'] is (run[0] == 'outlier')
+        assert ('nan' in check['why']) is (run[0] == 'nan'), check
+    asked = Diagnosis(symptom=Symptom('nonfinite', BAD), first_bad_step=BAD)
+    diagnosis, _ = inspection.into(subject_of(run), asked, screens=('checkify',))
+    assert diagnosis.checks == (told['checkify'],)
+
+
+def test_debug_nans_of_the_run_do_not_raise_where_we_look(run):
+    with jax.debug_nans(True):
+        found = inspection.look(subject_of(run), BAD)
+    assert (found.story.finding is None) is (run[0] == 'outlier')
+
+
+def test_a_healthy_diagnosis_is_left_as_it_is(run):
+    healthy = Diagnosis()
+    assert inspection.into(subject_of(run), healthy) == (healthy, None)
+
+
+def test_examples_that_make_half_of_a_change():
+    pair = trace.Pair(0, 1)
+    shares = [0.3, 0.15, 0.1, 0.05, -0.4]
+    examples = [trace.Example(place, pair, share, 0) for place, share in enumerate(shares)]
+    assert inspection.leading(examples) == [0]
+    assert inspection.leading([e._replace(share=0.2) for e in examples]) == [0, 1, 2]
+    assert inspection.leading([e._replace(share=-0.2) for e in examples]) == []
+
+
+def test_an_absurd_operation_is_what_a_diagnosis_names(run):
+    if run[0] == 'nan':
+        return
+    change = inspection.look(subject_of(run), BAD, finite=True).change
+    leap = trace.Leap('forward', 'exp', 'a.py:3', 'exp(x)', 'cell', trace.Pair(1, 1e9), 4, (7,))
+    where = inspection.of_change(change._replace(absurd=leap))
+    assert where == {
+        'pass': 'forward',
+        'op': 'exp',
+        'source': 'a.py:3',
+        'layer': 'cell',
+        'time_step': 4,
+        'examples': [7],
+        'words': [],
+    }
+    assert inspection.of_change(change._replace(by_batch=False))['pass'] == 'update'
+
+
+def test_a_subject_without_its_step_cannot_be_looked_into(run):
+    with pytest.raises(ValueError, match='without its step'):
+        inspection.look(subject_of(run)._replace(step=None), BAD)
+
+
+def test_where_has_the_fields_of_a_diagnosis(run):
+    expected = {'pass', 'op', 'source', 'layer', 'time_step', 'examples', 'words'}
+    found = inspection.look(subject_of(run), BAD)
+    assert set(found.where()) == expected
+    assert dataclasses.replace(Diagnosis(), where=found.where()).to_json()['where'] == found.where()
+
+
+def test_custom_rules_are_looked_into_too(run):
+    kind, batch_at, directory = run
+    if kind == 'outlier':
+        diagnosis, _ = jaxrnn.bisect(step, batch_at, directory, like=init, when='loss > 50')
+        assert diagnosis.symptom == Symptom('when', BAD) and diagnosis.where['examples'] == [ROW]
+    else:
+        diagnosis, _ = jaxrnn.bisect(step, batch_at, directory, like=init, when='not finite(loss)')
+        assert diagnosis.symptom == Symptom('when', BAD) and diagnosis.where['source'] == 'batch/y'

@@ -1,0 +1,184 @@
+"""The rule language: against plain loops, and against everything that isn't a rule."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrnn import detect
+from jaxrnn.detect import rules
+from jaxrnn.types import UserError
+
+
+def columns(loss, **others):
+    return {'step': np.arange(len(loss), dtype=float), 'loss': np.asarray(loss, float), **others}
+
+
+def where(rule: str, loss, **others) -> list[int]:
+    return np.flatnonzero(rules.holds(rules.parse(rule), columns(loss, **others))).tolist()
+
+
+REDUCE = {
+    'median': np.median,
+    'mean': np.mean,
+    'max': np.max,
+    'min': np.min,
+    'std': np.std,
+    'spread': lambda x: 1.4826 * np.median(np.abs(x - np.median(x))),
+}
+
+
+@pytest.mark.parametrize('name', rules.WINDOWS)
+@pytest.mark.parametrize('n', [1, 3, 16, 40])
+def test_windows_are_those_of_a_plain_loop(name, n):
+    loss = np.random.default_rng(0).normal(size=60)
+    loss[[5, 17, 30]] = math.nan, math.inf, -math.inf
+    rule = rules.parse(f'{name}(loss, {n}) == 0')
+    got = rules._build(__import__('ast').parse(f'{name}(loss, {n})', mode='eval').body, '').evaluate(
+        columns(loss)
+    )
+    for step in range(60):
+        before = [x for x in loss[max(step - n, 0) : step] if math.isfinite(x)]
+        if len(before) < min(n, 16):
+            assert math.isnan(got[step])
+        else:
+            np.testing.assert_allclose(got[step], REDUCE[name](np.array(before)), rtol=1e-12)
+    assert rule.lookback == n
+
+
+def test_smooth_ends_with_the_step():
+    loss = np.arange(40.0)
+    assert where('smooth(loss, 4) == 8.5', loss) == [10]  # 7 8 9 10
+    assert rules.parse('smooth(loss, 4) == 8.5').lookback == 3
+
+
+def test_prev():
+    assert where('loss > 2 * prev(loss, 1)', [1, 1, 3, 3, 7]) == [2, 4]
+    assert where('prev(loss, 9) < 1', [0, 0]) == []
+
+
+@pytest.mark.parametrize(
+    ('rule', 'expected'),
+    [
+        ('loss > 3', [3]),
+        ('loss >= 3 and loss != 4', [2]),
+        ('not loss < 2 or loss == 0', [1, 2, 3]),
+        ('1 < loss < 4', [1, 2]),
+        ('loss ** 2 - 1 == 3', [1]),
+        ('-loss / 2 < -1.4', [2, 3]),
+        ('abs(loss - 2) < .5', [1]),
+        ('step == 2', [2]),
+        ('log(loss) > 1.3', [3]),
+        ('True', [0, 1, 2, 3]),
+    ],
+)
+def test_operators(rule, expected):
+    assert where(rule, [1, 2, 3, 4]) == expected
+
+
+def test_comparisons_with_nan_are_false_and_finite_asks():
+    loss = [1, math.nan, math.inf]
+    assert where('loss < 2 or loss > 2', loss) == [0, 2]
+    assert where('not finite(loss)', loss) == [1, 2]
+    assert where('not all_finite', loss) == [1, 2]
+    assert where('not all_finite', [1, 1], finite_state=np.array([1.0, 0.0])) == [1]
+
+
+def test_lookbacks_add_up():
+    assert rules.parse('loss < max(smooth(loss, 16), 200)').lookback == 215
+    assert rules.parse('loss < 1').lookback == 0
+
+
+@given(
+    loss=st.lists(st.floats(allow_nan=True, width=32), min_size=1, max_size=80),
+    n=st.integers(1, 30),
+    cut=st.integers(0, 79),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_rule_needs_no_more_than_its_lookback(loss, n, cut):
+    """What it says of a step is the same whether it sees the whole run or only the lookback."""
+    rule = rules.parse(f'loss > 1.5 * median(loss, {n}) or smooth(loss, {n}) < min(smooth(loss, 2), {n})')
+    cut = min(cut, len(loss) - 1)
+    first = max(cut - rule.lookback, 0)
+    whole = rules.holds(rule, columns(loss))
+    part = {name: values[first : cut + 1] for name, values in columns(loss).items()}
+    assert whole[cut] == rules.holds(rule, part)[-1]
+
+
+def test_chunks_join(monkeypatch):
+    loss = np.random.default_rng(1).normal(size=300)
+    expected = where('loss > 2 * spread(loss, 50)', loss)
+    monkeypatch.setattr(rules, 'CHUNK', 7)
+    assert where('loss > 2 * spread(loss, 50)', loss) == expected != []
+
+
+@pytest.mark.parametrize(
+    ('rule', 'says'),
+    [
+        ('', "can't be read"),
+        ('loss >', "can't be read"),
+        ('loss + 1', 'a comparison is expected'),
+        ('loss', 'a comparison is expected'),
+        ('loss and accuracy', 'a comparison is expected'),
+        ('__import__("os").system("true")', 'only fields'),
+        ('__import__("os") == 1', 'functions are'),
+        ('loss.__class__ == 1', 'only fields'),
+        ('(lambda: 1)() == 1', 'only fields'),
+        ('[x for x in loss] == 1', 'only fields'),
+        ('loss == "text"', 'only fields'),
+        ('open("f") == 1', 'functions are'),
+        ('median(loss) > 1', 'whole number of steps'),
+        ('median(loss, 2.5) > 1', 'whole number of steps'),
+        ('median(loss, step) > 1', 'whole number of steps'),
+        ('median(loss, n=3) > 1', 'whole number of steps'),
+        ('median(loss, 0) > 1', 'at least 1 step'),
+        ('median(loss, True) > 1', 'at least 1 step'),
+        ('median(loss, 1000000000) > 1', 'looks back'),
+        ('loss > 1 if loss else 2', 'only fields'),
+        ('loss in (1, 2)', 'only fields'),
+        ('(loss := 1) > 0', 'only fields'),
+        ('loss > 1; loss < 2', "can't be read"),
+        ('(' * 500 + 'loss > 1' + ')' * 500, "can't be read|characters"),
+        ('loss > 1 and ' * 200 + 'loss > 1', 'characters'),
+        ('loss > \x00', "can't be read"),
+    ],
+)
+def test_what_is_no_rule_is_refused(rule, says):
+    with pytest.raises(UserError, match=says) as caught:
+        rules.parse(rule)
+    assert '\n' not in str(caught.value) and '--when' in str(caught.value)
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_rule_or_a_one_line_error(text):
+    try:
+        rule = rules.parse(text)
+        rules.holds(rule, columns([1.0, 2.0]))
+    except UserError as error:
+        assert '\n' not in str(error)
+
+
+def test_power_is_bounded():
+    """No big integers: numbers are floats before any arithmetic."""
+    assert where('9 ** 9 ** 9 ** 9 > 1', [0.0]) == [0]
+
+
+def test_unknown_field_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match=r"no field 'los'.*loss"):
+        where('los > 1', [1.0])
+
+
+def test_detectors_are_rules():
+    for detector in detect.DETECTORS:
+        assert rules.parse(detector.rule.text).lookback == detector.rule.lookback
+
+
+def test_a_step_that_a_guard_skipped_is_good_unless_one_of_many():
+    in_a_row = np.array([0, 1, 2, 0, *range(1, 13)], float)
+    columns = {'loss': np.where(in_a_row, np.nan, 1.0), 'finite_loss': np.float64(in_a_row == 0)}
+    good = rules.all_finite(columns | {'skipped_in_a_row': in_a_row})
+    assert good.tolist() == [True] * 14 + [False] * 2
+    assert rules.all_finite(columns).tolist() == (in_a_row == 0).tolist()
