@@ -31,7 +31,7 @@ def ask(cause: causes.Cause, seeds: int) -> dict:
         start = time.perf_counter()
         found = causes.diagnosed(cause, Path(directory))
         seconds = time.perf_counter() - start
-    advice = report.advised(found)
+    advice = report.advised_flags(found)
     told = {
         'cause': cause.name,
         'symptom': found.symptom and found.symptom.kind,

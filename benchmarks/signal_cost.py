@@ -3,7 +3,7 @@
     python benchmarks/signal_cost.py --network=lstm --repeats=60
 
 Both compilations of the same step, interleaved: recorded as by default, and with --signals; and the first again, as
-what two runs of the same program differ by is the least that can be told.
+what two runs of the same program differ by is the least that can be measured.
 """
 
 import sys
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     )
 
 
-def _undigested(observed: telemetry.Observed, state, batch):
+def _undigested(observed: telemetry.CompiledStep, state, batch):
     return observed(state, batch, False)
 
 

@@ -100,11 +100,11 @@ def compared(step: Callable) -> Callable:
 
 def shadowed(step: Callable) -> Callable:
     def run(state: Any, batch: Any) -> str:
-        told = trace.lost_precision(step, state, batch)
-        path = max(told.outputs, key=lambda path: told.outputs[path])
-        if told.lost is None:
-            return f'nothing lost; error at most {told.outputs[path]:.1e}, of {path}'
-        return f'{told.lost.op} at {Path(told.lost.source).name}'
+        report = trace.lost_precision(step, state, batch)
+        path = max(report.outputs, key=lambda path: report.outputs[path])
+        if report.lost is None:
+            return f'nothing lost; error at most {report.outputs[path]:.1e}, of {path}'
+        return f'{report.lost.op} at {Path(report.lost.source).name}'
 
     return run
 

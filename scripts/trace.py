@@ -35,15 +35,15 @@ def main(arguments: list[str]) -> int:
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
-    look, words = investigation.look_into_run(
+    inspected, words = investigation.look_into_run(
         directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
     )
     if flags.FLAGS.json:
-        common.print_json(report.look_json(look, words))
+        common.print_json(report.inspection_json(inspected, words))
     else:
-        Console().print(report.looked(look, words), soft_wrap=False)
-    assert look.story is not None
-    return common.HEALTHY if look.story.finding is None else common.DIVERGED
+        Console().print(report.render_inspection(inspected, words), soft_wrap=False)
+    assert inspected.trace_report is not None
+    return common.HEALTHY if inspected.trace_report.finding is None else common.DIVERGED
 
 
 common.define_run('The directory of the run.')

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        console.print(report.trained(diagnosis, trained.evaluation), soft_wrap=False)
+        console.print(report.render_training(diagnosis, trained.evaluation), soft_wrap=False)
     if ended.interrupted is not None:
         console.print(f'saved at step {ended.step:,}; run the same command again to resume')
         return 128 + ended.interrupted

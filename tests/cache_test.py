@@ -4,11 +4,12 @@ import json
 import math
 
 import pytest
-from experiment_test import LARGE, change, first, growing, no_batch, subject_of
+from engine_test import LARGE, change, first, growing, no_batch, subject_of
 
 from jaxrnn import detect, experiment
 from jaxrnn.bisect import replay
 from jaxrnn.detect import Detector
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import cache
 from jaxrnn.experiment.outcome import Change, Changed
 
@@ -105,13 +106,13 @@ def test_another_question_has_other_outcomes(subject, tmp_path):
 
 
 def test_the_scope_is_of_all_that_decides(subject, monkeypatch):
-    symptom, window = detect.Symptom('when', 200), experiment.window_of(subject, 200)
+    symptom, window = Symptom('when', 200), experiment.window_of(subject, 200)
     rows = list(subject.records)
     base = cache.scope(rows, symptom, window, [LARGE])
     changed = [{**rows[0], 'loss': 2.0}, *rows[1:]]
     others = [
         cache.scope(changed, symptom, window, [LARGE]),
-        cache.scope(rows, detect.Symptom('when', 201), window, [LARGE]),
+        cache.scope(rows, Symptom('when', 201), window, [LARGE]),
         cache.scope(rows, symptom, window._replace(horizon=900), [LARGE]),
         cache.scope(rows, symptom, window, [detect.by_name('spike')]),
     ]

@@ -264,7 +264,7 @@ CAUSES = {
 # What a person would do with one of them.
 
 
-def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> run.Trained:
+def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> run.TrainingResult:
     """Trains it, with flags added."""
     data.write_dataset(loop.Paths(directory).data, small.dataset(cause.pad_to))
     made = cause.config(seed)

@@ -22,7 +22,7 @@ def test_a_planted_cause(name, tmp_path):
         pytest.skip('one processor: threads do not race')
     found = causes.diagnosed(cause, tmp_path, budget=1200)
     assert found.symptom is not None and found.cause.kind == cause.kind, found.cause
-    flags = report.advised(found)
+    flags = report.advised_flags(found)
     assert flags
     assert causes.fresh(cause, seed=1, flags=flags) is None
 
@@ -44,7 +44,7 @@ def test_what_is_advised_is_trained_with_anew(tmp_path):
 
 def test_what_breaks_anew_is_advised_last(monkeypatch):
     """Of those that avert; and what was not tried anew comes between."""
-    opened = run.Opened(causes.CAUSES['gates shut'].config(), small.dataset(), None, None, [], None)
+    opened = run.LoadedRun(causes.CAUSES['gates shut'].config(), small.dataset(), None, None, [], None)
     names = ['half the learning rate', 'AMSGrad', 'ZClip', 'other batches']
     remedies = [
         {
@@ -69,7 +69,7 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
     order = ['AMSGrad', 'ZClip', 'other batches', 'half the learning rate', 'larger epsilon']
     assert [each['name'] for each in after.remedies] == order
     assert [check['name'] for check in after.checks] == list(breaks)
-    assert report.advised(after) == '--1'
+    assert report.advised_flags(after) == '--1'
     assert investigation._in_fresh_runs(found, opened, named, 0, print) == found
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn.experiment.outcome import Change, Outcome, Told, Window
+from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome, Window
 from jaxrnn.words import checks, remedies
 
 DATASET = small.dataset()
@@ -26,7 +26,7 @@ def evidence(**other) -> checks.Evidence:
         'initial': small.program().init().params,
         'batch': None,
         'where': None,
-        'told': None,
+        'report': None,
     }
     return checks.Evidence(**made | other)
 
@@ -75,10 +75,10 @@ def test_what_is_not_finite_first_is_named():
 )
 def test_a_decaying_rate_is_an_experiment(verdict, ok):
     outcome = Outcome(Change(remedies.DECAY, 'optimiser', lambda: None), verdict, None, 0.1, 200)
-    told = Told(Window(100, 150, 200), None, True, None, (outcome,))
-    found = checks.rate_may_stay(evidence(told=told, step=200))
+    told = ExperimentReport(Window(100, 150, 200), None, True, None, (outcome,))
+    found = checks.rate_may_stay(evidence(report=told, step=200))
     assert found['ok'] is ok and found['value'] == float(not ok) and verdict in found['why']
-    assert checks.rate_may_stay(evidence(told=told._replace(outcomes=()), step=200))['ok'] is None
+    assert checks.rate_may_stay(evidence(report=told._replace(outcomes=()), step=200))['ok'] is None
     # A symptom whose steps can't be reproduced has no experiments.
     assert checks.rate_may_stay(evidence(step=200))['ok'] is None
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxrnn import trace
 from jaxrnn.rnn import cells
-from jaxrnn.trace.measure import Probe
+from jaxrnn.trace.measure import MeasuredStep
 from jaxrnn.words import config, models
 
 T, B, D, H, E = 6, 5, 4, 7, 3
@@ -114,8 +114,8 @@ def test_gradient_over_time_steps_is_that_of_the_states(later):
     for p in (params, changed):
         d = jax.grad(loss_of, argnums=2)(p, batch_of(1), jnp.zeros((T, B, H)))
         norms.append([float(jnp.linalg.norm(d[t])) for t in range(T)])
-    told = {moment.time_step: moment for moment in later.moments}
-    assert set(told) == set(range(T)) and {moment.layer for moment in later.moments} == {'cell'}
+    told = {moment.time_step: moment for moment in later.time_steps}
+    assert set(told) == set(range(T)) and {moment.layer for moment in later.time_steps} == {'cell'}
     # A time step hands back the cotangent of the state before it.
     for t in range(1, T):
         np.testing.assert_allclose(told[t].gradient, [n[t - 1] for n in norms], rtol=1e-4)
@@ -222,7 +222,7 @@ def test_neighbouring_steps_of_every_library(network):
     assert change.absurd is None
     assert change.layers and all(layer.gradient is not None for layer in change.layers)
     assert change.gates
-    assert len(change.moments) >= (
+    assert len(change.time_steps) >= (
         0 if 'unrolled' in network else faulty.T
     )  # where a loop carries cotangents
     assert len(change.examples) == faulty.B and change.additive
@@ -315,7 +315,7 @@ def test_without_loss_examples_or_a_gradient():
 
     change = trace.compare(step, (jnp.ones(3), np.float32(1)), (jnp.ones(3) * 2, np.float32(1)))
     assert change.scores['size'] == (3, 3, 6)
-    assert (change.layers, change.gates, change.moments, change.examples) == ((), (), (), ())
+    assert (change.layers, change.gates, change.time_steps, change.examples) == ((), (), (), ())
     assert change.leaps[0].ratio == pytest.approx(2)
 
 
@@ -329,7 +329,7 @@ def test_other_shapes_are_refused():
 def test_a_step_is_measured_without_being_changed():
     """State and batch stay as they are, and outputs are the step's."""
     state, batch = state_of(params_of()), batch_of(0)
-    probe = Probe(jax.jit(step, donate_argnums=0), state, batch)
+    probe = MeasuredStep(jax.jit(step, donate_argnums=0), state, batch)
     measured = probe(state, batch)
     assert not state['params']['w'].is_deleted()
     assert measured.record['loss'] == pytest.approx(float(loss_of(state['params'], batch)), rel=1e-6)

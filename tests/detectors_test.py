@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import detect
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import telemetry
 from jaxrnn.types import UserError
 
@@ -148,8 +149,8 @@ def test_what_a_rule_waited_for_began_long_before():
     columns = series(variance_ratio=[0.2] * 440 + [0.001] * 600)
     (symptom,) = detect.symptoms(columns)
     constant = detect.by_name('constant')
-    assert symptom == detect.Symptom('constant', 456)  # as soon as the lowest of 16 is low
-    late = detect.Symptom('constant', 1000)
+    assert symptom == Symptom('constant', 456)  # as soon as the lowest of 16 is low
+    late = Symptom('constant', 1000)
     assert detect.began(constant, columns, late) == 456
     assert detect.began(constant, series(variance_ratio=[0.001] * 1001), late) == 16
     # Others don't wait, and without records it isn't known.
@@ -204,7 +205,7 @@ def test_watch_sees_what_the_whole_run_shows(kind):
 
 
 def warned(columns, step: int, kind: str = 'spike') -> dict[str, int]:
-    return dict(detect.onsets(columns, detect.Symptom(kind, step)))
+    return dict(detect.onsets(columns, Symptom(kind, step)))
 
 
 def with_signals(steps: int = 1000) -> dict[str, np.ndarray]:
@@ -219,13 +220,13 @@ def with_signals(steps: int = 1000) -> dict[str, np.ndarray]:
 
 def test_onset_is_where_an_alarm_went_on_for_good():
     columns = with_signals()
-    assert warned(columns, 900) == {} and detect.onset(columns, detect.Symptom('spike', 900)) is None
+    assert warned(columns, 900) == {} and detect.onset(columns, Symptom('spike', 900)) is None
     columns['bound'][[500, 880, 893]] = 1.5  # 500 is another matter
     columns['momentum_cosine'][850:] = -0.99
     found = warned(columns, 900)
     assert found.keys() == {'bound', 'momentum_cosine'}
     assert found['bound'] == 880 and 850 < found['momentum_cosine'] <= 866
-    earliest = detect.onset(columns, detect.Symptom('spike', 900))
+    earliest = detect.onset(columns, Symptom('spike', 900))
     assert earliest == ('momentum_cosine', found['momentum_cosine'])
 
 
@@ -254,7 +255,7 @@ def test_signals_measured_now_and_then():
 
 def test_onset_of_records_without_signals():
     assert warned(healthy(), 700) == {}
-    assert detect.onset({}, detect.Symptom('spike', 3)) is None
+    assert detect.onset({}, Symptom('spike', 3)) is None
     assert warned({'step': np.arange(9.0), 'loss': np.ones(9)}, 0) == {}
 
 

@@ -15,7 +15,16 @@ from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
-from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, VERDICTS, Change, Changed, Outcome, Told, Window
+from jaxrnn.experiment.outcome import (
+    AVERTED,
+    UNCHANGED,
+    VERDICTS,
+    Change,
+    Changed,
+    ExperimentReport,
+    Outcome,
+    Window,
+)
 from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import Staged
 
@@ -36,7 +45,7 @@ def no_batch(step):
 
 
 def subject_of(step, batch_at, init, directory, *, records=True, every=50, steps=STEPS):
-    options = loop.Options(max_steps=steps, checkpoint_every=every)
+    options = loop.LoopOptions(max_steps=steps, checkpoint_every=every)
     loop.run(step, batch_at, init, directory, options)
     rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
@@ -75,7 +84,7 @@ def test_outcomes(subject):
         ]
     )
     assert told.window == (100, SYMPTOM, SYMPTOM + 51, False) and told.identical
-    assert told.control.symptom == detect.Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
+    assert told.control.symptom == Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
     assert told.nudge.verdict == 'unchanged'
     assert {outcome.change.name: outcome.verdict for outcome in told.outcomes} == {
         'shrinking': 'averted',
@@ -89,7 +98,7 @@ def test_outcomes(subject):
     assert [outcome.verdict for outcome in told.outcomes] == sorted(
         (outcome.verdict for outcome in told.outcomes), key=VERDICTS.index
     )
-    assert told.untried == () and told.drawn.change.name in {o.change.name for o in told.outcomes}
+    assert told.untried == () and told.chosen_at_random.change.name in {o.change.name for o in told.outcomes}
 
 
 def test_the_best_is_replayed_on_and_its_point_of_no_return_is_exact(subject):
@@ -145,7 +154,7 @@ def outcomes(*made):
         Window(100, 150, 201),
         Outcome(found[0].change, 'unchanged', None, 1, 151),
     )
-    return Told(window, control, True, control, tuple(found))
+    return ExperimentReport(window, control, True, control, tuple(found))
 
 
 def test_a_mechanism_is_named_where_all_that_takes_it_away_averts():
@@ -442,7 +451,7 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
 
 def test_steps_that_do_not_show_the_symptom_again_are_not_experimented_on(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path, records=False)
-    other = detect.Symptom('when', SYMPTOM - 30)
+    other = Symptom('when', SYMPTOM - 30)
     told = experiment.Experiments(subject, other, (LARGE,), budget=2000).run([change('still', growing(1.0))])
     assert told.outcomes == () and 'did not show' in cause_of(told).why
 
@@ -491,13 +500,13 @@ def test_anybody_s_run_is_diagnosed(tmp_path):
 def test_a_change_is_compiled_while_another_is_replayed(tmp_path, monkeypatch):
     """By another thread, and once."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    prepared, prepare = [], telemetry.Tried.prepare
+    prepared, prepare = [], telemetry.PlainStep.prepare
 
     def see(self, state, batch):
         prepared.append(threading.current_thread() is threading.main_thread())
         prepare(self, state, batch)
 
-    monkeypatch.setattr(telemetry.Tried, 'prepare', see)
+    monkeypatch.setattr(telemetry.PlainStep, 'prepare', see)
     made = experiments(subject)
     told = made.run([change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
     assert len(told.outcomes) == 3 and prepared == [False] * 3

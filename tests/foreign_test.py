@@ -11,6 +11,7 @@ from flax.training import train_state
 
 from jaxrnn import detect
 from jaxrnn.bisect import replay
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import checkpoint, loop, telemetry
 
 BAD = 61
@@ -81,7 +82,7 @@ class LinenLoop:
 def recorded(task, directory):
     """Under jaxrnn's loop: one call."""
     loop.run(
-        task.step, task.batch_at, task.init, directory, loop.Options(max_steps=STEPS, checkpoint_every=15)
+        task.step, task.batch_at, task.init, directory, loop.LoopOptions(max_steps=STEPS, checkpoint_every=15)
     )
     rows = telemetry.RecordFile(directory / 'records.jsonl').read()
     return checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(task.init)), rows
@@ -114,7 +115,7 @@ def test_names_the_step(name, make, tmp_path):
     checkpoints, rows = make(task, tmp_path)
     subject = replay.subject(task.step, task.batch_at, checkpoints, rows)
     found, replayed = replay.bisect(subject, detectors)
-    assert (found.symptom, found.first_bad_step) == (detect.Symptom(kind, expected), expected)
+    assert (found.symptom, found.first_bad_step) == (Symptom(kind, expected), expected)
     assert found.replay.first_mismatch is None
     assert expected in [row['step'] for row in replayed]
     if make is recorded:
@@ -149,7 +150,7 @@ def test_random_keys_of_both_kinds_in_the_state(tmp_path):
         drawn = jax.random.normal(use) + jax.random.normal(also)
         return {'typed': typed, 'raw': raw, 'sum': state['sum'] + drawn}, drawn
 
-    loop.run(step, lambda n: 0, init, tmp_path, loop.Options(max_steps=20, checkpoint_every=7))
+    loop.run(step, lambda n: 0, init, tmp_path, loop.LoopOptions(max_steps=20, checkpoint_every=7))
     rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
     checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', like=jax.eval_shape(init))
     found, _ = replay.bisect(

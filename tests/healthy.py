@@ -969,7 +969,7 @@ def not_finite(tree: Any) -> list[str]:
 TIME_STEP, EXAMPLE = 4, 3
 
 
-def told(healthy: Healthy) -> tuple[list[str], trace.Story]:
+def told(healthy: Healthy) -> tuple[list[str], trace.TraceReport]:
     """Outputs that aren't finite, and what a trace tells of the step."""
     with made(healthy) as subject:
         state, batch = subject.init(), subject.batch(TIME_STEP, EXAMPLE)

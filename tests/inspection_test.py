@@ -71,54 +71,58 @@ def test_a_bisect_looks_into_the_step_it_names(run):
 
 def test_a_finite_step_is_held_against_the_last_ordinary_one(run):
     kind, _, directory = run
-    found = inspection.look(subject_of(run), BAD)
+    found = inspection.inspect(subject_of(run), BAD)
     if kind == 'nan':
-        assert found.story.finding.source == 'batch/y' and found.change is None and found.against is None
+        assert (
+            found.trace_report.finding.source == 'batch/y'
+            and found.comparison is None
+            and found.against is None
+        )
         return
     losses = telemetry.series(telemetry.RecordFile(loop.Paths(directory).records).read())['loss']
     median = np.median(losses[BAD - 200 : BAD])
     assert losses[found.against] <= median and (losses[found.against + 1 : BAD] > median).all()
-    assert found.story.finding is None and found.change.by_batch
-    assert found.change.scores['loss'][0] == pytest.approx(losses[found.against], rel=1e-5)
-    assert found.change.scores['loss'][2] == pytest.approx(losses[BAD], rel=1e-5)
-    other = inspection.look(subject_of(run), BAD, against=200, finite=True)
-    assert other.against == 200 and other.story is None
-    assert other.change.scores['loss'][0] == pytest.approx(losses[200], rel=1e-5)
+    assert found.trace_report.finding is None and found.comparison.by_batch
+    assert found.comparison.scores['loss'][0] == pytest.approx(losses[found.against], rel=1e-5)
+    assert found.comparison.scores['loss'][2] == pytest.approx(losses[BAD], rel=1e-5)
+    other = inspection.inspect(subject_of(run), BAD, against=200, finite=True)
+    assert other.against == 200 and other.trace_report is None
+    assert other.comparison.scores['loss'][0] == pytest.approx(losses[200], rel=1e-5)
 
 
 def test_without_records_it_is_held_against_the_step_before(run):
     if run[0] == 'outlier':
-        assert inspection.look(subject_of(run, records=False), BAD, finite=True).against == BAD - 1
+        assert inspection.inspect(subject_of(run, records=False), BAD, finite=True).against == BAD - 1
 
 
 def test_the_first_step_has_none_before(run):
-    found = inspection.look(subject_of(run), 0)
-    assert found.story.finding is None and found.change is None and found.where() is None
+    found = inspection.inspect(subject_of(run), 0)
+    assert found.trace_report.finding is None and found.comparison is None and found.where() is None
     with pytest.raises(UserError, match='no checkpoint'):
-        inspection.look(subject_of(run), 3, against=-1)
+        inspection.inspect(subject_of(run), 3, against=-1)
 
 
 def test_what_jax_own_tools_say(run):
-    found = inspection.look(subject_of(run), BAD, screens=tuple(inspection.SCREENS))
+    found = inspection.inspect(subject_of(run), BAD, screens=tuple(inspection.SCREENS))
     told = {check['name']: check for check in found.screens}
     assert set(told) == {'checkify', 'debug_nans'}
     for check in told.values():
         assert check['ok'] is (run[0] == 'outlier')
         assert ('nan' in check['why']) is (run[0] == 'nan'), check
     asked = Diagnosis(symptom=Symptom('nonfinite', BAD), first_bad_step=BAD)
-    diagnosis, _ = inspection.into(subject_of(run), asked, screens=('checkify',))
+    diagnosis, _ = inspection.locate(subject_of(run), asked, screens=('checkify',))
     assert diagnosis.checks == (told['checkify'],)
 
 
 def test_debug_nans_of_the_run_do_not_raise_where_we_look(run):
     with jax.debug_nans(True):
-        found = inspection.look(subject_of(run), BAD)
-    assert (found.story.finding is None) is (run[0] == 'outlier')
+        found = inspection.inspect(subject_of(run), BAD)
+    assert (found.trace_report.finding is None) is (run[0] == 'outlier')
 
 
 def test_a_healthy_diagnosis_is_left_as_it_is(run):
     healthy = Diagnosis()
-    assert inspection.into(subject_of(run), healthy) == (healthy, None)
+    assert inspection.locate(subject_of(run), healthy) == (healthy, None)
 
 
 def test_examples_that_make_half_of_a_change():
@@ -133,9 +137,9 @@ def test_examples_that_make_half_of_a_change():
 def test_an_absurd_operation_is_what_a_diagnosis_names(run):
     if run[0] == 'nan':
         return
-    change = inspection.look(subject_of(run), BAD, finite=True).change
+    change = inspection.inspect(subject_of(run), BAD, finite=True).comparison
     leap = trace.Leap('forward', 'exp', 'a.py:3', 'exp(x)', 'cell', trace.Pair(1, 1e9), 4, (7,))
-    where = inspection.of_change(change._replace(absurd=leap))
+    where = inspection.of_comparison(change._replace(absurd=leap))
     assert where == {
         'pass': 'forward',
         'op': 'exp',
@@ -145,17 +149,17 @@ def test_an_absurd_operation_is_what_a_diagnosis_names(run):
         'examples': [7],
         'words': [],
     }
-    assert inspection.of_change(change._replace(by_batch=False))['pass'] == 'update'
+    assert inspection.of_comparison(change._replace(by_batch=False))['pass'] == 'update'
 
 
 def test_a_subject_without_its_step_cannot_be_looked_into(run):
     with pytest.raises(ValueError, match='without its step'):
-        inspection.look(subject_of(run)._replace(step=None), BAD)
+        inspection.inspect(subject_of(run)._replace(step=None), BAD)
 
 
 def test_where_has_the_fields_of_a_diagnosis(run):
     expected = {'pass', 'op', 'source', 'layer', 'time_step', 'examples', 'words'}
-    found = inspection.look(subject_of(run), BAD)
+    found = inspection.inspect(subject_of(run), BAD)
     assert set(found.where()) == expected
     assert dataclasses.replace(Diagnosis(), where=found.where()).to_json()['where'] == found.where()
 

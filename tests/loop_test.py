@@ -22,7 +22,7 @@ from jaxrnn.types import UserError
 def run(directory, network='lstm', **options):
     program = small.program(network)
     others = {name: options.pop(name) for name in ('identity', 'on_row') if name in options}
-    options = loop.Options(**{'max_steps': 50, 'checkpoint_every': 20, **options})
+    options = loop.LoopOptions(**{'max_steps': 50, 'checkpoint_every': 20, **options})
     return loop.run(program.step, program.batch_at, program.init, directory, options, **others)
 
 
@@ -99,7 +99,7 @@ def test_a_step_compiles_once(tmp_path):
         traces += 1
         return state + batch, {'loss': state}
 
-    loop.run(step, lambda n: np.float32(n), lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=30))
+    loop.run(step, lambda n: np.float32(n), lambda: jnp.float32(0), tmp_path, loop.LoopOptions(max_steps=30))
     assert traces == 1
 
 
@@ -267,7 +267,7 @@ def test_nan_is_recorded_in_standard_json(tmp_path):
     def step(state, batch):
         return state + 1, {'loss': jnp.where(state == 3, jnp.nan, jnp.inf), 'minus': -jnp.inf}
 
-    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=5))
+    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.LoopOptions(max_steps=5))
     lines = (tmp_path / 'records.jsonl').read_text().splitlines()
     values = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert (
@@ -283,7 +283,7 @@ def test_record_of_any_structure(tmp_path):
             'nested': {'count': jnp.int32(3), 'flags': [jnp.array(True)]},
         }
 
-    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=1))
+    loop.run(step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.LoopOptions(max_steps=1))
     row = rows(tmp_path)[0]
     assert row['loss'] == 1.5 and row['nested_count'] == 3 and row['nested_flags_0'] is True
 
@@ -295,7 +295,7 @@ def test_record_that_is_no_scalar_is_refused(tmp_path):
             lambda n: 0,
             lambda: jnp.float32(0),
             tmp_path,
-            loop.Options(max_steps=1),
+            loop.LoopOptions(max_steps=1),
         )
 
 
@@ -305,7 +305,11 @@ def _dividing(state, batch):
 
 def test_checkify_names_the_operation(tmp_path):
     loop.run(
-        _dividing, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=10, checkify=True)
+        _dividing,
+        lambda n: 0,
+        lambda: jnp.float32(0),
+        tmp_path,
+        loop.LoopOptions(max_steps=10, checkify=True),
     )
     assert [row['step'] for row in rows(tmp_path) if 'checkify' in row] == [7]
     assert 'division by zero' in rows(tmp_path)[7]['checkify']
@@ -316,7 +320,7 @@ def test_debug_nans_ends_at_the_step(tmp_path):
         return state + 1, {'loss': jnp.log(7.5 - state)}
 
     ended = loop.run(
-        step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.Options(max_steps=20, debug_nans=True)
+        step, lambda n: 0, lambda: jnp.float32(0), tmp_path, loop.LoopOptions(max_steps=20, debug_nans=True)
     )
     got = rows(tmp_path)
     assert ended.step == 8 and float(ended.state) == 8

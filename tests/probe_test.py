@@ -9,7 +9,7 @@ import pytest
 import small
 
 from jaxrnn.rnn import cells, layers, scan, signals
-from jaxrnn.rnn.probe import UNITS, Seen, probe
+from jaxrnn.rnn.probe import UNITS, Probe, probe
 from jaxrnn.words import train
 
 T, B, V, H = 7, 5, 4, 6
@@ -39,7 +39,7 @@ def loss_of(h: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(h - jnp.linspace(-1, 1, h.shape[1])[None]))
 
 
-def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> Seen:
+def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> Probe:
     def loss(seen):
         _, carry = scan.run(
             cell, weights, letters, mask=mask, ends=ends, plan=plan, sequences=False, seen=seen
@@ -104,7 +104,7 @@ def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
     }
 
 
-def flat(seen: Seen) -> dict:
+def flat(seen: Probe) -> dict:
     return {
         **{('saturated', name): value for name, value in seen.saturated.items()},
         **{('dead', name): value for name, value in seen.dead.items()},
@@ -218,7 +218,7 @@ def test_a_network_of_ours_is_looked_at_layer_by_layer():
 def test_the_worst_layer_speaks():
     def layer(saturated, memory, through_time):
         gate = {cells.INPUT: jnp.float32(saturated)}
-        return Seen(gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time, -memory)))
+        return Probe(gate, gate, *(jnp.float32(x) for x in (saturated / 2, memory, through_time, -memory)))
 
     got = signals.of_layers([layer(0.5, 0.1, 1e-4), layer(0.25, 0.2, 50.0)])
     assert {name: round(float(value), 6) for name, value in got.items()} == {

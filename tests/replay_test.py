@@ -12,6 +12,7 @@ import small
 
 from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import UserError
 
@@ -23,7 +24,7 @@ STEPS = 90
 
 
 def train(step, batch_at, init, directory, **options) -> Path:
-    loop.run(step, batch_at, init, directory, loop.Options(**{'max_steps': STEPS, **options}))
+    loop.run(step, batch_at, init, directory, loop.LoopOptions(**{'max_steps': STEPS, **options}))
     return Path(directory)
 
 
@@ -80,9 +81,9 @@ def test_bisect_looks_into_the_step(network, tmp_path):
     fault = planted.Fault('NaN in a target', 40, 5)
     run = planted.plant(program.step), planted.batches(program.batch_at, fault), program.init, tmp_path
     train(*run, checkpoint_every=15)
-    found, look = inspection.into(subject(*run), replay.bisect(subject(*run))[0])
+    found, inspected = inspection.locate(subject(*run), replay.bisect(subject(*run))[0])
     assert found.first_bad_step == 40
-    assert found.where is not None and look.where() == found.where
+    assert found.where is not None and inspected.where() == found.where
     assert found.where['source'].startswith(planted.__file__)
     said = {name: found.where[name] for name in ('pass', 'op', 'time_step', 'examples')}
     assert said == {'pass': 'data', 'op': 'mul', 'time_step': None, 'examples': [5]}
@@ -173,7 +174,7 @@ class TestNotReproducible:
         self.alter(healthy[-1], 45, digest='0123456789abcdef')
         self.alter(healthy[-1], 50, loss='NaN')
         found, _ = replay.bisect(subject(*healthy))
-        assert found.symptom == detect.Symptom('nonfinite', 50)
+        assert found.symptom == Symptom('nonfinite', 50)
         assert found.first_bad_step is None
         assert found.replay.first_mismatch == 45
         assert found.replay.bit_identical is False
@@ -190,7 +191,7 @@ class TestNotReproducible:
         run = step, lambda number: np.float32(next(calls)), lambda: jnp.float32(0), tmp_path
         train(*run, checkpoint_every=20)
         found, _ = replay.bisect(subject(*run))
-        assert found.symptom == detect.Symptom('nonfinite', 46)
+        assert found.symptom == Symptom('nonfinite', 46)
         assert found.first_bad_step is None
         assert found.replay.first_mismatch == 40
         assert found.cause.kind == 'nondeterminism'

@@ -8,7 +8,7 @@ from rich.console import Console
 from jaxrnn import report, trace
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
-from jaxrnn.experiment.outcome import Change, Outcome, Told, Window
+from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome, Window
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']
@@ -20,14 +20,14 @@ def shown(renderable, width=80) -> str:
     return '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def change(**other) -> trace.Change:
-    return trace.Change(
+def change(**other) -> trace.Comparison:
+    return trace.Comparison(
         **{
             'scores': {'loss': (0.5, 0.6, 2.0), 'accuracy': (1.0, 1.0, 0.25)},
             'by_batch': False,
             'layers': (trace.Layer('state/params/cell/kernel', Pair(1, 3), Pair(0.1, 0.2), Pair(2, 4), 0.8),),
-            'gates': (trace.Gate('cell/forget gate', 'logistic', 'a.py:7', Pair(0.1, 0.5), 4),),
-            'moments': (trace.Moment('cell', 2, Pair(0.01, 0.2), 0.9),),
+            'gates': (trace.Saturation('cell/forget gate', 'logistic', 'a.py:7', Pair(0.1, 0.5), 4),),
+            'time_steps': (trace.TimeStepGradient('cell', 2, Pair(0.01, 0.2), 0.9),),
             'examples': (
                 trace.Example(1, Pair(0.5, 5), 0.7, 0.6),
                 trace.Example(0, Pair(0.5, 1.1), 0.3, 0.4),
@@ -40,7 +40,7 @@ def change(**other) -> trace.Change:
     )
 
 
-LOOK = inspection.Look(12, None, change(), 10)
+INSPECTED = inspection.Inspection(12, None, change(), 10)
 
 CHANGED = """
 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
@@ -80,7 +80,7 @@ against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
 
 
 def test_a_change():
-    assert shown(report.looked(LOOK, WORDS)).strip() == CHANGED.strip()
+    assert shown(report.render_inspection(INSPECTED, WORDS)).strip() == CHANGED.strip()
 
 
 IN_SHORT = """
@@ -109,24 +109,26 @@ def test_a_bisect_of_a_finite_symptom():
     diagnosis = Diagnosis(
         symptom=Symptom('spike', 12),
         first_bad_step=12,
-        where=LOOK.where(),
+        where=INSPECTED.where(),
         checks=({'name': 'checkify', 'ok': True, 'value': 0.0, 'why': 'found nothing'},),
         replay=Replay(True, None, 3, 1),
     )
-    screen = shown(report.bisected(diagnosis, [{'step': 12, 'loss': 2.0}], WORDS, LOOK))
+    screen = shown(report.render_bisection(diagnosis, [{'step': 12, 'loss': 2.0}], WORDS, INSPECTED))
     assert screen.strip() == IN_SHORT.strip()
 
 
 def test_what_is_absurd_and_what_depends_on_one_another_is_said():
     leap = trace.Leap('data', 'input', 'batch/targets', '', 'batch/targets', Pair(1, 1e9), None, (2,))
-    screen = shown(report.looked(LOOK._replace(change=change(absurd=leap, additive=False)), WORDS))
+    screen = shown(
+        report.render_inspection(INSPECTED._replace(comparison=change(absurd=leap, additive=False)), WORDS)
+    )
     assert 'absurd: largest element 1 → 1e+09; data: batch/targets, example 2 (bird)' in screen
     assert 'depend on one another' in screen
 
 
 def test_a_change_without_a_loss_or_examples():
-    bare = change(scores={'size': (1.0, 1.0, 2.0)}, layers=(), gates=(), moments=(), examples=(), leaps=())
-    screen = shown(report.looked(LOOK._replace(change=bare)))
+    bare = change(scores={'size': (1.0, 1.0, 2.0)}, layers=(), gates=(), time_steps=(), examples=(), leaps=())
+    screen = shown(report.render_inspection(INSPECTED._replace(comparison=bare)))
     assert 'records without a loss' in screen and 'size' in screen
 
 
@@ -166,15 +168,15 @@ computed just before: mul, add at a.py:2; mul at a.py:1
 
 
 def test_a_finding():
-    look = inspection.Look(12, trace.Story(FINDING, (), 7), None, None)
-    assert shown(report.looked(look, WORDS)).strip() == STORY.strip()
-    told = report.look_json(look, WORDS)['finding']
+    inspected = inspection.Inspection(12, trace.TraceReport(FINDING, (), 7), None, None)
+    assert shown(report.render_inspection(inspected, WORDS)).strip() == STORY.strip()
+    told = report.inspection_json(inspected, WORDS)['finding']
     assert told['chain'][0] == {'op': 'mul', 'source': 'a.py:2'}
     assert told['devices'] == [{'data': 1, 'model': 0}] and told['words'] == ['stone']
 
 
-SHADOWED = trace.Shadowed(
-    trace.Lost('forward', 'sub', 'a.py:3', 'a - b', 'norm', 4, (1,), 2.625, 2.1e-7),
+PRECISION = trace.PrecisionReport(
+    trace.PrecisionLoss('forward', 'sub', 'a.py:3', 'a - b', 'norm', 4, (1,), 2.625, 2.1e-7),
     {'state/w': 1.3e-5, 'record/loss': 2.625},
     ('custom_linear_solve',),
 )
@@ -194,15 +196,21 @@ not computed in float64: custom_linear_solve
 
 
 def test_what_float64_says():
-    screen = shown(report.looked(inspection.Look(12, None, None, None, shadowed=SHADOWED), WORDS))
+    screen = shown(
+        report.render_inspection(inspection.Inspection(12, None, None, None, precision=PRECISION), WORDS)
+    )
     assert screen.strip() == BESIDE_FLOAT64.strip()
-    nothing = trace.Shadowed(None, {'record/loss': 2e-7}, ())
-    screen = shown(report.looked(inspection.Look(12, None, None, None, shadowed=nothing), WORDS))
+    nothing = trace.PrecisionReport(None, {'record/loss': 2e-7}, ())
+    screen = shown(
+        report.render_inspection(inspection.Inspection(12, None, None, None, precision=nothing), WORDS)
+    )
     assert 'lost' not in screen and '2e-07' in screen
 
 
 def test_what_float64_says_as_json():
-    told = report.look_json(inspection.Look(12, None, None, None, shadowed=SHADOWED), WORDS)['float64']
+    told = report.inspection_json(inspection.Inspection(12, None, None, None, precision=PRECISION), WORDS)[
+        'float64'
+    ]
     assert told['lost'] == {
         'pass': 'forward',
         'op': 'sub',
@@ -215,14 +223,14 @@ def test_what_float64_says_as_json():
         'error': 2.625,
         'of_operands': 2.1e-7,
     }
-    assert told['outputs'] == SHADOWED.outputs and told['restarted'] == ['custom_linear_solve']
-    assert report.look_json(LOOK)['float64'] is None
+    assert told['outputs'] == PRECISION.outputs and told['restarted'] == ['custom_linear_solve']
+    assert report.inspection_json(INSPECTED)['float64'] is None
 
 
 @pytest.mark.parametrize('words', [WORDS, []])
 def test_json_has_no_nan(words):
     example = trace.Example(1, Pair(0.5, float('inf')), float('nan'), float('nan'))
-    told = report.look_json(LOOK._replace(change=change(examples=(example,))), words)
+    told = report.inspection_json(INSPECTED._replace(comparison=change(examples=(example,))), words)
     assert told['change']['examples'][0] == {
         'place': 1,
         'loss': {'before': 0.5, 'now': None},
@@ -239,7 +247,7 @@ def outcome(name, verdict, symptom=None, *, loss=0.25, reached=63, flags='', las
     return Outcome(made, verdict, symptom, loss, reached, last, margin)
 
 
-TOLD = Told(
+REPORT = ExperimentReport(
     Window(0, 12, 63),
     outcome('none', 'unchanged', Symptom('spike', 12), reached=13),
     True,
@@ -272,7 +280,7 @@ REMEDIES = tuple(
         'loss_at_horizon': outcome.loss,
         'point_of_no_return': outcome.point_of_no_return,
     }
-    for outcome in TOLD.outcomes
+    for outcome in REPORT.outcomes
 )
 
 DIAGNOSED = """
@@ -298,7 +306,8 @@ the steps from 0 on, again, each under one change
  sigmoid gates           worse, nonfinite at 3              3   nan
 
 without a change: spike at 12; nudged by a millionth: unchanged, spike at 13;
-one drawn at random (other batches): averted; the budget did not reach to: ZClip
+one chosen at random (other batches): averted; the budget did not reach to:
+ZClip
 
  ok data is finite: all of 28 numbers are
  no predictions vary: their variance is so small that there would be no saying
@@ -320,26 +329,26 @@ def test_a_diagnosis():
         symptom=Symptom('spike', 12),
         first_bad_step=12,
         onset_step=7,
-        where=LOOK.where(),
+        where=INSPECTED.where(),
         cause=Cause('optimiser', 'half the learning rate averts it'),
         remedies=REMEDIES,
         checks=tuple({'name': n, 'ok': ok, 'value': 0.0, 'why': why[n]} for n, ok in names.items()),
         replay=Replay(True, None, 303, 1),
     )
-    assert shown(report.diagnosed(diagnosis, TOLD, LOOK, WORDS)).strip() == DIAGNOSED.strip()
-    assert report.advised(diagnosis) == '--learning_rate=0.5'
+    assert shown(report.render_diagnosis(diagnosis, REPORT, INSPECTED, WORDS)).strip() == DIAGNOSED.strip()
+    assert report.advised_flags(diagnosis) == '--learning_rate=0.5'
 
 
 def test_nothing_is_advised_where_no_flag_averts():
-    told = TOLD._replace(outcomes=TOLD.outcomes[2:])
+    told = REPORT._replace(outcomes=REPORT.outcomes[2:])
     undecided = Diagnosis(
         symptom=Symptom('spike', 12),
         first_bad_step=12,
         cause=Cause('none', 'undecided: so'),
         remedies=REMEDIES[2:],
     )
-    screen = shown(report.diagnosed(undecided, told))
-    assert report.advised(undecided) == '' and 'do:' not in screen and 'undecided: so' in screen
+    screen = shown(report.render_diagnosis(undecided, told))
+    assert report.advised_flags(undecided) == '' and 'do:' not in screen and 'undecided: so' in screen
 
 
 def test_what_can_not_be_reproduced_is_advised_on_without_experiments():
@@ -349,14 +358,14 @@ def test_what_can_not_be_reproduced_is_advised_on_without_experiments():
         remedies=({**REMEDIES[0], 'name': 'one thread', 'flags': '--threads=1', 'point_of_no_return': None},),
         replay=Replay(False, 9, 3, 1),
     )
-    screen = shown(report.diagnosed(diagnosis, None))
+    screen = shown(report.render_diagnosis(diagnosis, None))
     assert 'cause: nondeterminism\ndo: train again with --threads=1\n' in screen
-    assert report.advised(diagnosis) == '--threads=1'
+    assert report.advised_flags(diagnosis) == '--threads=1'
 
 
 def test_a_healthy_diagnosis():
     healthy = Diagnosis(cause=Cause('none', 'no rule holds at any step'))
-    screen = shown(report.diagnosed(healthy, None))
+    screen = shown(report.render_diagnosis(healthy, None))
     assert (
         'healthy: no rule holds at any step' in screen
         and 'nothing replayed' in screen

@@ -5,7 +5,7 @@ import json
 import causes
 import pytest
 import small
-from detect_test import stalled
+from detectors_test import stalled
 
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import loop, rewind, telemetry

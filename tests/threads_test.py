@@ -25,7 +25,7 @@ import jax, small
 from jaxrnn import checkpoint, loop, replay, telemetry
 program = small.program(network, hidden=int(hidden), batch_size=32)
 if what == 'train':
-    options = loop.Options(max_steps=steps, checkpoint_every=100)
+    options = loop.LoopOptions(max_steps=steps, checkpoint_every=100)
     loop.run(program.step, program.batch_at, program.init, directory, options)
 else:
     rows = telemetry.RecordFile(directory + '/records.jsonl').read()

@@ -60,7 +60,7 @@ def bisect(
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)
     diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
-    return inspection.into(subject, diagnosis)[0], rows
+    return inspection.locate(subject, diagnosis)[0], rows
 
 
 def detectors_of(when: str, symptom: str) -> Sequence[detect.Detector]:

@@ -28,24 +28,24 @@ HALF = 0.5
 """Share of a change that the examples named of a finite step make together."""
 
 
-class Look(NamedTuple):
+class Inspection(NamedTuple):
     """What looking into a step gave."""
 
     step: int
-    story: trace.Story | None  # of what isn't finite; None where it wasn't asked for
-    change: trace.Change | None  # of a finite step against an earlier one
+    trace_report: trace.TraceReport | None  # of what isn't finite; None where it wasn't asked for
+    comparison: trace.Comparison | None  # of a finite step against an earlier one
     against: int | None  # that one's number
     screens: tuple[dict[str, Any], ...] = ()  # what JAX's own tools say, as checks of a diagnosis
-    shadowed: trace.Shadowed | None = None  # what float64 says, where it was asked for
+    precision: trace.PrecisionReport | None = None  # what float64 says, where it was asked for
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
-        if self.story is not None and self.story.finding is not None:
-            return of_finding(self.story.finding)
-        return None if self.change is None else of_change(self.change)
+        if self.trace_report is not None and self.trace_report.finding is not None:
+            return of_finding(self.trace_report.finding)
+        return None if self.comparison is None else of_comparison(self.comparison)
 
 
-def look(
+def inspect(
     subject: Subject,
     step: int,
     *,
@@ -53,7 +53,7 @@ def look(
     against: int | None = None,
     screens: Sequence[str] = (),
     float64: bool = False,
-) -> Look:
+) -> Inspection:
     """Evaluates one step of a run on the very state that it started from.
 
     Args:
@@ -71,26 +71,28 @@ def look(
         raise ValueError('a subject without its step can be replayed, not looked into')
     now = Replayer(subject).state(step), subject.batch_at(step)
     with jax.debug_nans(False):  # which would raise where we look
-        story = None if finite else trace.first_bad(subject.step, *now)
-        change = None
-        if story is None or story.finding is None:
+        trace_report = None if finite else trace.first_bad(subject.step, *now)
+        comparison = None
+        if trace_report is None or trace_report.finding is None:
             against = _ordinary(subject, step) if against is None else against
             if against is not None:
                 before = Replayer(subject).state(against), subject.batch_at(against)
-                change = trace.compare(subject.step, before, now)
-        shadowed = trace.lost_precision(subject.step, *now) if float64 else None
-    told = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
-    return Look(step, story, change, None if change is None else against, told, shadowed)
+                comparison = trace.compare(subject.step, before, now)
+        precision = trace.lost_precision(subject.step, *now) if float64 else None
+    checks = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
+    return Inspection(
+        step, trace_report, comparison, None if comparison is None else against, checks, precision
+    )
 
 
-def into(
+def locate(
     subject: Subject, diagnosis: Diagnosis, *, screens: Sequence[str] = ()
-) -> tuple[Diagnosis, Look | None]:
+) -> tuple[Diagnosis, Inspection | None]:
     """Looks into the first bad step of a diagnosis, and says in it where."""
     step, symptom = diagnosis.first_bad_step, diagnosis.symptom
     if step is None or symptom is None:
         return diagnosis, None
-    found = look(subject, step, finite=symptom.kind in FINITE, screens=screens)
+    found = inspect(subject, step, finite=symptom.kind in FINITE, screens=screens)
     checks = (*diagnosis.checks, *found.screens)
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks), found
 
@@ -108,19 +110,19 @@ def of_finding(finding: trace.Finding) -> dict[str, Any]:
     }
 
 
-def of_change(change: trace.Change) -> dict[str, Any]:
+def of_comparison(comparison: trace.Comparison) -> dict[str, Any]:
     """A change as a diagnosis states it: the first absurd operation, else the largest share of each kind, which names
     no operation."""
-    absurd = change.absurd
-    layer = change.layers[0].path if change.layers else ''
-    time_step = change.moments[0].time_step if change.moments else None
+    absurd = comparison.absurd
+    layer = comparison.layers[0].path if comparison.layers else ''
+    time_step = comparison.time_steps[0].time_step if comparison.time_steps else None
     return {
-        'pass': absurd.pass_ if absurd else 'data' if change.by_batch else 'update',
+        'pass': absurd.pass_ if absurd else 'data' if comparison.by_batch else 'update',
         'op': absurd.op if absurd else '',
         'source': absurd.source if absurd else '',
         'layer': absurd.layer if absurd else layer,
         'time_step': absurd.time_step if absurd else time_step,
-        'examples': list(absurd.examples if absurd and absurd.examples else leading(change.examples)),
+        'examples': list(absurd.examples if absurd and absurd.examples else leading(comparison.examples)),
         'words': [],
     }
 

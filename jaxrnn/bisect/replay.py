@@ -23,7 +23,7 @@ log = logging.getLogger('jaxrnn')
 class Subject(NamedTuple):
     """What the debugger is given: enough to go back anywhere."""
 
-    observed: telemetry.Observed  # the step as training compiled it
+    observed: telemetry.CompiledStep  # the step as training compiled it
     batch_at: BatchAt
     checkpoints: Checkpoints
     records: Sequence[Row] = ()  # of the run, if there are any

@@ -123,7 +123,7 @@ def symptoms(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list
     return [symptom for symptom in found if symptom is not None]
 
 
-class Warned(NamedTuple):
+class Alarm(NamedTuple):
     """A signal whose alarm went on, and stayed on until a symptom."""
 
     signal: str
@@ -142,13 +142,13 @@ HYSTERESIS = 16
 """Records for which an alarm may fall silent and still count as on: as long as the windows that smooth it."""
 
 
-def onset(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALARMS) -> Warned | None:
+def onset(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALARMS) -> Alarm | None:
     """The alarm that was on for the longest time before a symptom, without a break until then."""
     found = onsets(columns, symptom, warnings)
     return min(found, key=lambda warned: warned.step, default=None)
 
 
-def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALARMS) -> list[Warned]:
+def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALARMS) -> list[Alarm]:
     """Every alarm that was on before a symptom, with the step it went on at; those alone whose fields the records
     have. A record without a finite number for the alarm, such as one that is measured now and then, is passed over.
     """
@@ -157,7 +157,7 @@ def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALA
     before = columns[rules.STEP] < symptom.step
     columns = {name: values[before] for name, values in columns.items()}
     found = ((w.kind, _went_on(w.rule, columns)) for w in applicable(columns, warnings))
-    return [Warned(name, step) for name, step in found if step is not None]
+    return [Alarm(name, step) for name, step in found if step is not None]
 
 
 def _went_on(rule: Rule, columns: Series) -> int | None:

@@ -13,10 +13,20 @@ from jaxrnn.bisect import detectors_of, inspection, replay, subject_of
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.experiment.changes import in_order
 from jaxrnn.experiment.engine import BUDGET, Experiments, explain, window_of
-from jaxrnn.experiment.outcome import Change, Changed, Told, Window
+from jaxrnn.experiment.outcome import Change, Changed, ExperimentReport, Window
 from jaxrnn.types import BatchAt, Step, Tree
 
-__all__ = ['BUDGET', 'Change', 'Changed', 'Experiments', 'Told', 'Window', 'diagnose', 'explain', 'window_of']
+__all__ = [
+    'BUDGET',
+    'Change',
+    'Changed',
+    'ExperimentReport',
+    'Experiments',
+    'Window',
+    'diagnose',
+    'explain',
+    'window_of',
+]
 
 
 def diagnose(
@@ -33,7 +43,7 @@ def diagnose(
     bad: int | None = None,
     digest_every: int = 1,
     alarms: Sequence[detect.Detector] = detect.ALARMS,
-) -> tuple[Diagnosis, Told | None]:
+) -> tuple[Diagnosis, ExperimentReport | None]:
     """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
 
     Args:
@@ -51,7 +61,7 @@ def diagnose(
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)
     diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
-    diagnosis, _ = inspection.into(subject, diagnosis)
+    diagnosis, _ = inspection.locate(subject, diagnosis)
 
     def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
         return in_order(subject, window, bad_batches, changes)

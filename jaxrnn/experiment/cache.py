@@ -18,7 +18,7 @@ from jaxrnn.experiment.outcome import Window
 from jaxrnn.record.telemetry import Row
 
 
-class Known(NamedTuple):
+class CachedOutcome(NamedTuple):
     """What became of the symptom under one change, over some steps."""
 
     verdict: str
@@ -29,7 +29,7 @@ class Known(NamedTuple):
     steps: int  # that were replayed for it
 
 
-class Outcomes:
+class OutcomeCache:
     """Those of a run, by the change and its steps; in a file if there is a path.
 
     Args:
@@ -42,11 +42,11 @@ class Outcomes:
         self._known = {} if path is None else _read(path, scope)
         self._begun = bool(self._known)
 
-    def get(self, change: str, start: int, horizon: int) -> Known | None:
+    def get(self, change: str, start: int, horizon: int) -> CachedOutcome | None:
         """change: its identity; '' of one that is nobody's but this process's."""
         return self._known.get((change, start, horizon)) if change else None
 
-    def put(self, change: str, start: int, horizon: int, known: Known) -> None:
+    def put(self, change: str, start: int, horizon: int, known: CachedOutcome) -> None:
         if self._path is None or not change:
             return
         line = {'change': change, 'start': start, 'horizon': horizon, **known._asdict()}
@@ -75,13 +75,13 @@ def scope(rows: Sequence[Row], symptom: Symptom, window: Window, detectors: Sequ
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, scope: str) -> dict[tuple[str, int, int], Known]:
+def _read(path: Path, scope: str) -> dict[tuple[str, int, int], CachedOutcome]:
     """Those of the same scope; a line that was half written is as if it weren't there."""
     try:
         lines = path.read_text(encoding='utf-8').splitlines()
     except OSError:
         return {}
-    found: dict[tuple[str, int, int], Known] = {}
+    found: dict[tuple[str, int, int], CachedOutcome] = {}
     for number, text in enumerate(lines):
         try:
             line = json.loads(text)
@@ -91,7 +91,7 @@ def _read(path: Path, scope: str) -> dict[tuple[str, int, int], Known]:
                 symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
                 loss = math.nan if line['loss'] is None else line['loss']
                 values = {**line, 'symptom': symptom, 'loss': loss}
-                known = Known(**{name: values[name] for name in Known._fields})
+                known = CachedOutcome(**{name: values[name] for name in CachedOutcome._fields})
                 found[line['change'], line['start'], line['horizon']] = known
         except (ValueError, KeyError, TypeError):
             if number == 0:

@@ -1,11 +1,11 @@
-"""What the outcomes of experiments say: which of them speaks, for which cause, and of which mechanism."""
+"""What the outcomes of experiments say: which of them count as evidence, for which cause, and of which mechanism."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxrnn.diagnosis import Cause
-from jaxrnn.experiment.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, Outcome, Told
+from jaxrnn.experiment.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, ExperimentReport, Outcome
 
 MECHANISMS = {
     'low precision': 'rounding takes digits that training needs',
@@ -28,15 +28,15 @@ WIDE = ('shut gates', 'short memory', 'recurrent gain', 'padding')
 
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
-    """Outcomes in the order in which they speak: averting ones first; of these those that bear longer steps; then those
-    of what broke the run before those that would help against anything; then by the loss that they leave.
+    """Outcomes, the strongest evidence first: what averts the symptom; of that what tolerates longer steps; then what
+    takes away the mechanism that broke the run; then by the loss at the end.
 
     Args:
         outcomes: of experiments.
         by_batch: as in `cause_of`.
     """
-    speaking = speaking_of(outcomes, by_batch)
-    mechanism = mechanism_of(outcomes, speaking)
+    evidence = evidence_of(outcomes, by_batch)
+    mechanism = mechanism_of(outcomes, evidence)
 
     def rank(outcome: Outcome) -> tuple[int, bool, int, bool, float]:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
@@ -45,35 +45,35 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
         margin = (
             MARGINS[-1] if takes_away and outcome.change.stressed is None else outcome.margin or MARGINS[0]
         )
-        return VERDICTS.index(outcome.verdict), outcome not in speaking, -margin, not takes_away, loss
+        return VERDICTS.index(outcome.verdict), outcome not in evidence, -margin, not takes_away, loss
 
     return sorted(outcomes, key=rank)
 
 
-def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
+def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause:
     """The cause that the pattern of outcomes names; of kind 'none' where it is undecided.
 
     Args:
-        told: of `Experiments.run`.
+        report: of `Experiments.run`.
         by_batch: whether the symptom is the batch's doing rather than the state's, if that is known: what isn't
             finite was born in the data, or an ordinary state, too, fares badly on the batch.
     """
-    undecided = _why_undecided(told)
+    undecided = _why_undecided(report)
     if undecided:
-        kind = 'none' if told.control is None or told.identical else 'nondeterminism'
+        kind = 'none' if report.control is None or report.identical else 'nondeterminism'
         return Cause(kind, undecided)
-    outcomes = ranked(told.outcomes, by_batch=by_batch)
+    outcomes = ranked(report.outcomes, by_batch=by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     failed = [outcome.change.name for outcome in outcomes if outcome.verdict != AVERTED]
     fails = f'; not so {_listed(failed)}' if failed else ''
-    speaking = speaking_of(outcomes, by_batch)
-    if not speaking:
+    evidence = evidence_of(outcomes, by_batch)
+    if not evidence:
         only = _listed([outcome.change.name for outcome in averting])
         return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
-    mechanism = mechanism_of(outcomes, speaking)
+    mechanism = mechanism_of(outcomes, evidence)
     best, *others = averting
     kind = next(
-        (o.change.points_to for o in speaking if mechanism and o.change.removes == mechanism),
+        (o.change.points_to for o in evidence if mechanism and o.change.removes == mechanism),
         best.change.points_to,
     )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
@@ -82,7 +82,7 @@ def cause_of(told: Told, *, by_batch: bool | None = None) -> Cause:
     return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
 
 
-def speaking_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
+def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
     """Averting outcomes that may name the cause."""
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     of_data = [outcome for outcome in averting if outcome.change.points_to == 'data']
@@ -92,30 +92,30 @@ def speaking_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     return of_data or averting if by_batch else averting
 
 
-def mechanism_of(outcomes: Sequence[Outcome], speaking: Sequence[Outcome]) -> str:
-    """The narrowest that a change of those speaking takes away, and that none takes away without averting; '' where
-    there is none, or a wide one beside a change that takes away none in particular."""
+def mechanism_of(outcomes: Sequence[Outcome], evidence: Sequence[Outcome]) -> str:
+    """The narrowest mechanism that a change in evidence takes away, and that no change takes away without averting the
+    symptom; '' where there is none, or where it is a wide one and a change that takes away none averts it, too."""
     refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED and o.acted}
-    if any(o.change.removes == '' for o in speaking):
+    if any(o.change.removes == '' for o in evidence):
         refuted |= set(WIDE)
-    left = dict.fromkeys(o.change.removes for o in speaking if o.change.removes not in {'', *refuted})
+    left = dict.fromkeys(o.change.removes for o in evidence if o.change.removes not in {'', *refuted})
     order = [*MECHANISMS, *left]
     return min(left, key=order.index, default='')
 
 
-def _why_undecided(told: Told) -> str:
-    if told.window is None or told.control is None:
+def _why_undecided(report: ExperimentReport) -> str:
+    if report.window is None or report.control is None:
         return 'undecided: no checkpoint before the symptom, so nothing can be tried'
-    if not told.identical:
+    if not report.identical:
         return 'not reproducible: the steps before the symptom came out otherwise than they were recorded'
-    if told.control.verdict != UNCHANGED:
+    if report.control.verdict != UNCHANGED:
         return 'undecided: the same steps did not show the symptom again'
-    if told.nudge is not None and told.nudge.verdict == AVERTED:
+    if report.nudge is not None and report.nudge.verdict == AVERTED:
         return 'undecided: the symptom depends on chance; a state moved by a millionth averts it, too'
-    if not told.outcomes:
+    if not report.outcomes:
         return 'undecided: the budget of steps allowed no experiment'
-    if all(outcome.verdict != AVERTED for outcome in told.outcomes):
-        return f'undecided: nothing tried averts it: {_listed([o.change.name for o in told.outcomes])}'
+    if all(outcome.verdict != AVERTED for outcome in report.outcomes):
+        return f'undecided: nothing tried averts it: {_listed([o.change.name for o in report.outcomes])}'
     return ''
 
 

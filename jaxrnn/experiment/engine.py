@@ -19,7 +19,7 @@ from jaxrnn.bisect.replay import Replayer, Subject
 from jaxrnn.detect import Detector, rules
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment import cache
-from jaxrnn.experiment.cause import cause_of, mechanism_of, ranked, speaking_of
+from jaxrnn.experiment.cause import cause_of, evidence_of, mechanism_of, ranked
 from jaxrnn.experiment.changes import NUDGE, NUDGE_NAME, nudged, step_of
 from jaxrnn.experiment.outcome import (
     AVERTED,
@@ -29,8 +29,8 @@ from jaxrnn.experiment.outcome import (
     WORSE,
     Change,
     Changed,
+    ExperimentReport,
     Outcome,
-    Told,
     Window,
 )
 from jaxrnn.record import loop, telemetry
@@ -97,11 +97,11 @@ Combine = Callable[[Change], Change | None]
 """A change -> it and another as one; None where there is no such."""
 
 
-class Made(NamedTuple):
+class CompiledChange(NamedTuple):
     """A change that can be replayed."""
 
     changed: Changed
-    observed: telemetry.Observed
+    observed: telemetry.CompiledStep
 
 
 class Experiments:
@@ -135,17 +135,19 @@ class Experiments:
         columns = telemetry.series(subject.records) if subject.records else {}
         self.window = window_of(subject, symptom.step, detect.began(self._own, columns, symptom))
         self.steps_replayed = 0
-        self._outcomes = cache.Outcomes(None, '')
+        self._outcomes = cache.OutcomeCache(None, '')
         if self.window is not None and keep is not None and subject.records:
             scope = cache.scope(subject.records, symptom, self.window, self.detectors)
-            self._outcomes = cache.Outcomes(keep, scope)
+            self._outcomes = cache.OutcomeCache(keep, scope)
         self._history = [] if self.window is None else self._rows_before(self.window.start)
         self._control: list[Row] = []
         self._nudged: list[Row] = []
         self._snapshots: dict[int, Tree] = {}
         self._compiler = concurrent.futures.ThreadPoolExecutor(1)
         self._known: dict[Hashable, Outcome] = {}  # by the change's key
-        self._made: dict[str, concurrent.futures.Future[Made]] = {}  # by name, so that each is compiled once
+        self._made: dict[
+            str, concurrent.futures.Future[CompiledChange]
+        ] = {}  # by name, so that each is compiled once
 
     def run(
         self,
@@ -153,7 +155,7 @@ class Experiments:
         *,
         by_batch: bool | None = None,
         combine: Combine = lambda change: None,
-    ) -> Told:
+    ) -> ExperimentReport:
         """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps
         the best bear; then the best replayed on, and its point of no return.
 
@@ -163,10 +165,12 @@ class Experiments:
             combine: a change that bears longer steps, but not much longer -> it and another as one, if there is such.
         """
         if self.window is None:
-            return Told(None, None, False, None, untried=tuple(changes))
+            return ExperimentReport(None, None, False, None, untried=tuple(changes))
         control, identical = self._show(changes[:1])
         if not identical or control.verdict != UNCHANGED:
-            return Told(self.window, control, identical, None, (), None, tuple(changes), self.steps_replayed)
+            return ExperimentReport(
+                self.window, control, identical, None, (), None, tuple(changes), self.steps_replayed
+            )
         self.left = self.budget * (1 - RESERVED)
         nudge = self._attempt(nudged(self.subject))
         tried = [
@@ -177,14 +181,14 @@ class Experiments:
         self._confirm(tried, by_batch)
         self.left = self.budget
         outcomes = [outcome for _, outcome in tried if outcome is not None]
-        drawn = random.Random(self.symptom.step).choice(outcomes) if outcomes else None
-        return Told(
+        at_random = random.Random(self.symptom.step).choice(outcomes) if outcomes else None
+        return ExperimentReport(
             self.window,
             control,
             identical,
             nudge,
             tuple(self._proven(self._with_margins(outcomes, by_batch, combine), by_batch)),
-            drawn,
+            at_random,
             tuple(change for change, outcome in tried if outcome is None),
             self.steps_replayed,
         )
@@ -243,7 +247,7 @@ class Experiments:
         unchanged = Change('none', '', lambda: Changed(step_of(self.subject), self.subject.batch_at))
         return self._outcome(unchanged, found, self._control), identical
 
-    def _make(self, change: Change) -> 'concurrent.futures.Future[Made]':
+    def _make(self, change: Change) -> 'concurrent.futures.Future[CompiledChange]':
         """A change compiled, or being compiled by another thread."""
         if change.name not in self._made:
             self._made[change.name] = self._compiler.submit(
@@ -259,16 +263,16 @@ class Experiments:
             if self._outcomes.get(change.identity, start, self.window.horizon) is None:
                 self._make(change)
 
-    def _compile(self, change: Change, wide: bool) -> Made:
+    def _compile(self, change: Change, wide: bool) -> CompiledChange:
         """In another thread, which must be told whether there are 64-bit types (`wide`). Whatever else JAX's contexts
         hold for one thread alone costs another compilation, and no more."""
         assert self.window is not None
         with jax.enable_x64(wide):
             changed, ours = change.make(), self.subject
         if changed.step is ours.step and not changed.wide:
-            return Made(changed, ours.observed)
+            return CompiledChange(changed, ours.observed)
         with jax.enable_x64(wide or changed.wide):
-            made = Made(changed, telemetry.Tried(changed.step))
+            made = CompiledChange(changed, telemetry.PlainStep(changed.step))
             start = self.window.start
             made.observed.prepare(changed.convert(_copied(self._snapshots[start])), changed.batch_at(start))
         return made
@@ -319,7 +323,7 @@ class Experiments:
             change.identity,
             start,
             horizon,
-            cache.Known(
+            cache.CachedOutcome(
                 outcome.verdict, outcome.symptom, outcome.loss, outcome.reached, outcome.acted, steps
             ),
         )
@@ -340,7 +344,7 @@ class Experiments:
         of these refutes it, or all have averted: what one change says of a mechanism may be chance."""
         while True:
             outcomes = [outcome for _, outcome in tried if outcome is not None]
-            named = mechanism_of(outcomes, speaking_of(outcomes, by_batch))
+            named = mechanism_of(outcomes, evidence_of(outcomes, by_batch))
             place = next(
                 (n for n, (change, o) in enumerate(tried) if o is None and named and change.removes == named),
                 None,
@@ -356,10 +360,10 @@ class Experiments:
         """Outcomes with their margins, asked of one after the other in the order in which they speak, until one has
         the largest; and what they were combined into."""
         assert self.window is not None
-        speaking = speaking_of(outcomes, by_batch)
+        evidence = evidence_of(outcomes, by_batch)
         found = ranked(outcomes, by_batch=by_batch)
         for place, outcome in enumerate(tuple(found)):
-            if self.window.lasting or outcome not in speaking:
+            if self.window.lasting or outcome not in evidence:
                 break
             if outcome.change.stressed is None:
                 if outcome.change.removes:  # for good
@@ -438,7 +442,7 @@ class Experiments:
 
     def _advance(
         self,
-        observed: telemetry.Observed,
+        observed: telemetry.CompiledStep,
         batch_at: BatchAt,
         state: Tree,
         start: int,
@@ -514,7 +518,7 @@ class Experiments:
 
 def _acted(rows: Sequence[Row], control: Sequence[Row], nudged: Sequence[Row]) -> bool:
     """Whether any loss is farther from the control's than ACTED times what a nudge had moved them by until then. True
-    where that can't be told."""
+    where that is unknown."""
     losses = [{row['step']: row['loss'] for row in each if 'loss' in row} for each in (rows, control, nudged)]
     steps = sorted(set.intersection(*(set(each) for each in losses)))
     if not steps:
@@ -561,7 +565,7 @@ def explain(
     budget: int,
     combine: Combine = lambda change: None,
     keep: Path | None = None,
-) -> tuple[Diagnosis, Told | None]:
+) -> tuple[Diagnosis, ExperimentReport | None]:
     """A bisect's diagnosis with cause and remedies; as it was where there is nothing to explain.
 
     Args:
@@ -575,8 +579,8 @@ def explain(
     """
     symptom, replayed = diagnosis.symptom, diagnosis.replay.steps_replayed
     if symptom is not None and diagnosis.cause.kind == 'hardware':
-        told = _computed_again(subject, symptom, detectors, budget - replayed)
-        return _with(diagnosis, diagnosis.cause, told), told
+        report = _computed_again(subject, symptom, detectors, budget - replayed)
+        return _with(diagnosis, diagnosis.cause, report), report
     if symptom is None or diagnosis.first_bad_step is None:
         return diagnosis, None
     experiments = Experiments(subject, symptom, detectors, budget=budget - replayed, keep=keep)
@@ -585,21 +589,23 @@ def explain(
     if experiments.window is not None:
         bad = experiments.bad_batches()
         tried = changes(experiments.window, bad)
-    told = experiments.run(tried, by_batch=bool(bad), combine=combine)
-    return _with(diagnosis, cause_of(told, by_batch=bool(bad)), told), told
+    report = experiments.run(tried, by_batch=bool(bad), combine=combine)
+    return _with(diagnosis, cause_of(report, by_batch=bool(bad)), report), report
 
 
-def _with(diagnosis: Diagnosis, cause: Cause, told: Told) -> Diagnosis:
+def _with(diagnosis: Diagnosis, cause: Cause, report: ExperimentReport) -> Diagnosis:
     replay = diagnosis.replay
     return dataclasses.replace(
         diagnosis,
         cause=cause,
-        remedies=tuple(_as_remedy(outcome) for outcome in told.outcomes),
-        replay=dataclasses.replace(replay, steps_replayed=replay.steps_replayed + told.steps_replayed),
+        remedies=tuple(_as_remedy(outcome) for outcome in report.outcomes),
+        replay=dataclasses.replace(replay, steps_replayed=replay.steps_replayed + report.steps_replayed),
     )
 
 
-def _computed_again(subject: Subject, symptom: Symptom, detectors: Sequence[Detector], budget: int) -> Told:
+def _computed_again(
+    subject: Subject, symptom: Symptom, detectors: Sequence[Detector], budget: int
+) -> ExperimentReport:
     """The steps before a symptom that did not come out as they were recorded: does it show again?"""
     experiments = Experiments(subject, symptom, detectors, budget=budget)
     again = Change(
@@ -607,7 +613,7 @@ def _computed_again(subject: Subject, symptom: Symptom, detectors: Sequence[Dete
         '--on_divergence=rewind', means='a fault of the hardware does not come again',
     )  # fmt: skip
     outcome = None if experiments.window is None else experiments._attempt(again)
-    return Told(
+    return ExperimentReport(
         experiments.window, None, False, None, () if outcome is None else (outcome,), None,
         () if outcome is not None else (again,), experiments.steps_replayed,
     )  # fmt: skip

@@ -71,7 +71,7 @@ class Window(NamedTuple):
     lasting: bool = False  # whether the symptom is a state that set in long before its rule said so
 
 
-class Told(NamedTuple):
+class ExperimentReport(NamedTuple):
     """What all experiments gave."""
 
     window: Window | None  # None where there is no checkpoint before the symptom
@@ -81,6 +81,6 @@ class Told(NamedTuple):
     identical: bool  # whether the control gave the run's records, bit for bit
     nudge: Outcome | None
     outcomes: tuple[Outcome, ...] = ()  # the best first
-    drawn: Outcome | None = None  # one of them, drawn at random
+    chosen_at_random: Outcome | None = None  # one of them
     untried: tuple[Change, ...] = ()  # for want of budget
     steps_replayed: int = 0

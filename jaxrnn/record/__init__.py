@@ -18,7 +18,7 @@ from jaxrnn.types import BatchAt, Step, Tree
 
 def record(
     step: Step, batch_at: BatchAt, init: Callable[[], Tree], directory: str | os.PathLike, **options: Any
-) -> loop.Ended:
+) -> loop.RunResult:
     """Trains with any pure step, and leaves a run that can be bisected; the same call again resumes it.
 
     Args:
@@ -26,12 +26,12 @@ def record(
         batch_at: step number -> batch; a pure function.
         init: makes the initial state.
         directory: of the run.
-        **options: of `loop.Options`: max_steps, checkpoint_every, …
+        **options: of `loop.LoopOptions`: max_steps, checkpoint_every, …
 
     Returns:
         How it ended, with the final state.
     """
-    return loop.run(step, batch_at, init, directory, loop.Options(**options))
+    return loop.run(step, batch_at, init, directory, loop.LoopOptions(**options))
 
 
 class _Callable(types.ModuleType):

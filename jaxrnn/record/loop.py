@@ -73,7 +73,7 @@ class Paths(NamedTuple):
         return self.root / 'lock'
 
 
-class Ended(NamedTuple):
+class RunResult(NamedTuple):
     """How a run ended."""
 
     step: int  # steps done
@@ -83,7 +83,7 @@ class Ended(NamedTuple):
     resumed_from: int | None
 
 
-class Options(NamedTuple):
+class LoopOptions(NamedTuple):
     """How to run; none of it changes what a step computes."""
 
     max_steps: int
@@ -100,11 +100,11 @@ def run(
     batch_at: BatchAt,
     init: Callable[[], Tree],
     directory: str | os.PathLike,
-    options: Options,
+    options: LoopOptions,
     *,
     identity: Mapping[str, str] | None = None,
     on_row: Callable[[Row], bool] = lambda row: False,
-) -> Ended:
+) -> RunResult:
     """Trains from the newest checkpoint in `directory`, or from `init`, and leaves a run there.
 
     Checkpoint k is the state that step k starts from; there is one at 0, at every multiple of
@@ -116,7 +116,7 @@ def run(
         batch_at: the batch of each step.
         init: makes the initial state; only called for a new run, and for the structure of the state.
         directory: of the run, made if it isn't there.
-        options: see `Options`.
+        options: see `LoopOptions`.
         identity: digests by name (of config and data), which must be those of the run that is continued.
         on_row: sees every record, one step late; training ends when it returns True.
 
@@ -157,11 +157,11 @@ def run(
         finally:
             records.close()
             writer.close()
-    return Ended(done, state, signals.caught, sink.first_mismatch, first if resumed else None)
+    return RunResult(done, state, signals.caught, sink.first_mismatch, first if resumed else None)
 
 
 def advance(
-    observed: telemetry.Observed,
+    observed: telemetry.CompiledStep,
     batch_at: BatchAt,
     state: Tree,
     first: int,

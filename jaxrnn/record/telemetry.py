@@ -35,7 +35,7 @@ class Observation(NamedTuple):
     error: checkify.Error | None  # of checkify, where it is on
 
 
-class Observed(Protocol):
+class CompiledStep(Protocol):
     """A compiled step whose record also says whether the new state is finite, and its digest."""
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
@@ -52,8 +52,8 @@ class Observed(Protocol):
         can do it before the first call."""
 
 
-class Instrumented:
-    """Observed as training has it, see `instrument`."""
+class InstrumentedStep:
+    """The step as training compiles it, see `instrument`."""
 
     def __init__(self, step: Step, *, checks: bool):
         def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
@@ -74,8 +74,8 @@ class Instrumented:
         self._compiled.lower(state, batch, False).compile()
 
 
-class Tried:
-    """Observed for an experiment of a hundred steps, of which compiling must not take the most time: there are no
+class PlainStep:
+    """The step as an experiment of a hundred steps, of which compiling must not take the most time: there are no
     digests, as there is nothing to hold them against, and a staged step is compiled in its two parts, of which
     experiments share the first. Its bits need not be those that training would give."""
 
@@ -112,7 +112,7 @@ def _observed(state: Tree, record: Record, digest: Any) -> Record:
 
 
 @functools.lru_cache(maxsize=16)
-def instrument(step: Step, *, checks: bool = False) -> Observed:
+def instrument(step: Step, *, checks: bool = False) -> CompiledStep:
     """Compiles a step so that its record also says whether the new state is finite, and its digest.
 
     Training, replay and every experiment call the function this returns, so that they compute the same bits;
@@ -122,7 +122,7 @@ def instrument(step: Step, *, checks: bool = False) -> Observed:
         step: any pure train step; its record may be any tree of scalars.
         checks: run it under checkify.float_checks.
     """
-    return Instrumented(step, checks=checks)
+    return InstrumentedStep(step, checks=checks)
 
 
 def row(step: int, observation: Observation) -> Row:

@@ -1,11 +1,18 @@
-"""What a person reads: a diagnosis, one step looked into, the records around it.
+"""What a person reads: a diagnosis, one step inspected, the records around it.
 
 runs        of whole runs             steps   of one step
 diagnoses   of a whole diagnosis      text    numbers, places, tables
 """
 
-from jaxrnn.report.diagnoses import advised, diagnosed
-from jaxrnn.report.runs import bisected, trained
-from jaxrnn.report.steps import look_json, looked
+from jaxrnn.report.diagnoses import advised_flags, render_diagnosis
+from jaxrnn.report.runs import render_bisection, render_training
+from jaxrnn.report.steps import inspection_json, render_inspection
 
-__all__ = ['advised', 'bisected', 'diagnosed', 'look_json', 'looked', 'trained']
+__all__ = [
+    'advised_flags',
+    'inspection_json',
+    'render_bisection',
+    'render_diagnosis',
+    'render_inspection',
+    'render_training',
+]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.experiment.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, Outcome, Told
+from jaxrnn.experiment.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, ExperimentReport, Outcome
 from jaxrnn.report import runs, steps
 from jaxrnn.report.text import number, table
 
@@ -21,31 +21,31 @@ STYLES = {
 }
 
 
-def diagnosed(
+def render_diagnosis(
     diagnosis: Diagnosis,
-    told: Told | None,
-    look: inspection.Look | None = None,
+    report: ExperimentReport | None,
+    inspected: inspection.Inspection | None = None,
     words: Sequence[str] = (),
 ) -> RenderableType:
     """One screen on a diagnosis.
 
     Args:
         diagnosis: of investigation.diagnose_run.
-        told: of its experiments.
-        look: into the first bad step.
+        report: of its experiments.
+        inspected: the first bad step.
         words: of the first bad step's batch.
     """
     parts: list[RenderableType] = [runs.verdict(diagnosis, rule=False)]
-    if look is not None and look.change is not None:
-        parts += steps.in_short(look, words)
+    if inspected is not None and inspected.comparison is not None:
+        parts += steps.in_short(inspected, words)
     elif diagnosis.where is not None:
         parts.append(steps.place(diagnosis.where))
     if diagnosis.onset_step is not None:
         parts.append(Text(f'its first sign: step {diagnosis.onset_step}'))
-    if told is not None or diagnosis.remedies:
-        parts += [Text(), _why(diagnosis), _advice(diagnosis, told)]
-    if told is not None:
-        parts += [Text(), _experiments(told), _baselines(told)]
+    if report is not None or diagnosis.remedies:
+        parts += [Text(), _why(diagnosis), _advice(diagnosis, report)]
+    if report is not None:
+        parts += [Text(), _experiments(report), _baselines(report)]
     parts += [Text(), _checks(diagnosis.checks), runs.proof(diagnosis)]
     return Group(*parts)
 
@@ -59,7 +59,7 @@ def _why(diagnosis: Diagnosis) -> Text:
     return named if diagnosis.replay.first_mismatch is not None else named.append(f': {cause.why}')
 
 
-def advised(diagnosis: Diagnosis) -> str:
+def advised_flags(diagnosis: Diagnosis) -> str:
     """The flags that avert the symptom, of what speaks for the cause before others; '' where there are none."""
     best = _best(diagnosis)
     return '' if best is None else best['flags']
@@ -70,12 +70,12 @@ def _best(diagnosis: Diagnosis) -> Mapping[str, Any] | None:
     return next(averting, None)
 
 
-def _advice(diagnosis: Diagnosis, told: Told | None) -> Text:
+def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
     """What to do, where something averts the symptom."""
     best = _best(diagnosis)
     if best is None:
         return Text()
-    changes = () if told is None else (outcome.change for outcome in told.outcomes)
+    changes = () if report is None else (outcome.change for outcome in report.outcomes)
     means = next((f' ({change.means})' for change in changes if change.name == best['name']), '')
     lines = Text.assemble(('do: ', 'bold'), f'train again with {best["flags"]}', means)
     if best['point_of_no_return'] is not None:
@@ -85,12 +85,12 @@ def _advice(diagnosis: Diagnosis, told: Told | None) -> Text:
     return lines
 
 
-def _experiments(told: Told) -> RenderableType:
-    window = told.window
-    if window is None or not told.outcomes:
+def _experiments(report: ExperimentReport) -> RenderableType:
+    window = report.window
+    if window is None or not report.outcomes:
         return Text()
     made = table('change', 'outcome', 'up to', 'loss', left=('change', 'outcome'))
-    for outcome in told.outcomes:
+    for outcome in report.outcomes:
         made.add_row(
             outcome.change.name,
             Text(_outcome(outcome), style=STYLES[outcome.verdict]),
@@ -116,16 +116,18 @@ def _bears(outcome: Outcome) -> str:
             return f', even at {times} x the rate'
 
 
-def _baselines(told: Told) -> Text:
+def _baselines(report: ExperimentReport) -> Text:
     said = []
-    if told.control is not None and told.control.symptom is not None:
-        said.append(f'without a change: {told.control.symptom.kind} at {told.control.symptom.step}')
-    if told.nudge is not None:
-        said.append(f'nudged by a millionth: {_outcome(told.nudge)}')
-    if told.drawn is not None:
-        said.append(f'one drawn at random ({told.drawn.change.name}): {told.drawn.verdict}')
-    if told.untried:
-        said.append(f'the budget did not reach to: {", ".join(change.name for change in told.untried)}')
+    if report.control is not None and report.control.symptom is not None:
+        said.append(f'without a change: {report.control.symptom.kind} at {report.control.symptom.step}')
+    if report.nudge is not None:
+        said.append(f'nudged by a millionth: {_outcome(report.nudge)}')
+    if report.chosen_at_random is not None:
+        said.append(
+            f'one chosen at random ({report.chosen_at_random.change.name}): {report.chosen_at_random.verdict}'
+        )
+    if report.untried:
+        said.append(f'the budget did not reach to: {", ".join(change.name for change in report.untried)}')
     return Text('; '.join(said), style='dim')
 
 

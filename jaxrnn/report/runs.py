@@ -19,8 +19,11 @@ AROUND = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
 """Steps shown around the first bad one."""
 
 
-def bisected(
-    diagnosis: Diagnosis, rows: Sequence[Row], words: Sequence[str] = (), look: inspection.Look | None = None
+def render_bisection(
+    diagnosis: Diagnosis,
+    rows: Sequence[Row],
+    words: Sequence[str] = (),
+    inspected: inspection.Inspection | None = None,
 ) -> RenderableType:
     """One screen on what a bisect found.
 
@@ -28,11 +31,11 @@ def bisected(
         diagnosis: of replay.bisect.
         rows: records of the run, any steps.
         words: of the first bad step's batch.
-        look: into that step.
+        inspected: that step.
     """
     parts: list[RenderableType] = [verdict(diagnosis), proof(diagnosis)]
-    if look is not None and look.change is not None:
-        parts += [Text(), *steps.in_short(look, words)]
+    if inspected is not None and inspected.comparison is not None:
+        parts += [Text(), *steps.in_short(inspected, words)]
     elif diagnosis.where is not None:
         parts.append(steps.place(diagnosis.where))
     parts += [steps.check(check) for check in diagnosis.checks]
@@ -43,7 +46,7 @@ def bisected(
     return Group(*parts)
 
 
-def trained(diagnosis: Diagnosis, evaluation: Mapping[str, Mapping[str, float]]) -> RenderableType:
+def render_training(diagnosis: Diagnosis, evaluation: Mapping[str, Mapping[str, float]]) -> RenderableType:
     """What training ended with."""
     names = list(next(iter(evaluation.values()), {}))
     scored = table('split', *names, left=('split',))

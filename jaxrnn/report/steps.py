@@ -17,28 +17,28 @@ SCORES = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'upda
 """Records shown of a change, where there are such; else the first of those that there are."""
 
 
-def looked(look: inspection.Look, words: Sequence[str] = ()) -> RenderableType:
+def render_inspection(inspected: inspection.Inspection, words: Sequence[str] = ()) -> RenderableType:
     """What looking into one step found.
 
     Args:
-        look: of inspection.look.
+        inspected: of `inspection.inspect`.
         words: of the step's batch.
     """
     parts: list[RenderableType] = []
-    if look.story is not None:
-        parts += _told(look.story, look.step, words)
-    if look.change is not None:
-        parts += [Text(), *_changed(look, words)]
-    if look.shadowed is not None:
-        parts += _shadowed(look.shadowed, words)
-    return Group(*parts, *(check(one) for one in look.screens))
+    if inspected.trace_report is not None:
+        parts += _told(inspected.trace_report, inspected.step, words)
+    if inspected.comparison is not None:
+        parts += [Text(), *_changed(inspected, words)]
+    if inspected.precision is not None:
+        parts += _precision(inspected.precision, words)
+    return Group(*parts, *(check(one) for one in inspected.screens))
 
 
-def in_short(look: inspection.Look, words: Sequence[str] = ()) -> list[RenderableType]:
+def in_short(inspected: inspection.Inspection, words: Sequence[str] = ()) -> list[RenderableType]:
     """A change in a few lines."""
-    change = look.change
+    change = inspected.comparison
     assert change is not None
-    lines: list[RenderableType] = [_heading(look)]
+    lines: list[RenderableType] = [_heading(inspected)]
     if change.absurd is not None:
         lines.append(_leap(change.absurd, words))
     if change.layers:
@@ -46,8 +46,8 @@ def in_short(look: inspection.Look, words: Sequence[str] = ()) -> list[Renderabl
     lines += [
         Text(f'  saturated: {_gate(g)}') for g in change.gates[:1] if g.saturated.now > g.saturated.before
     ]
-    if change.moments:
-        first = change.moments[0]
+    if change.time_steps:
+        first = change.time_steps[0]
         lines.append(
             Text(f'  backward: {first.layer}, most at time step {first.time_step}, {pair(first.gradient)}')
         )
@@ -59,19 +59,19 @@ def in_short(look: inspection.Look, words: Sequence[str] = ()) -> list[Renderabl
     return lines
 
 
-def look_json(look: inspection.Look, words: Sequence[str] = ()) -> dict[str, Any]:
-    """The machine-readable form of `looked`."""
-    story, change = look.story, look.change
+def inspection_json(inspected: inspection.Inspection, words: Sequence[str] = ()) -> dict[str, Any]:
+    """The machine-readable form of `render_inspection`."""
+    story, change = inspected.trace_report, inspected.comparison
     told = None if story is None or story.finding is None else _finding_json(story.finding, words)
     return {
-        'step': look.step,
+        'step': inspected.step,
         'finding': told,
         'harmless': [] if story is None else [_finding_json(finding, words) for finding in story.harmless],
         'equations': None if story is None else story.equations,
-        'against': look.against,
+        'against': inspected.against,
         'change': None if change is None else _change_json(change, words),
-        'checks': list(look.screens),
-        'float64': None if look.shadowed is None else _shadowed_json(look.shadowed, words),
+        'checks': list(inspected.screens),
+        'float64': None if inspected.precision is None else _precision_json(inspected.precision, words),
     }
 
 
@@ -99,7 +99,7 @@ def place(where: Mapping[str, Any]) -> Text:
 # What isn't finite.
 
 
-def _told(story: trace.Story, step: int, words: Sequence[str]) -> list[RenderableType]:
+def _told(story: trace.TraceReport, step: int, words: Sequence[str]) -> list[RenderableType]:
     parts: list[RenderableType] = []
     finding = story.finding
     if finding is None:
@@ -178,25 +178,25 @@ def _ranges(finding: trace.Finding) -> RenderableType:
 # What float64 says.
 
 
-def _shadowed(shadowed: trace.Shadowed, words: Sequence[str]) -> list[RenderableType]:
-    lost = shadowed.lost
+def _precision(precision: trace.PrecisionReport, words: Sequence[str]) -> list[RenderableType]:
+    lost = precision.lost
     lines: list[RenderableType] = []
     if lost is not None:
         said = Text(f'digits lost, error {pair((lost.of_operands, lost.error))}; ', style='bold red')
         lines.append(said.append_text(place(_lost_place(lost, words))))
         if lost.code:
             lines.append(Text(f'  {lost.code}', style='cyan'))
-    worst = sorted(shadowed.outputs, key=lambda path: -shadowed.outputs[path])[:MOST]
+    worst = sorted(precision.outputs, key=lambda path: -precision.outputs[path])[:MOST]
     made = table('record or update', 'error beside float64', left=('record or update',))
     for path in worst:
-        made.add_row(path, number(shadowed.outputs[path]))
+        made.add_row(path, number(precision.outputs[path]))
     lines.append(made)
-    if shadowed.restarted:
-        lines.append(Text(f'not computed in float64: {", ".join(shadowed.restarted)}', style='dim'))
+    if precision.restarted:
+        lines.append(Text(f'not computed in float64: {", ".join(precision.restarted)}', style='dim'))
     return lines
 
 
-def _lost_place(lost: trace.Lost, words: Sequence[str]) -> dict[str, Any]:
+def _lost_place(lost: trace.PrecisionLoss, words: Sequence[str]) -> dict[str, Any]:
     return {
         'pass': lost.pass_,
         'op': lost.op,
@@ -208,8 +208,8 @@ def _lost_place(lost: trace.Lost, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _shadowed_json(shadowed: trace.Shadowed, words: Sequence[str]) -> dict[str, Any]:
-    lost = shadowed.lost
+def _precision_json(precision: trace.PrecisionReport, words: Sequence[str]) -> dict[str, Any]:
+    lost = precision.lost
     told = None
     if lost is not None:
         told = _lost_place(lost, words) | {
@@ -217,23 +217,23 @@ def _shadowed_json(shadowed: trace.Shadowed, words: Sequence[str]) -> dict[str, 
             'error': lost.error,
             'of_operands': lost.of_operands,
         }
-    return {'lost': told, 'outputs': shadowed.outputs, 'restarted': list(shadowed.restarted)}
+    return {'lost': told, 'outputs': precision.outputs, 'restarted': list(precision.restarted)}
 
 
 # What changed.
 
 
-def _changed(look: inspection.Look, words: Sequence[str]) -> list[RenderableType]:
-    change = look.change
+def _changed(inspected: inspection.Inspection, words: Sequence[str]) -> list[RenderableType]:
+    change = inspected.comparison
     assert change is not None
-    parts: list[RenderableType] = [_heading(look), _scores(change, look)]
+    parts: list[RenderableType] = [_heading(inspected), _scores(change, inspected)]
     if change.absurd is not None:
         parts.append(_leap(change.absurd, words))
     if change.layers:
         parts.append(_layers(change))
     if change.gates:
         parts.append(_gates(change))
-    if change.moments:
+    if change.time_steps:
         parts.append(_moments(change))
     if change.examples:
         parts.append(_examples(change, words))
@@ -249,10 +249,10 @@ def _changed(look: inspection.Look, words: Sequence[str]) -> list[RenderableType
     return parts
 
 
-def _heading(look: inspection.Look) -> Text:
-    change = look.change
+def _heading(inspected: inspection.Inspection) -> Text:
+    change = inspected.comparison
     assert change is not None
-    lines = Text(f'against step {look.against}: ', style='bold')
+    lines = Text(f'against step {inspected.against}: ', style='bold')
     scores = change.scores.get('loss')
     if scores is None:
         return lines.append('records without a loss', style='not bold')
@@ -263,10 +263,14 @@ def _heading(look: inspection.Look) -> Text:
     return lines.append(f'loss {pair((before, now))}, {shares}', style='not bold')
 
 
-def _scores(change: trace.Change, look: inspection.Look) -> RenderableType:
+def _scores(change: trace.Comparison, inspected: inspection.Inspection) -> RenderableType:
     names = [name for name in SCORES if name in change.scores] or list(change.scores)[:MOST]
     made = table('state', 'batch', *(name.replace('_', ' ') for name in names), left=('state', 'batch'))
-    steps = ((look.against, look.against), (look.against, look.step), (look.step, look.step))
+    steps = (
+        (inspected.against, inspected.against),
+        (inspected.against, inspected.step),
+        (inspected.step, inspected.step),
+    )
     for number_of, (state, batch) in enumerate(steps):
         made.add_row(str(state), str(batch), *(number(change.scores[name][number_of]) for name in names))
     return made
@@ -290,12 +294,12 @@ def _layer(layer: trace.Layer) -> str:
     return f'{layer.path.removeprefix("state/").removeprefix("params/")} {percent(layer.share)}'
 
 
-def _gate(gate: trace.Gate) -> str:
+def _gate(gate: trace.Saturation) -> str:
     at = '' if gate.time_step is None else f' (most at time step {gate.time_step})'
     return f'{gate.layer} {pair(gate.saturated)}{at}'
 
 
-def _layers(change: trace.Change) -> RenderableType:
+def _layers(change: trace.Comparison) -> RenderableType:
     made = table('parameter', 'share', 'gradient norm', 'update / parameter', left=('parameter',))
     for layer in change.layers[:MOST]:
         gradient = '' if layer.gradient is None else pair(layer.gradient)
@@ -304,21 +308,21 @@ def _layers(change: trace.Change) -> RenderableType:
     return made
 
 
-def _gates(change: trace.Change) -> RenderableType:
+def _gates(change: trace.Comparison) -> RenderableType:
     made = table('gate', 'by', 'saturated', 'most at time step', left=('gate', 'by'))
     for gate in change.gates[:MOST]:
         made.add_row(gate.layer, gate.op, pair(gate.saturated), number(gate.time_step))
     return made
 
 
-def _moments(change: trace.Change) -> RenderableType:
+def _moments(change: trace.Comparison) -> RenderableType:
     made = table('backward through', 'time step', 'share', 'gradient norm', left=('backward through',))
-    for moment in change.moments[:MOST]:
+    for moment in change.time_steps[:MOST]:
         made.add_row(moment.layer, str(moment.time_step), percent(moment.share), pair(moment.gradient))
     return made
 
 
-def _examples(change: trace.Change, words: Sequence[str]) -> RenderableType:
+def _examples(change: trace.Comparison, words: Sequence[str]) -> RenderableType:
     made = table('example', 'word', 'share', 'loss', 'of the gradient', left=('word',))
     for example in change.examples[:MOST]:
         word = words[example.place] if example.place < len(words) else ''
@@ -327,7 +331,7 @@ def _examples(change: trace.Change, words: Sequence[str]) -> RenderableType:
     return made
 
 
-def _leaps(change: trace.Change) -> RenderableType:
+def _leaps(change: trace.Comparison) -> RenderableType:
     made = table('grew most', 'at', 'times', 'largest', left=('grew most', 'at'))
     for leap in change.leaps[:MOST]:
         at = short(leap.source)
@@ -335,7 +339,7 @@ def _leaps(change: trace.Change) -> RenderableType:
     return made
 
 
-def _change_json(change: trace.Change, words: Sequence[str]) -> dict[str, Any]:
+def _change_json(change: trace.Comparison, words: Sequence[str]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, tuple) and hasattr(value, '_asdict'):
             return {name.rstrip('_'): plain(one) for name, one in value._asdict().items()}

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrnn.rnn import cells, scan
-from jaxrnn.rnn.probe import Seen, probe
+from jaxrnn.rnn.probe import Probe, probe
 from jaxrnn.types import Array, Tree
 
-_next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[Seen | None, Array | None]]] = (
+_next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[Probe | None, Array | None]]] = (
     contextvars.ContextVar('next_probe', default=lambda cell: (None, None))
 )
 
 
-def probes(network: Callable, *args: Any) -> list[Seen]:
+def probes(network: Callable, *args: Any) -> list[Probe]:
     """A probe for each call of a recurrent layer in a function, in their order. args: of the function."""
-    found: list[Seen] = []
+    found: list[Probe] = []
 
     def count(cell: cells.Cell) -> tuple[None, None]:
         found.append(probe(cell))
@@ -38,7 +38,7 @@ def probes(network: Callable, *args: Any) -> list[Seen]:
 
 
 @contextlib.contextmanager
-def looked_at(probes: Sequence[Seen], ends: Array | None = None) -> Iterator[None]:
+def probed(probes: Sequence[Probe], ends: Array | None = None) -> Iterator[None]:
     """Gives the probes to the recurrent layers called within, in their order; `ends` as `scan.run` has it."""
     left = iter(probes)
     with _probing(lambda cell: (next(left, None), ends)):
@@ -46,7 +46,7 @@ def looked_at(probes: Sequence[Seen], ends: Array | None = None) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _probing(take: Callable[[cells.Cell], tuple[Seen | None, Array | None]]) -> Iterator[None]:
+def _probing(take: Callable[[cells.Cell], tuple[Probe | None, Array | None]]) -> Iterator[None]:
     token = _next_probe.set(take)
     try:
         yield

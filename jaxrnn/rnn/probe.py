@@ -29,7 +29,7 @@ TINY = 1e-30
 """Keeps a ratio off 0/0, which it makes 1, and finite."""
 
 
-class Seen(NamedTuple):
+class Probe(NamedTuple):
     """What a layer did in one pass, forward and back: numbers by which to tell how it will fare.
 
     An argument of `scan.run` that moves nothing, whose gradient is what was seen: so it comes out beside the weights'
@@ -50,15 +50,15 @@ class Seen(NamedTuple):
     padding_gain: Array
 
 
-def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Seen:
+def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Probe:
     """What `scan.run` takes to look at a layer: zeros, to be differentiated by."""
     zero = jnp.zeros((), dtype)
     per_gate = {name: zero for name, _ in cell.gates}
-    return Seen(per_gate, per_gate, zero, zero, zero, zero)
+    return Probe(per_gate, per_gate, zero, zero, zero, zero)
 
 
 def look(
-    start: Seen,
+    start: Probe,
     gates: Mapping[str, Array],
     tm1: Tree,
     last: Array,
@@ -68,7 +68,7 @@ def look(
     mask: Array | None,
     reverse: bool,
     features_first: bool,
-) -> Seen:
+) -> Probe:
     """What was seen of one pass.
 
     Args:
@@ -94,7 +94,7 @@ def look(
         examples, squares = examples[::-1], squares[::-1]
     norms = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(examples, axis=1), 1)
     final = norms.shape[0] - 1 - jnp.argmax(jnp.any(examples, axis=1)[::-1])
-    found = Seen(
+    found = Probe(
         saturated=saturated,
         dead={name: 1 - jnp.mean(value) for name, value in alive.items()},
         large_cells=large,

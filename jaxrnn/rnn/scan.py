@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn.rnn import cells
-from jaxrnn.rnn.probe import Seen, look
+from jaxrnn.rnn.probe import Probe, look
 from jaxrnn.types import Array, Tree
 
 
@@ -85,7 +85,7 @@ def run(
     dtype: Any = None,
     reference: bool = False,
     plan: Plan | None = None,
-    seen: Seen | None = None,
+    seen: Probe | None = None,
     ends: Array | None = None,
 ) -> tuple[Any, Tree]:
     """Runs a cell over time.
@@ -105,7 +105,7 @@ def run(
             (`jax.jvp`). Hessian-vector products as `jax.jvp` of `jax.grad` need it not.
         plan: layout of the loops; the platform's best if not given.
         seen: of `seen.probe`, to look at the layer; the plain scan gives it no gradient.
-        ends: int [B], time steps up to which an example says something, for `Seen.memory`; T if not given.
+        ends: int [B], time steps up to which an example says something, for `Probe.memory`; T if not given.
 
     Returns:
         Outputs [T, B, H], or None without `sequences`, and the carry after the last time step.
@@ -329,7 +329,7 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int], wide: Any) -> Array:
     return lax.dot_general(a, b, over, preferred_element_type=wide)
 
 
-_Watched = tuple[Seen, Array] | None
+_Watched = tuple[Probe, Array] | None
 """What is to be seen, and `ends`."""
 
 

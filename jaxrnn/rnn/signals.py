@@ -1,6 +1,6 @@
 """Early-warning signals of recurrent layers, from what their probes saw (`probe`).
 
-A new one is a field of `Seen`, and an entry of OF_LAYERS.
+A new one is a field of `Probe`, and an entry of OF_LAYERS.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax.numpy as jnp
 
 from jaxrnn.rnn import cells
-from jaxrnn.rnn.probe import Seen
+from jaxrnn.rnn.probe import Probe
 from jaxrnn.types import Array, Record, Signal
 
 GATES = (cells.INPUT, cells.FORGET, cells.OUTPUT, cells.UPDATE, cells.RESET)
@@ -92,11 +92,11 @@ OF_LAYERS = (
 """Those of `of_layers`."""
 
 
-def of_layers(seen: Sequence[Seen]) -> Record:
+def of_layers(seen: Sequence[Probe]) -> Record:
     """The signals of recurrent layers: those of OF_LAYERS that they have, the worst over the layers.
 
     Args:
-        seen: of each layer, from the input on: the gradients of its probe (see `Seen`, `layers.probes`).
+        seen: of each layer, from the input on: the gradients of its probe (see `Probe`, `layers.probes`).
     """
     each: dict[str, list[Array]] = {}
     for layer in seen:

@@ -20,10 +20,20 @@ shadow      a step in float64 beside itself
 sharded     values that differ by device      times       which time step a value is of
 """
 
-from jaxrnn.trace.comparison import ABSURD, Change, Example, Gate, Layer, Leap, Moment, Pair, compare
+from jaxrnn.trace.comparison import (
+    ABSURD,
+    Comparison,
+    Example,
+    Layer,
+    Leap,
+    Pair,
+    Saturation,
+    TimeStepGradient,
+    compare,
+)
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, Story
-from jaxrnn.trace.shadow import LOST, Lost, Shadowed, lost_precision
+from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
+from jaxrnn.trace.shadow import LOST, PrecisionLoss, PrecisionReport, lost_precision
 
 __all__ = [
     'ABSURD',
@@ -32,19 +42,19 @@ __all__ = [
     'LOST',
     'MOST_EXAMPLES',
     'WRITTEN',
-    'Change',
+    'Comparison',
     'Example',
     'Finding',
-    'Gate',
     'Layer',
     'Leap',
     'Link',
-    'Lost',
-    'Moment',
     'Pair',
+    'PrecisionLoss',
+    'PrecisionReport',
     'Range',
-    'Shadowed',
-    'Story',
+    'Saturation',
+    'TimeStepGradient',
+    'TraceReport',
     'compare',
     'first_bad',
     'lost_precision',

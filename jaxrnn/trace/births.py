@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrnn.trace.axes import unfixed
 from jaxrnn.trace.equations import inner
-from jaxrnn.trace.values import Cause, Value, inherited, is_float, look
+from jaxrnn.trace.values import Origin, Value, inherited, is_float, look
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
 
@@ -104,7 +104,7 @@ ELEMENTWISE = frozenset(
 """Primitives that compute element by element. A matrix product of square matrices has their shape and is none."""
 
 
-def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Cause, ...]:
+def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Origin, ...]:
     """Which operands made a result bad: as `inherited`, but element by element where it is computed so, and of a select
     what it selects."""
     anyhow = inherited([operand.node for operand in operands], look(array))
@@ -128,7 +128,7 @@ def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple
             (False, False): is_infinite & infinite,
             (False, True): is_nan & infinite & ~some_infinity,
         }
-        found += [Cause(of, operand.node, way) for (of, way), at in ways.items() if at.any()]
+        found += [Origin(of, operand.node, way) for (of, way), at in ways.items() if at.any()]
     return tuple(found)
 
 

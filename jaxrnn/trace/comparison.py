@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.trace.findings import MOST_EXAMPLES
-from jaxrnn.trace.measure import Measured, Probe, Size
+from jaxrnn.trace.measure import Magnitude, MeasuredStep, StepMeasurements
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
-from jaxrnn.trace.retrace import EXAMPLE, TIME, Observed, is_data
+from jaxrnn.trace.retrace import EXAMPLE, TIME, ProbePoint, is_data
 from jaxrnn.trace.values import Node
 from jaxrnn.types import Step, Tree
 
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
         return Pair(*(u / p if p else float('inf') for u, p in zip(self.update, self.parameter, strict=True)))
 
 
-class Gate(NamedTuple):
+class Saturation(NamedTuple):
     """A squashing function in the forward pass."""
 
     layer: str  # with the gate's own scope, where it has one
@@ -61,7 +61,7 @@ class Gate(NamedTuple):
     time_step: int | None  # at which it rose most
 
 
-class Moment(NamedTuple):
+class TimeStepGradient(NamedTuple):
     """A time step of one layer's backward pass."""
 
     layer: str
@@ -96,14 +96,14 @@ class Leap(NamedTuple):
         return self.largest.now / self.largest.before
 
 
-class Change(NamedTuple):
+class Comparison(NamedTuple):
     """What a step did otherwise than an earlier one. Each list is in the order of the share, the largest first."""
 
     scores: dict[str, tuple[float, float, float]]  # record: before; the later batch on the earlier state; now
     by_batch: bool  # whether the later batch, not the later state, brought most of the change in loss
     layers: tuple[Layer, ...]
-    gates: tuple[Gate, ...]
-    moments: tuple[Moment, ...]
+    gates: tuple[Saturation, ...]
+    time_steps: tuple[TimeStepGradient, ...]
     examples: tuple[Example, ...]
     additive: bool  # whether the batch's loss is the mean of its examples'
     leaps: tuple[Leap, ...]  # in the order of their size
@@ -117,7 +117,7 @@ def compare(
     *,
     example_axes: Tree = None,
     loss: str = 'loss',
-) -> Change:
+) -> Comparison:
     """Says what `step(*now)` does otherwise than `step(*before)`, and where.
 
     Args:
@@ -133,7 +133,7 @@ def compare(
     shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
     if shapes[0] != shapes[1]:
         raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
-    probe = Probe(step, *now, example_axes=example_axes)
+    probe = MeasuredStep(step, *now, example_axes=example_axes)
     first, crossed, last = probe(*before), probe(before[0], now[1]), probe(*now)
     scores = {n: (first.record[n], crossed.record[n], last.record[n]) for n in last.record}
     by_batch = _is_by_batch(scores.get(loss))
@@ -145,12 +145,12 @@ def compare(
         *_leaps(probe, names, leading, (first,) if by_batch else (first, crossed), last),
     ]
     examples, additive = _examples(probe, before[0], now, last, scores, by_batch, loss)
-    return Change(
+    return Comparison(
         scores=scores,
         by_batch=by_batch,
         layers=_layers(basis, last),
         gates=_gates(probe, names, basis, last),
-        moments=_moments(probe, names, basis, last),
+        time_steps=_time_steps(probe, names, basis, last),
         examples=examples,
         additive=additive,
         leaps=tuple(sorted(leaps, key=lambda leap: -leap.ratio)),
@@ -168,7 +168,7 @@ def _is_by_batch(scores: tuple[float, float, float] | None) -> bool:
 class _Names:
     """Pass, layer and line of what was observed."""
 
-    def __init__(self, probe: Probe):
+    def __init__(self, probe: MeasuredStep):
         self.flow = probe.flow()
         self.cache: dict[Node, tuple[str, str, str]] = {}
 
@@ -183,7 +183,7 @@ class _Names:
         return self.cache[node]
 
 
-def _layers(before: Measured, now: Measured) -> tuple[Layer, ...]:
+def _layers(before: StepMeasurements, now: StepMeasurements) -> tuple[Layer, ...]:
     made = []
     for path, new in now.parameters.items():
         old = before.parameters[path]
@@ -199,7 +199,9 @@ def _layers(before: Measured, now: Measured) -> tuple[Layer, ...]:
     return tuple(sorted(made, key=lambda layer: -abs(layer.share)))
 
 
-def _gates(probe: Probe, names: _Names, before: Measured, now: Measured) -> tuple[Gate, ...]:
+def _gates(
+    probe: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
+) -> tuple[Saturation, ...]:
     made = []
     for one, old, new in zip(probe.observed, before.sizes, now.sizes, strict=True):
         if not one.about or names(one.node)[0] != 'forward':
@@ -211,11 +213,11 @@ def _gates(probe: Probe, names: _Names, before: Measured, now: Measured) -> tupl
             time_step = one.dimensions[0].places[int(rise.argmax())]
         _, layer, source = names(one.node)
         saturated = Pair(float(old.saturated.mean()), float(new.saturated.mean()))
-        made.append(Gate(layer, one.about, source, saturated, time_step))
+        made.append(Saturation(layer, one.about, source, saturated, time_step))
     return tuple(sorted(_numbered(made), key=lambda gate: gate.saturated.before - gate.saturated.now))
 
 
-def _numbered(gates: Sequence[Gate]) -> list[Gate]:
+def _numbered(gates: Sequence[Saturation]) -> list[Saturation]:
     """Several of one layer and operation, which no scope tells apart, by their order."""
     counts: dict[tuple[str, str], int] = {}
     seen: dict[tuple[str, str], int] = {}
@@ -229,7 +231,9 @@ def _numbered(gates: Sequence[Gate]) -> list[Gate]:
     return made
 
 
-def _moments(probe: Probe, names: _Names, before: Measured, now: Measured) -> tuple[Moment, ...]:
+def _time_steps(
+    probe: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
+) -> tuple[TimeStepGradient, ...]:
     squares: dict[tuple[str, int], np.ndarray] = {}
     for one, old, new in zip(probe.observed, before.sizes, now.sizes, strict=True):
         kinds = [dimension.kind for dimension in one.dimensions]
@@ -247,7 +251,7 @@ def _moments(probe: Probe, names: _Names, before: Measured, now: Measured) -> tu
     for (layer, _), (old, new) in squares.items():
         totals[layer] = totals.get(layer, 0.0) + abs(new - old)
     made = [
-        Moment(
+        TimeStepGradient(
             layer,
             t,
             Pair(float(np.sqrt(old)), float(np.sqrt(new))),
@@ -255,7 +259,7 @@ def _moments(probe: Probe, names: _Names, before: Measured, now: Measured) -> tu
         )
         for (layer, t), (old, new) in squares.items()
     ]
-    return tuple(sorted(made, key=lambda moment: -abs(moment.share)))
+    return tuple(sorted(made, key=lambda each: -abs(each.share)))
 
 
 def _without_gate(layer: str) -> str:
@@ -264,7 +268,7 @@ def _without_gate(layer: str) -> str:
     return outer if last.endswith(('gate', 'candidate')) else layer
 
 
-def _leaps_of_arguments(probe: Probe, before: tuple[Tree, Tree], now: tuple[Tree, Tree]) -> list[Leap]:
+def _leaps_of_arguments(probe: MeasuredStep, before: tuple[Tree, Tree], now: tuple[Tree, Tree]) -> list[Leap]:
     old, new = probe.largest_arguments(*before), probe.largest_arguments(*now)
     return [
         Leap('data' if is_data(path) else '', 'input', path, '', path, Pair(old[path], largest), None, ())
@@ -274,7 +278,11 @@ def _leaps_of_arguments(probe: Probe, before: tuple[Tree, Tree], now: tuple[Tree
 
 
 def _leaps(
-    probe: Probe, names: _Names, leading: set[Node], before: Sequence[Measured], now: Measured
+    probe: MeasuredStep,
+    names: _Names,
+    leading: set[Node],
+    before: Sequence[StepMeasurements],
+    now: StepMeasurements,
 ) -> list[Leap]:
     """Operations in the order of evaluation; only what grew, was not 0 before, and leads to the next state."""
     made = []
@@ -289,7 +297,7 @@ def _leaps(
     return made
 
 
-def _places(one: Observed, size: Size) -> tuple[int | None, tuple[int, ...]]:
+def _places(one: ProbePoint, size: Magnitude) -> tuple[int | None, tuple[int, ...]]:
     """The time step of a result's largest element, and the examples that have one half as large."""
     time_step: int | None = None
     examples: tuple[int, ...] = ()
@@ -304,10 +312,10 @@ def _places(one: Observed, size: Size) -> tuple[int | None, tuple[int, ...]]:
 
 
 def _examples(
-    probe: Probe,
+    probe: MeasuredStep,
     earlier: Tree,
     now: tuple[Tree, Tree],
-    last: Measured,
+    last: StepMeasurements,
     scores: dict[str, tuple[float, float, float]],
     by_batch: bool,
     loss: str,
@@ -335,11 +343,11 @@ def _examples(
     return tuple(sorted(made, key=lambda example: -example.share)), additive
 
 
-def _norms(measured: Measured) -> list[float]:
+def _norms(measured: StepMeasurements) -> list[float]:
     return [p.gradient for p in measured.parameters.values() if p.gradient is not None]
 
 
-def _outstanding(probe: Probe, now: Measured, count: int) -> list[int]:
+def _outstanding(probe: MeasuredStep, now: StepMeasurements, count: int) -> list[int]:
     """All examples, or those of the largest values where the forward pass last has examples."""
     if count <= MOST_MEASURED:
         return list(range(count))

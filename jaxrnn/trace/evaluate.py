@@ -23,7 +23,7 @@ from jaxrnn.trace.births import (
     new_elements,
 )
 from jaxrnn.trace.equations import alone, holds, inner, last_uses, name_of, scan_counts
-from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, Story
+from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, TraceReport
 from jaxrnn.trace.naming import Flow, chain, code_at, flow_of, layer_of, marked, origin, pass_of, source_of
 from jaxrnn.trace.sharded import Layout, entered, layout_of, left, sliced, starts, through_collective
 from jaxrnn.trace.times import Times
@@ -50,7 +50,7 @@ def first_bad(
     *arguments: Tree,
     names: Sequence[str] = ('state', 'batch'),
     example_axes: Tree = None,
-) -> Story:
+) -> TraceReport:
     """Evaluates `function(*arguments)` and tells where its first NaN or infinity was born.
 
     Args:
@@ -539,7 +539,7 @@ class Run:
 
     # What it all means.
 
-    def story(self, outputs: Sequence[Node]) -> Story:
+    def story(self, outputs: Sequence[Node]) -> TraceReport:
         flow = flow_of(self.nodes, outputs)
         reaching = caused([node for node in outputs if node.bad and not is_kept(node)])
         rest = [node for node in self.born if node not in reaching]
@@ -550,7 +550,7 @@ class Run:
             leaks = [node for node in born if node.birth is not None and node.birth.kind == LEAK]
             if first.pass_ == 'backward' and any(earliest in caused([leak]) for leak in leaks):
                 first = first._replace(kind=LEAK)
-        return Story(
+        return TraceReport(
             first, tuple(self.finding(node, flow)._replace(harmless=True) for node in rest), self.count
         )
 

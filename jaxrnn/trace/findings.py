@@ -65,7 +65,7 @@ KINDS = {
 }
 
 
-class Story(NamedTuple):
+class TraceReport(NamedTuple):
     """What a trace found."""
 
     finding: Finding | None  # the first value that was born bad and reached an output

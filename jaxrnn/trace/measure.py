@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxrnn.trace.naming import Flow
-from jaxrnn.trace.retrace import Frame, Noticed, Observed, Retrace, is_clip, is_data, is_record
+from jaxrnn.trace.retrace import Frame, Measurement, ProbePoint, TracedStep, is_clip, is_data, is_record
 from jaxrnn.trace.values import Node, Value, ancestors, is_float, outwards
 from jaxrnn.types import Step, Tree
 
@@ -21,7 +21,7 @@ SATURATED = {'logistic': (0.1, 0.9), 'tanh': (-0.8, 0.8), 'clip': (0.1, 0.9)}
 section 4.2); tanh at the same arguments, since tanh(x) = 2 sigmoid(2 x) - 1."""
 
 
-class Size(NamedTuple):
+class Magnitude(NamedTuple):
     """How large a result is."""
 
     largest: np.ndarray  # absolute value, by dimension
@@ -37,28 +37,28 @@ class Parameter(NamedTuple):
     gradient: float | None  # None where it can't be told which value is the gradient
 
 
-class Measured(NamedTuple):
+class StepMeasurements(NamedTuple):
     """What one step gave."""
 
     record: dict[str, float]
-    sizes: list[Size]
+    sizes: list[Magnitude]
     parameters: dict[str, Parameter]
     gradients: dict[str, jax.Array]  # path of the leaf -> array
 
 
-class Probe:
-    """A train step that measures itself. Arguments as in `Retrace`."""
+class MeasuredStep:
+    """A train step that measures itself. Arguments as in `TracedStep`."""
 
     def __init__(self, step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None):
-        self.step = Retrace(step, state, batch, example_axes=example_axes)
+        self.step = TracedStep(step, state, batch, example_axes=example_axes)
         self._compiled = jax.jit(self._measure)
 
     @property
-    def observed(self) -> list[Observed]:
+    def observed(self) -> list[ProbePoint]:
         """What is measured, in the order of the sizes; known after the first call."""
         return self.step.frame.observed
 
-    def __call__(self, state: Tree, batch: Tree) -> Measured:
+    def __call__(self, state: Tree, batch: Tree) -> StepMeasurements:
         """Measures one step. State and batch stay as they are."""
         leaves = jax.tree.leaves((state, batch))
         record, sizes, parameters, gradients = self._compiled(leaves)
@@ -67,7 +67,9 @@ class Probe:
             path: Parameter(float(norm), float(update), None if gradient is None else float(gradient))
             for path, (norm, update, gradient) in parameters.items()
         }
-        return Measured({name: float(value) for name, value in record.items()}, sizes, told, gradients)
+        return StepMeasurements(
+            {name: float(value) for name, value in record.items()}, sizes, told, gradients
+        )
 
     def largest_arguments(self, state: Tree, batch: Tree) -> dict[str, float]:
         """Largest absolute value of each floating-point leaf, by path."""
@@ -129,12 +131,12 @@ class Probe:
         given = [array for variable, array in pairs if not isinstance(variable, core.Literal)]
         return self.step.run.alone(equation)(*given)
 
-    def _notice(self, value: Value, carried: bool) -> Noticed | None:
+    def _notice(self, value: Value, carried: bool) -> Measurement | None:
         if not is_float(value.array) or not np.size(value.array):
             return None
         saturates = '' if carried else _saturates(value.node)
         kept, dimensions = self.step.kept(value.axes)
-        return Noticed(dimensions, saturates, _size(value, kept, saturates, carried))
+        return Measurement(dimensions, saturates, _size(value, kept, saturates, carried))
 
     def _parameters(self, after: dict[str, Value], frame: Frame) -> tuple[dict, dict]:
         """Norms of the leaves that the loss reads, and their gradients, by path."""
@@ -163,7 +165,7 @@ def _size(value: Value, kept: tuple[int, ...], saturates: str, carried: bool) ->
     if saturates:
         low, high = SATURATED[saturates]
         saturated = jnp.mean((value.array < low) | (value.array > high), dtype=jnp.float32)
-    return Size(largest, norm, saturated)  # type: ignore[arg-type]  # traced
+    return Magnitude(largest, norm, saturated)  # type: ignore[arg-type]  # traced
 
 
 def _norm(x: Any) -> Any:

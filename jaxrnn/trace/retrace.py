@@ -30,7 +30,7 @@ class Dimension(NamedTuple):
     places: tuple[int, ...]
 
 
-class Observed(NamedTuple):
+class ProbePoint(NamedTuple):
     """What is noticed, known when the step is traced."""
 
     node: Node
@@ -51,14 +51,14 @@ class Frame:
     """What one body, of the step or of a loop, has given so far."""
 
     def __init__(self) -> None:
-        self.observed: list[Observed] = []
+        self.observed: list[ProbePoint] = []
         self.measured: list[Any] = []
         self.arrays: dict[Node, Any] = {}
         self.shapes: dict[Node, tuple[int, ...]] = {}  # of loops within it, too
         self.carried: list[Carried] = []  # likewise
 
 
-class Noticed(NamedTuple):
+class Measurement(NamedTuple):
     """Of one value: what is known when it is traced, and arrays."""
 
     dimensions: tuple[Dimension, ...]
@@ -72,11 +72,11 @@ Compute = Callable[[Any, Sequence[Any]], Sequence[Any]]
 Lift = Callable[[Any], Any]
 """What is written down, or an array -> what is carried through loops in its place."""
 
-Notice = Callable[[Value, bool], Noticed | None]
+Notice = Callable[[Value, bool], Measurement | None]
 """A value, and whether a loop carries it."""
 
 
-class Retrace:
+class TracedStep:
     """A train step, traced for arguments of one shape.
 
     Args:
@@ -253,7 +253,7 @@ class _Pass:
     def _observe(self, value: Value, frame: Frame, *, carried: bool = False) -> None:
         noticed = self.notice(value, carried)
         if noticed is not None:
-            frame.observed.append(Observed(value.node, noticed.dimensions, carried, noticed.about))
+            frame.observed.append(ProbePoint(value.node, noticed.dimensions, carried, noticed.about))
             frame.measured.append(noticed.measured)
 
 

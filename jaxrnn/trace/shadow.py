@@ -16,7 +16,7 @@ from jax.extend import core
 
 from jaxrnn.trace.findings import MOST_EXAMPLES
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
-from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Noticed, Observed, Retrace, is_data, is_record
+from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Measurement, ProbePoint, TracedStep, is_data, is_record
 from jaxrnn.trace.values import Node, Value, ancestors, is_float, is_key
 from jaxrnn.types import Step, Tree
 
@@ -30,14 +30,14 @@ SOUND = 0.01
 """Error up to which operands are not to blame. Between the two lie a bfloat16's, of 0.004."""
 
 
-class Twin(NamedTuple):
+class TwoPrecisions(NamedTuple):
     """A value as the step computes it, and in float64."""
 
     own: Any
     wide: Any
 
 
-class Lost(NamedTuple):
+class PrecisionLoss(NamedTuple):
     """An operation whose operands are sound, and whose result isn't."""
 
     pass_: str
@@ -51,17 +51,17 @@ class Lost(NamedTuple):
     of_operands: float  # the largest of theirs
 
 
-class Shadowed(NamedTuple):
+class PrecisionReport(NamedTuple):
     """What float64 says of a step."""
 
-    lost: Lost | None  # the first that reaches an output in which digits are lost
+    lost: PrecisionLoss | None  # the first that reaches an output in which digits are lost
     outputs: dict[str, float]  # error of each record and of each leaf's update, by path
     restarted: tuple[
         str, ...
     ]  # operations whose float64 was taken from the step itself, as they take no other
 
 
-def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None) -> Shadowed:
+def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None) -> PrecisionReport:
     """Computes a step as it is and in float64, and names the first operation that loses its digits.
 
     A loop that counts (`while_loop`) and a branch (`cond`) are computed as they are, and float64 goes on from their
@@ -72,7 +72,7 @@ def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree =
         state, batch: what it is given.
         example_axes: as in `first_bad`.
     """
-    traced = Retrace(step, state, batch, example_axes=example_axes)
+    traced = TracedStep(step, state, batch, example_axes=example_axes)
     shadow = _Shadow(traced)
     with jax.enable_x64(True):
         errors, outputs = jax.jit(shadow.measure)(jax.tree.leaves((state, batch)))
@@ -80,13 +80,13 @@ def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree =
     told = {path: float(error) for path, error in zip(shadow.paths, outputs, strict=True)}
     ends = [node for node, error in zip(shadow.ends, outputs, strict=True) if error >= LOST]
     lost = _first(traced, errors, ends) or _drowned(traced, ends)
-    return Shadowed(lost, told, tuple(sorted(shadow.restarted)))
+    return PrecisionReport(lost, told, tuple(sorted(shadow.restarted)))
 
 
 class _Shadow:
     """What is computed and noticed."""
 
-    def __init__(self, traced: Retrace):
+    def __init__(self, traced: TracedStep):
         self.traced = traced
         self.restarted: set[str] = set()
         self.paths: list[str] = []
@@ -94,7 +94,7 @@ class _Shadow:
 
     def measure(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Errors of all that is observed, and of the outputs."""
-        frame = self.traced.trace([_twin(leaf) for leaf in leaves], self.compute, self.notice, _twin)
+        frame = self.traced.trace([_both(leaf) for leaf in leaves], self.compute, self.notice, _both)
         before = {
             path: value
             for (path, _), value in zip(self.traced.leaves, self.traced.arguments, strict=True)
@@ -103,35 +103,35 @@ class _Shadow:
         errors: list[Any] = []
         self.paths, self.ends = [], []
         for path, value in zip(self.traced.out_paths, self.traced.outputs, strict=True):
-            array = _twin(value.array)
+            array = _both(value.array)
             if not is_float(array.own) or not np.size(array.own):
                 continue
             old = before.get(path)
             if old is not None and not is_record(
                 path
             ):  # of a parameter's new value the update is a small part
-                array = Twin(array.own - old.array.own, array.wide - old.array.wide)
+                array = TwoPrecisions(array.own - old.array.own, array.wide - old.array.wide)
             errors.append(_error(array, tuple(range(jnp.ndim(array.own)))))
             self.paths.append(path)
             self.ends.append(value.node)
         return frame.measured, errors
 
     def compute(self, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
-        twins = [_twin(operand) for operand in operands]
+        pairs = [_both(operand) for operand in operands]
         given = [
-            twin.own
-            for variable, twin in zip(equation.invars, twins, strict=True)
+            both.own
+            for variable, both in zip(equation.invars, pairs, strict=True)
             if not isinstance(variable, core.Literal)
         ]
         own = self.traced.run.alone(equation)(*given)
         if not any(is_float(array) for array in own):
-            return [Twin(array, array) for array in own]
-        wide = self._in_float64(equation, [twin.wide for twin in twins])
+            return [TwoPrecisions(array, array) for array in own]
+        wide = self._in_float64(equation, [both.wide for both in pairs])
         if wide is None:
             self.restarted.add(equation.primitive.name)
-            return [_twin(array) for array in own]
+            return [_both(array) for array in own]
         return [
-            Twin(*pair) if is_float(pair[0]) else Twin(pair[0], pair[0])
+            TwoPrecisions(*pair) if is_float(pair[0]) else TwoPrecisions(pair[0], pair[0])
             for pair in zip(own, wide, strict=True)
         ]
 
@@ -151,23 +151,23 @@ class _Shadow:
         except Exception:  # whatever a primitive says of a type that it wasn't traced for
             return None
 
-    def notice(self, value: Value, carried: bool) -> Noticed | None:
-        array = _twin(value.array)
+    def notice(self, value: Value, carried: bool) -> Measurement | None:
+        array = _both(value.array)
         if not is_float(array.own) or not np.size(array.own):
             return None
         kept, dimensions = self.traced.kept(value.axes)
         factors = [factor.size for axis in value.axes.axes for factor in axis]
         gone = tuple(n for n in range(len(factors)) if n not in kept)
-        shaped = Twin(array.own.reshape(factors), array.wide.reshape(factors))
-        return Noticed(dimensions, None, _error(shaped, gone))
+        shaped = TwoPrecisions(array.own.reshape(factors), array.wide.reshape(factors))
+        return Measurement(dimensions, None, _error(shaped, gone))
 
 
-def _twin(array: Any) -> Twin:
-    if isinstance(array, Twin):
+def _both(array: Any) -> TwoPrecisions:
+    if isinstance(array, TwoPrecisions):
         return array
     if is_key(array) or not is_float(array):
-        return Twin(array, array)
-    return Twin(array, lax.convert_element_type(jnp.asarray(array), _wide(jnp.result_type(array))))
+        return TwoPrecisions(array, array)
+    return TwoPrecisions(array, lax.convert_element_type(jnp.asarray(array), _wide(jnp.result_type(array))))
 
 
 def _wide(dtype: Any) -> Any:
@@ -196,7 +196,7 @@ def _reduced(jaxpr: Any, arrays: Sequence[Any]) -> list[Any]:
     return [values[variable] for variable in jaxpr.outvars]
 
 
-def _error(array: Twin, gone: Any) -> Any:
+def _error(array: TwoPrecisions, gone: Any) -> Any:
     """Largest difference, over the largest element of the whole; 0 where either isn't finite."""
     difference = jnp.abs(array.own.astype(array.wide.dtype) - array.wide)
     size = jnp.max(jnp.abs(array.wide))
@@ -207,7 +207,7 @@ def _error(array: Twin, gone: Any) -> Any:
 # Which is the first.
 
 
-def _first(traced: Retrace, errors: Sequence[np.ndarray], ends: Sequence[Node]) -> Lost | None:
+def _first(traced: TracedStep, errors: Sequence[np.ndarray], ends: Sequence[Node]) -> PrecisionLoss | None:
     """Of those that reach the outputs whose digits are lost, through values whose digits are."""
     if not ends:
         return None
@@ -227,13 +227,13 @@ def _first(traced: Retrace, errors: Sequence[np.ndarray], ends: Sequence[Node]) 
     return None
 
 
-def _drowned(traced: Retrace, ends: Sequence[Node]) -> Lost | None:
+def _drowned(traced: TracedStep, ends: Sequence[Node]) -> PrecisionLoss | None:
     """An update that is lost where it is added, too small beside the parameter, though no result is wrong by much."""
     node = next((node for node in ends if node.equation is not None), None)
     if node is None:
         return None
     where = np.ones(())
-    return _lost(Observed(node, (), False), where, where > 0, 0.0, traced.flow())
+    return _lost(ProbePoint(node, (), False), where, where > 0, 0.0, traced.flow())
 
 
 def _at_the_beginning(frame: Frame, errors: Sequence[np.ndarray]) -> dict[Node, np.ndarray]:
@@ -270,7 +270,9 @@ def _all_sound(error: np.ndarray, before: Sequence[np.ndarray]) -> np.ndarray | 
     return where if where.any() else None
 
 
-def _lost(one: Observed, error: np.ndarray, where: np.ndarray, of_operands: float, flow: Any) -> Lost:
+def _lost(
+    one: ProbePoint, error: np.ndarray, where: np.ndarray, of_operands: float, flow: Any
+) -> PrecisionLoss:
     time_step: int | None = None
     examples: tuple[int, ...] = ()
     error = np.where(where, error, 0)
@@ -285,6 +287,6 @@ def _lost(one: Observed, error: np.ndarray, where: np.ndarray, of_operands: floa
     source, _ = source_of(one.node.equation, one.node.place)
     layer = layer_of(one.node, in_pass)
     op = one.node.equation.primitive.name
-    return Lost(
+    return PrecisionLoss(
         in_pass, op, source, code_at(source), layer, time_step, examples, float(error.max()), of_operands
     )

@@ -63,7 +63,7 @@ class Node:
         return self.equation is not None and is_backward(self.equation, self.place)
 
 
-class Cause(NamedTuple):
+class Origin(NamedTuple):
     """What made a value's NaNs, or its infinities, for which this is kept apart: a mask of -inf makes no NaN."""
 
     of_nan: bool
@@ -71,16 +71,16 @@ class Cause(NamedTuple):
     is_nan: bool
 
 
-def inherited(parents: Sequence[Node], bad: Bad) -> tuple[Cause, ...]:
+def inherited(parents: Sequence[Node], bad: Bad) -> tuple[Origin, ...]:
     """Causes where nothing is known but that parents are bad: a NaN comes of NaNs, an infinity of infinities, unless
     there are none."""
     nans = [parent for parent in parents if parent.bad.nan]
     infinite = [parent for parent in parents if parent.bad.infinite]
     causes = []
     if bad.nan:
-        causes += [Cause(True, parent, bool(nans)) for parent in nans or infinite]
+        causes += [Origin(True, parent, bool(nans)) for parent in nans or infinite]
     if bad.infinite:
-        causes += [Cause(False, parent, not infinite) for parent in infinite or nans]
+        causes += [Origin(False, parent, not infinite) for parent in infinite or nans]
     return tuple(causes)
 
 

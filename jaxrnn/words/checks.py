@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn import tree
 from jaxrnn.detect import rules
-from jaxrnn.experiment.outcome import AVERTED, Told
+from jaxrnn.experiment.outcome import AVERTED, ExperimentReport
 from jaxrnn.types import Series, Tree
 from jaxrnn.words import data, remedies
 from jaxrnn.words.data import Batch
@@ -44,7 +44,7 @@ class Evidence(NamedTuple):
     initial: Tree  # parameters before the first step
     batch: Batch | None  # of the first bad step
     where: dict[str, Any] | None
-    told: Told | None
+    report: ExperimentReport | None
     step: int | None = None  # of the symptom, if there is one
 
 
@@ -103,15 +103,15 @@ def steps_are_finite(evidence: Evidence) -> Check:
 
 def rate_may_stay(evidence: Evidence) -> Check:
     """4. Would a decaying learning rate have averted it? An experiment: 1 if it would."""
-    name, told = 'a decaying learning rate is not missing', evidence.told
+    name, report = 'a decaying learning rate is not missing', evidence.report
     if evidence.step is None:
         return _check(name, True, 0, 'there is nothing to avert')
-    outcomes = () if told is None else told.outcomes
+    outcomes = () if report is None else report.outcomes
     tried = [outcome for outcome in outcomes if outcome.change.name == remedies.DECAY]
     if not tried:
         return _check(name, None, 0, 'not tried')
     averted = tried[0].verdict == AVERTED
-    since = told.window.start if told is not None and told.window is not None else 0
+    since = report.window.start if report is not None and report.window is not None else 0
     said = f'replayed from step {since} with one, the symptom is {tried[0].verdict}'
     return _check(name, not averted, averted, said)
 

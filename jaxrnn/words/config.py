@@ -54,7 +54,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class OptionGroup:
     """A group of options; building one checks every field against its type and bounds."""
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(Options):
+class Data(OptionGroup):
     """Which words and vectors."""
 
     vectors: str = option(
@@ -92,7 +92,7 @@ class Data(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model(Options):
+class Model(OptionGroup):
     """Which network (design, section 5)."""
 
     network: str = option('lstm', 'The network.', choices=('lstm', 'gru', 'stacked'))
@@ -131,7 +131,7 @@ class Model(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimiser(Options):
+class Optimiser(OptionGroup):
     """Adam, its learning-rate schedule, and what keeps its steps in bounds."""
 
     learning_rate: float = option(1e-3, 'Learning rate, or the peak of its schedule.', above=0)
@@ -207,7 +207,7 @@ class Optimiser(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(Options):
+class Training(OptionGroup):
     """What else decides the bits of a run."""
 
     seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
@@ -224,7 +224,7 @@ class Training(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop(Options):
+class Loop(OptionGroup):
     """What a run can be continued with differently: none of it moves a bit."""
 
     max_steps: int = option(10_000, 'Steps to train.', at_least=1)

@@ -27,25 +27,25 @@ from jaxrnn.types import Array, Tree, UserError
 from jaxrnn.words import checks, data, remedies, train
 from jaxrnn.words.config import Config
 from jaxrnn.words.data import Batch
-from jaxrnn.words.run import Opened, open_run, train_run
+from jaxrnn.words.run import LoadedRun, open_run, train_run
 from jaxrnn.words.signals import ALARMS, SIGNALS
 
 
-class Bisected(NamedTuple):
+class BisectionResult(NamedTuple):
     """What `bisect_run` found."""
 
     diagnosis: Diagnosis
     rows: list[Row]  # records around the first bad step
-    look: inspection.Look | None  # into that step
-    opened: Opened
+    inspected: inspection.Inspection | None  # into that step
+    opened: LoadedRun
 
 
-class Diagnosed(NamedTuple):
+class DiagnosisResult(NamedTuple):
     """What `diagnose_run` found."""
 
     diagnosis: Diagnosis
-    bisected: Bisected
-    told: outcome.Told | None  # None where there was no symptom, or it isn't reproducible
+    bisected: BisectionResult
+    report: outcome.ExperimentReport | None  # None where there was no symptom, or it isn't reproducible
 
 
 def bisect_run(
@@ -55,8 +55,8 @@ def bisect_run(
     good: int | None = None,
     bad: int | None = None,
     use_records: bool = True,
-    make_program: train.Make = train.make_program,
-) -> Bisected:
+    make_program: train.MakeProgram = train.make_program,
+) -> BisectionResult:
     """Bisects a run of jaxrnn's own (see `replay.bisect`), looks into the step, and writes the diagnosis."""
     opened = open_run(directory, make_program)
     options = opened.config.training
@@ -64,13 +64,13 @@ def bisect_run(
     with jax.debug_nans(options.debug_nans):
         diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad, alarms=ALARMS)
     screens = [name for name in inspection.SCREENS if getattr(options, name)]
-    diagnosis, look = inspection.into(subject, diagnosis, screens=screens)
+    diagnosis, inspected = inspection.locate(subject, diagnosis, screens=screens)
     diagnosis = _with_words(diagnosis, opened)
     rows = {row['step']: row for row in opened.records if use_records} | {
         row['step']: row for row in replayed
     }
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
-    return Bisected(diagnosis, [rows[step] for step in sorted(rows)], look, opened)
+    return BisectionResult(diagnosis, [rows[step] for step in sorted(rows)], inspected, opened)
 
 
 def diagnose_run(
@@ -81,9 +81,9 @@ def diagnose_run(
     good: int | None = None,
     bad: int | None = None,
     fresh_runs: int = 0,
-    make_program: train.Make = train.make_program,
+    make_program: train.MakeProgram = train.make_program,
     say: Callable[[str], None] = lambda line: None,
-) -> Diagnosed:
+) -> DiagnosisResult:
     """Bisects a run, looks into the step, makes the seven checks and, where there is a symptom, experiments; writes the
     diagnosis.
 
@@ -121,7 +121,7 @@ def diagnose_run(
         say(f'replaying the steps from {window.start} on, under one change at a time')
         return in_order(subject, window, bad_batches, suspected)
 
-    diagnosis, told = experiment.explain(
+    diagnosis, report = experiment.explain(
         subject, diagnosis, suspected_changes, detectors, budget=budget, combine=combine,
         # Of a program that somebody altered no identity tells all.
         keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
@@ -137,19 +137,19 @@ def diagnose_run(
         opened.program.init().params,
         batch if isinstance(batch, Batch) else None,
         diagnosis.where,
-        told,
+        report,
         None if diagnosis.symptom is None else diagnosis.symptom.step,
     )
     measured = (*checks.seven(evidence), *checks.inside(evidence))
     diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *diagnosis.checks))
-    if told is not None and told.identical:
+    if report is not None and report.identical:
         diagnosis = _in_fresh_runs(diagnosis, opened, by_name, fresh_runs, say)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
-    return Diagnosed(diagnosis, bisected, told)
+    return DiagnosisResult(diagnosis, bisected, report)
 
 
 def _facts(
-    symptom: Symptom, window: outcome.Window, opened: Opened, subject: replay.Subject
+    symptom: Symptom, window: outcome.Window, opened: LoadedRun, subject: replay.Subject
 ) -> remedies.Facts:
     before = [row for row in opened.records if row['step'] < symptom.step]
     return remedies.Facts(
@@ -164,7 +164,7 @@ SHARPENED = 10
 """Iterations by which the sharpness is found: within a tenth, from below, on the networks of the tests."""
 
 
-def _sharpness(step: int, opened: Opened, subject: replay.Subject) -> float | None:
+def _sharpness(step: int, opened: LoadedRun, subject: replay.Subject) -> float | None:
     """λmax of the Hessian of the loss, on the batch of a step; None of a program that isn't jaxrnn's own, and where it
     isn't a number above 0."""
     state, batch = replay.Replayer(subject).state(step), opened.program.batch_at(step)
@@ -185,7 +185,7 @@ def _sharpness(step: int, opened: Opened, subject: replay.Subject) -> float | No
 
 def _in_fresh_runs(
     diagnosis: Diagnosis,
-    opened: Opened,
+    opened: LoadedRun,
     named: Mapping[str, remedies.Remedy],
     count: int,
     say: Callable[[str], None],
@@ -211,7 +211,7 @@ def _in_fresh_runs(
 
 
 def _fresh_run(
-    opened: Opened, name: str, config: Config, diagnosis: Diagnosis, say: Callable[[str], None]
+    opened: LoadedRun, name: str, config: Config, diagnosis: Diagnosis, say: Callable[[str], None]
 ) -> checks.Check:
     """Whether a run of a configuration with another seed, on the same data, suffers the symptom or a graver one within
     twice the steps."""
@@ -237,7 +237,9 @@ def _fresh_run(
     }
 
 
-def _on_one_thread(diagnosis: Diagnosis, directory: str | os.PathLike, make_program: train.Make) -> Diagnosis:
+def _on_one_thread(
+    diagnosis: Diagnosis, directory: str | os.PathLike, make_program: train.MakeProgram
+) -> Diagnosis:
     """Whether a step that comes out differently each time does so on one thread, too: asked of a process that has no
     other, as XLA starts its threads once."""
     step = diagnosis.replay.first_mismatch
@@ -265,7 +267,7 @@ def _on_one_thread(diagnosis: Diagnosis, directory: str | os.PathLike, make_prog
     return dataclasses.replace(diagnosis, cause=cause, remedies=(*diagnosis.remedies, remedy))
 
 
-def _repeats(directory: str | os.PathLike, make_program: train.Make, step: int) -> bool:
+def _repeats(directory: str | os.PathLike, make_program: train.MakeProgram, step: int) -> bool:
     """Whether two replays up to a step agree."""
     opened = open_run(directory, make_program)
     subject = _subject(opened, ())
@@ -281,8 +283,8 @@ def look_into_run(
     against: int | None = None,
     screens: Sequence[str] = (),
     float64: bool = False,
-    make_program: train.Make = train.make_program,
-) -> tuple[inspection.Look, list[str]]:
+    make_program: train.MakeProgram = train.make_program,
+) -> tuple[inspection.Inspection, list[str]]:
     """Looks into one step of a run (see `inspection.look`).
 
     Returns:
@@ -301,13 +303,13 @@ def look_into_run(
             raise UserError(f'{flag}: {value} found, but the run has steps 0 to {opened.records[-1]["step"]}')
     if against == step:
         raise UserError(f'--against: {against} found, another step than --step expected')
-    look = inspection.look(
+    inspected = inspection.inspect(
         _subject(opened, opened.records), step, against=against, screens=screens, float64=float64
     )
-    return look, words_of(opened, step)
+    return inspected, words_of(opened, step)
 
 
-def _subject(opened: Opened, records: Sequence[Row]) -> replay.Subject:
+def _subject(opened: LoadedRun, records: Sequence[Row]) -> replay.Subject:
     options = opened.config.training
     return replay.subject(
         opened.program.step,
@@ -319,7 +321,7 @@ def _subject(opened: Opened, records: Sequence[Row]) -> replay.Subject:
     )
 
 
-def _with_words(diagnosis: Diagnosis, opened: Opened) -> Diagnosis:
+def _with_words(diagnosis: Diagnosis, opened: LoadedRun) -> Diagnosis:
     """Says whose examples they are."""
     if diagnosis.where is None or diagnosis.first_bad_step is None:
         return diagnosis
@@ -328,7 +330,7 @@ def _with_words(diagnosis: Diagnosis, opened: Opened) -> Diagnosis:
     return dataclasses.replace(diagnosis, where={**diagnosis.where, 'words': named})
 
 
-def words_of(opened: Opened, step: int) -> list[str]:
+def words_of(opened: LoadedRun, step: int) -> list[str]:
     """The words of a step's batch; none of one that isn't jaxrnn's own."""
     batch = opened.program.batch_at(step)
     if not isinstance(batch, Batch):

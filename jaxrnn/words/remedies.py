@@ -21,7 +21,7 @@ from jaxrnn.types import Series, Tree
 from jaxrnn.words import data, models, optimisers, train
 from jaxrnn.words.config import Config
 
-Options = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 
 
 class Remedy(NamedTuple):
@@ -29,7 +29,7 @@ class Remedy(NamedTuple):
 
     name: str
     points_to: str  # the cause where it averts a symptom: data, model, optimiser, precision
-    options: Callable[[Config], Options]  # option -> value; empty where it changes nothing
+    options: Callable[[Config], Overrides]  # option -> value; empty where it changes nothing
     means: str  # why it may help
     removes: str = ''  # the mechanism that it takes away, of cause.MECHANISMS
     unusual: bool = (
@@ -67,7 +67,7 @@ def _fixed(
     )
 
 
-def _slower(config: Config, by: float) -> Options:
+def _slower(config: Config, by: float) -> Overrides:
     return {'learning_rate': _rounded(config.optimiser.learning_rate * by)}
 
 
@@ -76,17 +76,17 @@ def _rounded(rate: float) -> float:
     return float(f'{rate:.6g}')
 
 
-def _decaying(config: Config) -> Options:
+def _decaying(config: Config) -> Overrides:
     if config.optimiser.schedule != 'constant':
         return {}
     return {'schedule': 'warmup_cosine', 'decay_steps': config.loop.max_steps}
 
 
-def _constant(config: Config) -> Options:
+def _constant(config: Config) -> Overrides:
     return {} if config.optimiser.schedule == 'constant' else {'schedule': 'constant'}
 
 
-def _faster_forgetting(config: Config, b2: float) -> Options:
+def _faster_forgetting(config: Config, b2: float) -> Overrides:
     return {'b2': b2} if b2 < config.optimiser.b2 else {}
 
 
@@ -94,7 +94,7 @@ def _epsilon(config: Config) -> float:
     return config.optimiser.epsilon or cells.PRESETS[config.model.preset].epsilon
 
 
-def _larger_epsilon(config: Config) -> Options:
+def _larger_epsilon(config: Config) -> Overrides:
     return {'epsilon': 1e-5} if _epsilon(config) < 1e-5 else {}
 
 
@@ -103,7 +103,7 @@ def epsilon_by_rule(sharpness: float) -> Remedy:
     default (`curvature.epsilon_for`), at a sharpness that was measured before the symptom; with two digits, rounded up.
     """
 
-    def options(config: Config) -> Options:
+    def options(config: Config) -> Overrides:
         least = float(curvature.epsilon_for(sharpness, config.optimiser.learning_rate, config.optimiser.b1))
         if not (np.isfinite(least) and least > _epsilon(config)):
             return {}
@@ -116,22 +116,22 @@ def epsilon_by_rule(sharpness: float) -> Remedy:
     )  # fmt: skip
 
 
-def _narrow(config: Config) -> Options:
+def _narrow(config: Config) -> Overrides:
     width = config.model.hidden or models.WIDTHS[config.model.network]
     return _slower(config, NARROW / width) if width > NARROW else {}
 
 
-def _exact_products(config: Config) -> Options:
+def _exact_products(config: Config) -> Overrides:
     return {'precision': 'highest'} if jax.default_backend() != 'cpu' else {}
 
 
-def _soft_gates(config: Config) -> Options:
+def _soft_gates(config: Config) -> Overrides:
     gate = config.model.gate
     hard = gate == 'hard_sigmoid' or cells.PRESETS[config.model.preset].gate is cells.HARD_SIGMOID
     return {'gate': 'sigmoid'} if hard and gate != 'sigmoid' else {}
 
 
-def _chrono(config: Config) -> Options:
+def _chrono(config: Config) -> Overrides:
     steps = config.data.pad_to or config.data.max_length + 1
     return {} if config.model.chrono_steps else {'chrono_steps': steps}
 
@@ -140,11 +140,11 @@ USUAL_GAIN = 1.5
 """Of initial recurrent weights that are orthogonal times a number: libraries have 1 or 1.1."""
 
 
-def _smaller_gain(config: Config) -> Options:
+def _smaller_gain(config: Config) -> Overrides:
     return {'recurrent_gain': 1.0} if 1 < gain(config) <= USUAL_GAIN else {}
 
 
-def _usual_gain(config: Config) -> Options:
+def _usual_gain(config: Config) -> Overrides:
     return {'recurrent_gain': 1.0} if gain(config) > USUAL_GAIN else {}
 
 
@@ -284,8 +284,8 @@ REMEDIES = (
 def together(first: Remedy, *others: Remedy, name: str) -> Remedy:
     """Several as one, the later ones applied to what the earlier ones make; it takes away what the first does."""
 
-    def options(config: Config) -> Options:
-        changes: Options = {}
+    def options(config: Config) -> Overrides:
+        changes: Overrides = {}
         for remedy in (first, *others):
             changes = {**changes, **remedy.options(config.changed(**changes))}
         return changes
@@ -361,7 +361,7 @@ def change(
     config: Config,
     dataset: data.Dataset,
     remedy: Remedy,
-    make_program: train.Make = train.make_program,
+    make_program: train.MakeProgram = train.make_program,
     *,
     signals: bool = False,
 ) -> Change:

@@ -23,15 +23,15 @@ AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
 
 
-class Trained(NamedTuple):
+class TrainingResult(NamedTuple):
     """What `train_run` leaves."""
 
-    ended: loop.Ended
+    ended: loop.RunResult
     diagnosis: Diagnosis  # of the records alone; nothing replayed
     evaluation: Mapping[str, Mapping[str, float]]  # split -> score -> value
 
 
-class Opened(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run read back from its directory."""
 
     config: Config
@@ -39,17 +39,17 @@ class Opened(NamedTuple):
     program: train.Program
     checkpoints: Checkpoints
     records: list[Row]
-    make_program: train.Make
+    make_program: train.MakeProgram
 
 
 def train_run(
     config: Config,
     directory: str | os.PathLike,
     *,
-    make_program: train.Make = train.make_program,
+    make_program: train.MakeProgram = train.make_program,
     say: Callable[[str], None] = lambda line: None,
     on_row: Callable[[Row], None] = lambda row: None,
-) -> Trained:
+) -> TrainingResult:
     """Trains a configuration into a directory, or goes on with the run that is there.
 
     Args:
@@ -96,10 +96,10 @@ def train_run(
     evaluation = train.evaluate(program.predict, ended.state.params, dataset)
     loop.write_json(paths.evaluation, evaluation)
     loop.write_json(paths.diagnosis, diagnosis.to_json())
-    return Trained(ended, diagnosis, evaluation)
+    return TrainingResult(ended, diagnosis, evaluation)
 
 
-def open_run(directory: str | os.PathLike, make_program: train.Make = train.make_program) -> Opened:
+def open_run(directory: str | os.PathLike, make_program: train.MakeProgram = train.make_program) -> LoadedRun:
     """Reads a run back. Raises UserError where the directory holds none, or not a whole one."""
     paths = loop.Paths(Path(directory))
     config = read_config(paths)
@@ -110,10 +110,10 @@ def open_run(directory: str | os.PathLike, make_program: train.Make = train.make
     )
     checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
     records = telemetry.RecordFile(paths.records).read()
-    return Opened(config, dataset, program, checkpoints, records, make_program)
+    return LoadedRun(config, dataset, program, checkpoints, records, make_program)
 
 
-def newest_params(opened: Opened) -> Tree:
+def newest_params(opened: LoadedRun) -> Tree:
     """The parameters of the newest checkpoint."""
     steps = opened.checkpoints.steps()
     if not steps:
@@ -134,14 +134,14 @@ def read_config(paths: loop.Paths) -> Config:
         raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({error})') from error
 
 
-def _loop_options(config: Config, most: float) -> loop.Options:
+def _loop_options(config: Config, most: float) -> loop.LoopOptions:
     shared = {
         field: getattr(config.loop, field)
         for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every')
     }
     checks = {field: getattr(config.training, field) for field in ('digest_every', 'checkify', 'debug_nans')}
     shared['max_steps'] = int(min(shared['max_steps'], most + 1))
-    return loop.Options(**shared, **checks)
+    return loop.LoopOptions(**shared, **checks)
 
 
 def _check_same_config(paths: loop.Paths, config: Config) -> None:
@@ -194,7 +194,7 @@ def _flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _of_records(found: list[Symptom], ended: loop.Ended) -> Diagnosis:
+def _of_records(found: list[Symptom], ended: loop.RunResult) -> Diagnosis:
     if ended.first_mismatch is not None:
         why = (
             f'steps computed again on resuming differ from their records, from step {ended.first_mismatch} on'

@@ -7,7 +7,7 @@ from jaxrnn import detect
 from jaxrnn.optim import signals as optim
 from jaxrnn.rnn import cells
 from jaxrnn.rnn import signals as rnn
-from jaxrnn.rnn.probe import Seen
+from jaxrnn.rnn.probe import Probe
 from jaxrnn.types import Array, Record, Tree
 from jaxrnn.words import optimisers
 from jaxrnn.words.config import Optimiser
@@ -32,7 +32,7 @@ PARTS = 64
 steps of where they would if all were read, and what is smoothed over 16 steps is off by 3 % at most in the median
 (docs/decisions/0009-signals.md)."""
 
-OfStep = Callable[[TrainState, TrainState, Tree, Tree, Sequence[Seen]], Record]
+OfStep = Callable[[TrainState, TrainState, Tree, Tree, Sequence[Probe]], Record]
 """State before a step, state after it, gradients, updates, what was seen of the layers -> what is recorded beside the
 rest."""
 
@@ -50,7 +50,7 @@ def of_step(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState
         left_out |= {'bound', 'second_moment_broken', 'momentum_cosine'}  # of moments that are kept whole
 
     def signals_of(
-        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[Seen]
+        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[Probe]
     ) -> Record:
         clipped = optimisers.clipped(options, gradients, before.opt_state, before.params)
         found = optim.of_adam(

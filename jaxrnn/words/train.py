@@ -14,7 +14,7 @@ from jaxrnn import tree
 from jaxrnn.optim import curvature, transforms
 from jaxrnn.record import loop
 from jaxrnn.rnn import cells, layers
-from jaxrnn.rnn.probe import Seen
+from jaxrnn.rnn.probe import Probe
 from jaxrnn.types import Array, BatchAt, Record, Staged, Step, Tree, UserError
 from jaxrnn.words import data, models, optimisers, signals
 from jaxrnn.words.config import Config, Model
@@ -34,7 +34,7 @@ class Program(NamedTuple):
     predict: Callable[[Tree, Array], Array]  # params, letters [T, B] -> vectors [B, E]
 
 
-class Make(Protocol):
+class MakeProgram(Protocol):
     """Makes the program of a configuration; `make_program`, or what alters what that makes."""
 
     def __call__(self, config: Config, dataset: data.Dataset, /) -> Program: ...
@@ -152,13 +152,13 @@ def _begin(
 ) -> Callable[[TrainState, Batch], Tree]:
     """State, batch -> (loss, predictions), (gradients, what was seen of each recurrent layer if `look`)."""
 
-    def looked_at(params: Tree, seen: list[Seen], batch: Batch) -> tuple[Array, Array]:
-        with layers.looked_at(seen, models.lengths_of(batch.letters) if seen else None):
+    def probed(params: Tree, seen: list[Probe], batch: Batch) -> tuple[Array, Array]:
+        with layers.probed(seen, models.lengths_of(batch.letters) if seen else None):
             return loss_of(predict, params, batch)
 
     def begin(state: TrainState, batch: Batch) -> Tree:
         seen = layers.probes(predict, state.params, batch.letters) if look else []
-        return jax.value_and_grad(looked_at, (0, 1), has_aux=True)(state.params, seen, batch)
+        return jax.value_and_grad(probed, (0, 1), has_aux=True)(state.params, seen, batch)
 
     return begin
 

@@ -34,7 +34,7 @@ WORDS_PER_SECOND = 350_000  # skip-gram on one core of 2024
 logger = logging.getLogger('jaxrnn')
 
 
-class Trained(NamedTuple):
+class TrainedVectors(NamedTuple):
     """What Word2Vec made of a corpus."""
 
     words: tuple[str, ...]  # the most frequent first
@@ -48,7 +48,7 @@ def trained_on(
     seed: int,
     cache_dir: str | os.PathLike | None,
     progress: Callable[[str], None],
-) -> Trained:
+) -> TrainedVectors:
     """Word2Vec on a corpus, or what the cache holds of the same corpus, options, seed and versions.
 
     Raises:
@@ -139,7 +139,7 @@ def _articles(path: str, stream: io.BufferedReader) -> Iterator[str]:
         raise UserError(f'{path}: XML without MediaWiki pages found; give a MediaWiki dump, or plain text')
 
 
-def _train(path: str, settings: dict[str, int], progress: Callable[[str], None]) -> Trained:
+def _train(path: str, settings: dict[str, int], progress: Callable[[str], None]) -> TrainedVectors:
     from gensim.models.word2vec import LineSentence, Word2Vec  # slow to import
 
     # On disk, so that a corpus may be larger than the memory and is taken to words only once.
@@ -156,7 +156,7 @@ def _train(path: str, settings: dict[str, int], progress: Callable[[str], None])
         seconds = max(1, round(tokens * settings['epochs'] / WORDS_PER_SECOND))
         progress(f'training Word2Vec on {tokens:,} words: about {seconds:,} s, once')
         model.train(LineSentence(lines), total_examples=model.corpus_count, epochs=model.epochs)
-    return Trained(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32), tokens)
+    return TrainedVectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32), tokens)
 
 
 def _write_sentences(path: str, lines: BinaryIO) -> int:
@@ -190,7 +190,7 @@ def _digest(path: str, settings: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _cached(cache: str, size: int) -> Trained | None:
+def _cached(cache: str, size: int) -> TrainedVectors | None:
     try:
         with open(cache, 'rb') as opened_cache, np.load(opened_cache, allow_pickle=False) as file:
             words = tuple(file['words'].tobytes().decode().split('\n'))
@@ -202,10 +202,10 @@ def _cached(cache: str, size: int) -> Trained | None:
     except Exception as error:  # zipfile, zlib and NumPy raise what they like
         logger.warning('%s: unreadable (%s); training anew', cache, error)
         return None
-    return Trained(words, vectors, tokens)
+    return TrainedVectors(words, vectors, tokens)
 
 
-def _keep(cache: str, found: Trained) -> None:
+def _keep(cache: str, found: TrainedVectors) -> None:
     words = np.frombuffer('\n'.join(found.words).encode(), np.uint8)
     try:
         os.makedirs(os.path.dirname(cache), exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrnn.types import Array, UserError
 from jaxrnn.words import config
 from jaxrnn.words.data.corpus import sample_path, trained_on
-from jaxrnn.words.data.formats import Row, Table
+from jaxrnn.words.data.formats import VectorRow, VectorTable
 from jaxrnn.words.data.letters import alphabet_of, encode, split, steps_for
 from jaxrnn.words.data.vectors import Vectors, gather, normalised, read_vectors
 
@@ -126,8 +126,8 @@ def _vectors(
     path = options.corpus or sample_path()
     trained = trained_on(path, options, seed, cache_dir, progress)
     corpus = _one_line(options.corpus) if options.corpus else "gensim's sample of the English Wikipedia"
-    rows = (Row(n, *pair) for n, pair in enumerate(zip(trained.words, trained.vectors, strict=True), 1))
-    table = Table('Word2Vec', 'rank', options.word2vec_size, rows)
+    rows = (VectorRow(n, *pair) for n, pair in enumerate(zip(trained.words, trained.vectors, strict=True), 1))
+    table = VectorTable('Word2Vec', 'rank', options.word2vec_size, rows)
     return path, f'Word2Vec on {corpus} ({trained.tokens:,} words)', gather(path, table, **limits)
 
 

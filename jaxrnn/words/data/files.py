@@ -22,7 +22,7 @@ ALWAYS_ALLOWED = 16 << 20
 BUFFER = 1 << 20
 
 
-class Opened(NamedTuple):
+class OpenFile(NamedTuple):
     """A file to read, unpacked on the fly. Reading raises UserError only."""
 
     stream: io.BufferedReader
@@ -41,7 +41,7 @@ def raw(path: str) -> io.BufferedReader:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Opened]:
+def opened(path: str) -> Iterator[OpenFile]:
     """The bytes of a file, unpacked if it begins as gzip or bzip2 do, whatever its name."""
     with raw(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -53,7 +53,7 @@ def opened(path: str) -> Iterator[Opened]:
         with io.BufferedReader(guarded, BUFFER) as stream:
             if not stream.peek(1):
                 raise UserError(f'{path}: an empty file found; give one with words')
-            yield Opened(stream, most)
+            yield OpenFile(stream, most)
 
 
 @contextlib.contextmanager

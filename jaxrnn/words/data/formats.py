@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrnn.types import UserError
-from jaxrnn.words.data.files import Opened, opened
+from jaxrnn.words.data.files import OpenFile, opened
 
 # Ours rather than gensim's parser: that one allocates what the header claims, keeps no line numbers for
 # its messages, cuts GloVe's words at their first space, and its `limit` counts words we then drop.
@@ -29,21 +29,21 @@ CONTROL = re.compile(rb'[\0-\x08\x0e-\x1f]')
 EXPECTED = 'word2vec text or binary, GloVe text (each also gzipped), or KeyedVectors expected'
 
 
-class Row(NamedTuple):
+class VectorRow(NamedTuple):
     number: int  # counted from 1, of the line (text) or vector (else)
     word: str
     vector: np.ndarray  # float32 [E]
 
 
-class Table(NamedTuple):
+class VectorTable(NamedTuple):
     kind: str
     unit: str  # what a row's number counts: line or row
     size: int  # E
-    rows: Iterator[Row]
+    rows: Iterator[VectorRow]
 
 
 @contextlib.contextmanager
-def vector_table(path: str, *, allow_pickle: bool = False) -> Iterator[Table]:
+def vector_table(path: str, *, allow_pickle: bool = False) -> Iterator[VectorTable]:
     """The rows of a file of word vectors, read as they are asked for.
 
     Raises:
@@ -60,7 +60,7 @@ def vector_table(path: str, *, allow_pickle: bool = False) -> Iterator[Table]:
             yield _glove(path, file.stream, first)
 
 
-def _word2vec(path: str, file: Opened, count: int, size: int) -> Table:
+def _word2vec(path: str, file: OpenFile, count: int, size: int) -> VectorTable:
     if not count or not 0 < size <= LONGEST_VECTOR:
         raise UserError(
             f'{path}: the header claims {count} vectors of size {size}; at least 1 vector of size 1 to'
@@ -75,20 +75,20 @@ def _word2vec(path: str, file: Opened, count: int, size: int) -> Table:
             f' holds at most {file.most}: cut short or damaged, fetch it again'
         )
     if text:
-        return Table('word2vec text', 'line', size, _text_rows(path, file.stream, size, count))
-    return Table('word2vec binary', 'row', size, _binary_rows(path, file.stream, size, count))
+        return VectorTable('word2vec text', 'line', size, _text_rows(path, file.stream, size, count))
+    return VectorTable('word2vec binary', 'row', size, _binary_rows(path, file.stream, size, count))
 
 
-def _glove(path: str, stream: io.BufferedReader, first: bytes) -> Table:
+def _glove(path: str, stream: io.BufferedReader, first: bytes) -> VectorTable:
     size = len(first.split()) - 1
     if not 0 < size <= LONGEST_VECTOR or CONTROL.search(first):
         raise UserError(f'{path}: unknown format, it begins with {shown(first[:20])}; {EXPECTED}')
-    return Table('GloVe text', 'line', size, _text_rows(path, stream, size, None, first))
+    return VectorTable('GloVe text', 'line', size, _text_rows(path, stream, size, None, first))
 
 
 def _text_rows(
     path: str, stream: io.BufferedReader, size: int, count: int | None, first: bytes = b''
-) -> Iterator[Row]:
+) -> Iterator[VectorRow]:
     """Rows of text; `count` is what a header claimed, `first` a first line already read."""
     if first:
         yield _text_row(path, 1, first, size)
@@ -106,7 +106,7 @@ def _text_rows(
         )
 
 
-def _text_row(path: str, number: int, line: bytes, size: int) -> Row:
+def _text_row(path: str, number: int, line: bytes, size: int) -> VectorRow:
     fields = line.rsplit(None, size)
     if len(fields) == size and line[:1].isspace():
         fields.insert(0, b'')  # the empty word, as some writers of word2vec text leave it
@@ -125,16 +125,20 @@ def _text_row(path: str, number: int, line: bytes, size: int) -> Row:
             f' each line ({EXPECTED})'
         ) from None
     with np.errstate(over='ignore'):  # becomes infinite, which is reported where the rows are gathered
-        return Row(number, _word(path, f'line {number}', fields[0].strip()), np.array(values, np.float32))
+        return VectorRow(
+            number, _word(path, f'line {number}', fields[0].strip()), np.array(values, np.float32)
+        )
 
 
-def _binary_rows(path: str, stream: io.BufferedReader, size: int, count: int) -> Iterator[Row]:
+def _binary_rows(path: str, stream: io.BufferedReader, size: int, count: int) -> Iterator[VectorRow]:
     for number in range(1, count + 1):
         word = _binary_word(path, stream, number).lstrip(b'\n')  # word2vec.c ends each row with one
         data = stream.read(4 * size)
         if len(data) < 4 * size:
             raise UserError(f'{path}: ends inside row {number} of {count}: cut short, fetch it again')
-        yield Row(number, _word(path, f'row {number}', word), np.frombuffer(data, '<f4').astype(np.float32))
+        yield VectorRow(
+            number, _word(path, f'row {number}', word), np.frombuffer(data, '<f4').astype(np.float32)
+        )
     if stream.read(2).strip():
         raise UserError(f'{path}: goes on after the {count} vectors its header claims; make it again')
 
@@ -152,7 +156,7 @@ def _binary_word(path: str, stream: io.BufferedReader, number: int) -> bytes:
     return bytes(word)
 
 
-def _keyed_vectors(path: str, allow_pickle: bool) -> Table:
+def _keyed_vectors(path: str, allow_pickle: bool) -> VectorTable:
     if not allow_pickle:
         raise UserError(
             f'{path}: a pickled file, as gensim saves KeyedVectors; unpickling can run any code in it. If you'
@@ -166,8 +170,10 @@ def _keyed_vectors(path: str, allow_pickle: bool) -> Table:
             f'{path}: no readable KeyedVectors ({type(error).__name__}: {error}); save them with'
             ' KeyedVectors.save, and keep the .npy files beside'
         ) from error
-    rows = (Row(n, word, vector) for n, (word, vector) in enumerate(zip(words, vectors, strict=True), 1))
-    return Table('KeyedVectors', 'row', vectors.shape[1], rows)
+    rows = (
+        VectorRow(n, word, vector) for n, (word, vector) in enumerate(zip(words, vectors, strict=True), 1)
+    )
+    return VectorTable('KeyedVectors', 'row', vectors.shape[1], rows)
 
 
 def _unpickled(path: str) -> tuple[list[str], np.ndarray]:

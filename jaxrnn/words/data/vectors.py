@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrnn.types import UserError
 from jaxrnn.words.data.files import replacing
-from jaxrnn.words.data.formats import Table, shown, vector_table
+from jaxrnn.words.data.formats import VectorTable, shown, vector_table
 from jaxrnn.words.data.letters import why_unusable
 
 BLOCK = 1 << 22  # numbers worked on at once, in float64 32 MiB
@@ -47,7 +47,7 @@ def read_vectors(
         return gather(path, table, max_length=max_length, num_words=num_words)
 
 
-def gather(name: str, table: Table, *, max_length: int, num_words: int = 0) -> Vectors:
+def gather(name: str, table: VectorTable, *, max_length: int, num_words: int = 0) -> Vectors:
     """Keeps the usable words of a table, the first of those that NFC makes equal."""
     kept: dict[str, int] = {}  # word -> its number
     written: dict[str, str] = {}  # the kept words that NFC changed -> as they were
