@@ -4,14 +4,16 @@ import json
 import math
 
 import pytest
-from engine_test import LARGE, change, first, growing, no_batch, subject_of
+from engine_test import LARGE, change, first, growing, no_batch, on, subject_of
 
-from jaxrnn import detect, experiment
+from jaxrnn import detect
 from jaxrnn.bisect import replay
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import cache
+from jaxrnn.experiment.explain import run
 from jaxrnn.experiment.outcome import Change, Changed
+from jaxrnn.experiment.window import window_of
 
 
 def named(name, step, made=None, **more) -> Change:
@@ -41,7 +43,7 @@ def subject(tmp_path_factory):
 
 def told(subject, path, changes, *, detectors: tuple[Detector, ...] = (LARGE,)):
     found, _ = replay.bisect(subject, detectors)
-    return experiment.Experiments(subject, found.symptom, detectors, budget=2000, keep=path).run(changes)
+    return run(on(subject, found.symptom, detectors, budget=2000, keep=path), changes)
 
 
 def summary(told):
@@ -106,7 +108,7 @@ def test_another_question_has_other_outcomes(subject, tmp_path):
 
 
 def test_the_scope_is_of_all_that_decides(subject, monkeypatch):
-    symptom, window = Symptom('when', 200), experiment.window_of(subject, 200)
+    symptom, window = Symptom('when', 200), window_of(subject, 200)
     rows = list(subject.records)
     base = cache.scope(rows, symptom, window, [LARGE])
     changed = [{**rows[0], 'loss': 2.0}, *rows[1:]]

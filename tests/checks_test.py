@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome, Window
+from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome
+from jaxrnn.experiment.window import Window
 from jaxrnn.words import checks, remedies
 
 DATASET = small.dataset()

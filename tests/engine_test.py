@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 
 import jax
@@ -15,6 +16,7 @@ from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
+from jaxrnn.experiment.explain import explain, run
 from jaxrnn.experiment.outcome import (
     AVERTED,
     UNCHANGED,
@@ -23,8 +25,9 @@ from jaxrnn.experiment.outcome import (
     Changed,
     ExperimentReport,
     Outcome,
-    Window,
 )
+from jaxrnn.experiment.strategies import FARTHER, bad_batches
+from jaxrnn.experiment.window import AFTER, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import Staged
 
@@ -61,10 +64,18 @@ def subject(request, tmp_path):
     return subject_of(growing(RATE), no_batch, first, tmp_path, records=request.param)
 
 
+def on(subject, symptom, detectors=detect.DETECTORS, *, budget, keep=None):
+    """Experiments on a symptom, over the steps that a diagnosis would choose."""
+    own = next(detector for detector in detectors if detector.kind == symptom.kind)
+    columns = telemetry.series(subject.records) if subject.records else {}
+    window = window_of(subject, symptom.step, detect.began(own, columns, symptom))
+    return experiment.Experiments(subject, symptom, window, detectors, budget=budget, keep=keep)
+
+
 def experiments(subject, *, detectors=(LARGE,), budget=2000):
     found, _ = replay.bisect(subject, detectors)
     assert found.symptom is not None
-    return experiment.Experiments(subject, found.symptom, detectors, budget=budget)
+    return on(subject, found.symptom, detectors, budget=budget)
 
 
 def change(name, step, points_to='model', removes='', initial=False, **more):
@@ -72,7 +83,8 @@ def change(name, step, points_to='model', removes='', initial=False, **more):
 
 
 def test_outcomes(subject):
-    told = experiments(subject).run(
+    told = run(
+        experiments(subject),
         [
             change('slower', growing(1.08)),
             change('a little slower', growing(1.0999)),
@@ -81,7 +93,7 @@ def test_outcomes(subject):
             change('faster', growing(1.5)),
             change('not finite', lambda x, batch: (x * jnp.nan, {'loss': x})),
             change('a smaller number', growing(RATE), convert=lambda x: x * 0),
-        ]
+        ],
     )
     assert told.window == (100, SYMPTOM, SYMPTOM + 51, False) and told.identical
     assert told.control.symptom == Symptom('when', SYMPTOM) and told.control.verdict == 'unchanged'
@@ -102,17 +114,17 @@ def test_outcomes(subject):
 
 
 def test_the_best_is_replayed_on_and_its_point_of_no_return_is_exact(subject):
-    (best,) = experiments(subject).run([change('shrinking', growing(0.5))]).outcomes
+    (best,) = run(experiments(subject), [change('shrinking', growing(0.5))]).outcomes
     # At the symptom's own step the number is above 1, whatever the step does with it.
     assert best.point_of_no_return == SYMPTOM - 1
-    assert best.reached == SYMPTOM + experiment.FARTHER and best.loss < 1e-8
+    assert best.reached == SYMPTOM + FARTHER and best.loss < 1e-8
 
 
 def test_what_holds_for_a_while_alone_is_delayed(subject):
     """Growth so slow that the symptom comes 150 steps later."""
     slow = math.exp(-math.log(RATE ** (150 - SYMPTOM)) / (SYMPTOM + 150 - 150))
-    (told,) = experiments(subject).run([change('slow', growing(slow))]).outcomes
-    assert told.verdict == 'delayed' and told.symptom.step > SYMPTOM + experiment.AFTER
+    (told,) = run(experiments(subject), [change('slow', growing(slow))]).outcomes
+    assert told.verdict == 'delayed' and told.symptom.step > SYMPTOM + AFTER
 
 
 @pytest.mark.parametrize('budget', [0, 40, 100, 130, 200, 333, 500, 1000])
@@ -120,8 +132,8 @@ def test_the_budget_is_kept(tmp_path, budget):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     changes = [change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05, 2.0)]
     made = experiments(subject, budget=budget)
-    told = made.run(changes)
-    assert told.steps_replayed == made.steps_replayed
+    told = run(made, changes)
+    assert told.steps_replayed == made.budget.spent
     # The control is no matter of choice.
     assert told.steps_replayed <= max(budget, SYMPTOM + 1 - told.window.start)
     assert {o.change.name for o in told.outcomes} | {c.name for c in told.untried} == {
@@ -132,15 +144,16 @@ def test_the_budget_is_kept(tmp_path, budget):
 
 
 def test_a_cause_is_what_the_best_change_points_to(subject):
-    told = experiments(subject).run(
-        [change('faster', growing(2.0), 'data'), change('shrinking', growing(0.5), 'optimiser')]
+    told = run(
+        experiments(subject),
+        [change('faster', growing(2.0), 'data'), change('shrinking', growing(0.5), 'optimiser')],
     )
     cause = cause_of(told)
     assert (cause.kind, cause.why) == ('optimiser', 'shrinking averts it; not so faster')
 
 
 def test_nothing_averts(subject):
-    cause = cause_of(experiments(subject).run([change('faster', growing(2.0))]))
+    cause = cause_of(run(experiments(subject), [change('faster', growing(2.0))]))
     assert (cause.kind, cause.why) == ('none', 'undecided: nothing tried averts it: faster')
 
 
@@ -240,7 +253,7 @@ def test_what_float64_averts_is_the_rounding(tmp_path):
         return jnp.int32(0), jnp.float32(1)
 
     subject = subject_of(too_small_to_see, no_batch, init, tmp_path)
-    told = experiments(subject).run([in_float64(subject), change('as it was', too_small_to_see)])
+    told = run(experiments(subject), [in_float64(subject), change('as it was', too_small_to_see)])
     assert {o.change.name: o.verdict for o in told.outcomes} == {'float64': AVERTED, 'as it was': UNCHANGED}
     assert told.identical and told.nudge.verdict == UNCHANGED
     cause = cause_of(told)
@@ -249,7 +262,7 @@ def test_what_float64_averts_is_the_rounding(tmp_path):
     assert not jax.config.values['jax_enable_x64']
     # What rounding has no part in, it doesn't avert.
     grows = subject_of(growing(RATE), no_batch, first, tmp_path / 'grows')
-    (outcome,) = experiments(grows).run([in_float64(grows)]).outcomes
+    (outcome,) = run(experiments(grows), [in_float64(grows)]).outcomes
     assert outcome.verdict == UNCHANGED
 
 
@@ -275,14 +288,14 @@ def test_what_bears_longer_steps_is_ranked_first(tmp_path):
     """Each replayed once, however often it is asked for; the largest margin ends the asking."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     made = experiments(subject)
-    attempted, attempt = [], made._attempt
-    made._attempt = lambda change, **more: attempted.append(change.name) or attempt(change, **more)
-    told = made.run([bearing('a', 0.9), bearing('b', 0.4), bearing('c', 0.2), bearing('d', 0.8)])
+    replayed, replay_of = [], made._replay
+    made._replay = lambda change, *steps: replayed.append(change.name) or replay_of(change, *steps)
+    told = run(made, [bearing('a', 0.9), bearing('b', 0.4), bearing('c', 0.2), bearing('d', 0.8)])
     margins = {o.change.name: o.margin for o in told.outcomes}
     # b and c leave a loss of 0. b x 2 and c x 4 are what d is, c x 2 is what b is.
     assert margins == {'a x 1': None, 'b x 1': 2, 'c x 1': 4, 'd x 1': None}
     assert told.outcomes[0].change.name == 'c x 1' and told.outcomes[0].point_of_no_return is not None
-    assert list(dict.fromkeys(attempted)) == [
+    assert list(dict.fromkeys(replayed)) == [
         'nudge',
         'a x 1',
         'b x 1',
@@ -302,13 +315,13 @@ def test_margins_of_what_speaks_for_the_cause_are_asked_first(tmp_path):
         asked.append(change.name)
         return bearing('both', 0.225, 'wear')
 
-    told = experiments(subject).run([fragile, sound, bearing('half', 0.55)], combine=combine)
+    told = run(experiments(subject), [fragile, sound, bearing('half', 0.55)], combine=combine)
     assert asked == ['sound x 1']
     assert {o.change.name: o.margin for o in told.outcomes} == {
         'both x 1': 4, 'sound x 1': 2, 'fragile x 1': None, 'half x 1': None
     }  # fmt: skip
     assert [o.change.name for o in told.outcomes][:2] == ['both x 1', 'sound x 1']
-    assert told.outcomes[0].reached == SYMPTOM + experiment.FARTHER
+    assert told.outcomes[0].reached == SYMPTOM + FARTHER
     cause = cause_of(told)
     assert cause.why.startswith('wear: both x 1 averts it; so does sound x 1')
 
@@ -317,7 +330,7 @@ def test_a_margin_that_leads_back_to_the_run_as_it_was(tmp_path):
     """It broke, and isn't replayed again."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     half = change('half', growing(0.5))._replace(stressed=lambda times: None)
-    (outcome,) = experiments(subject).run([half]).outcomes
+    (outcome,) = run(experiments(subject), [half]).outcomes
     assert outcome.margin == 1
 
 
@@ -326,11 +339,11 @@ def test_no_margin_is_asked_of_what_takes_the_mechanism_away_for_good(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     for_good = change('for good', growing(0.9))._replace(removes='wear')
     worse = change('worse', growing(2.0))._replace(stressed=lambda times: 1 / 0)
-    told = experiments(subject).run([for_good, bearing('slower', 0.2), worse])
+    told = run(experiments(subject), [for_good, bearing('slower', 0.2), worse])
     assert [(o.change.name, o.margin) for o in told.outcomes] == [
         ('for good', None), ('slower x 1', None), ('worse', None)
     ]  # fmt: skip
-    short = experiments(subject, budget=540).run([bearing('slower', 0.2)])
+    short = run(experiments(subject, budget=540), [bearing('slower', 0.2)])
     assert short.outcomes[0].margin == 2 and short.steps_replayed <= 540
 
 
@@ -338,9 +351,9 @@ def test_a_bad_batch(tmp_path):
     """A state that forgets, so that the batch alone is to blame."""
     subject = subject_of(halving, with_a_bad_batch, first, tmp_path)
     made = experiments(subject)
-    assert made.bad_batches() == (200,)
+    assert bad_batches(made) == (200,)
     changes = [without_batch(subject, 200), other_batches(subject, made.window)]
-    told = made.run([change('half', lambda x, batch: (x / 2, {'loss': x})), *changes])
+    told = run(made, [change('half', lambda x, batch: (x / 2, {'loss': x})), *changes])
     assert {o.change.name: o.verdict for o in told.outcomes} == {
         'without the batch of step 200': 'averted',
         'other batches': 'averted',
@@ -359,12 +372,13 @@ def test_a_batch_that_a_state_at_the_edge_cannot_bear_is_not_bad(tmp_path):
 
     subject = subject_of(growing(RATE), ordinary, first, tmp_path)
     made = experiments(subject)
-    assert made.bad_batches() == ()
-    told = made.run(
+    assert bad_batches(made) == ()
+    told = run(
+        made,
         [
             Change('no batches', 'data', lambda: Changed(growing(RATE), no_batch, lambda x: 0 * x)),
             change('shrinking', growing(0.5)),
-        ]
+        ],
     )
     assert {o.verdict for o in told.outcomes} == {'averted'}
     assert cause_of(told, by_batch=False).kind == 'model'
@@ -382,14 +396,15 @@ def asleep(rate):
 def test_a_network_that_never_learns_is_taken_back_to_its_start(tmp_path):
     """The rule waits for step 1,000; the state has been there since step 0, and is looked for after 200 steps."""
     subject = subject_of(asleep(0), no_batch, lambda: jnp.float32(1e-3), tmp_path, every=100, steps=1010)
-    found = experiment.Experiments(subject, Symptom('constant', 1000), budget=9000)
+    found = on(subject, Symptom('constant', 1000), budget=9000)
     assert found.window == Window(0, 199, 200, lasting=True)
-    told = found.run(
+    told = run(
+        found,
         [
             change('awake', asleep(0.05), 'model'),
             change('slow', asleep(0.005), 'optimiser'),
             change('broken', lambda x, batch: (x * jnp.nan, {'loss': x, 'variance_ratio': x})),
-        ]
+        ],
     )
     assert told.control.verdict == told.nudge.verdict == 'unchanged' and told.control.reached == 200
     verdicts = {outcome.change.name: outcome.verdict for outcome in told.outcomes}
@@ -411,7 +426,7 @@ def test_what_set_in_late_is_no_lasting_state(tmp_path):
 
     subject = subject_of(step, batch_at, lambda: jnp.float32(1), tmp_path, every=100, steps=540)
     found, _ = replay.bisect(subject)
-    window = experiment.Experiments(subject, found.symptom, budget=2000).window
+    window = on(subject, found.symptom, budget=2000).window
     assert found.symptom.kind == 'constant' and died < found.symptom.step < died + 20
     assert window == Window(400, found.symptom.step, found.symptom.step + 51, lasting=False)
 
@@ -427,8 +442,8 @@ def test_what_depends_on_chance_is_undecided(tmp_path):
     highest = int(np.argmax(columns['loss'][150:250])) + 150
     rule = detect.custom(f'loss >= {float(columns["loss"][highest])!r} and step > 100')
     made = experiments(subject, detectors=(rule,))
-    assert made.symptom.step == highest
-    told = made.run([change('still', lambda x, batch: (x, {'loss': x * 0}))])
+    assert made.judge.symptom.step == highest
+    told = run(made, [change('still', lambda x, batch: (x, {'loss': x * 0}))])
     assert told.nudge.verdict == 'averted' and told.outcomes[0].verdict == 'averted'
     cause = cause_of(told)
     assert cause.kind == 'none' and 'chance' in cause.why
@@ -442,9 +457,7 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
     lines[160] = json.dumps(json.loads(lines[160]) | {'digest': '0123456789abcdef'})
     path.write_text('\n'.join(lines) + '\n')
     altered = subject._replace(records=telemetry.RecordFile(path).read())
-    told = experiment.Experiments(altered, made.symptom, (LARGE,), budget=2000).run(
-        [change('still', growing(1.0))]
-    )
+    told = run(on(altered, made.judge.symptom, (LARGE,), budget=2000), [change('still', growing(1.0))])
     assert not told.identical and told.outcomes == () and told.nudge is None
     assert cause_of(told).kind == 'nondeterminism'
 
@@ -452,26 +465,27 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
 def test_steps_that_do_not_show_the_symptom_again_are_not_experimented_on(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path, records=False)
     other = Symptom('when', SYMPTOM - 30)
-    told = experiment.Experiments(subject, other, (LARGE,), budget=2000).run([change('still', growing(1.0))])
+    told = run(on(subject, other, (LARGE,), budget=2000), [change('still', growing(1.0))])
     assert told.outcomes == () and 'did not show' in cause_of(told).why
 
 
 def test_without_a_checkpoint_nothing_is_tried(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path, every=320)
-    made = experiments(subject)
-    assert experiment.window_of(subject, -1) is None
-    made.window = None
-    told = made.run([change('still', growing(1.0))])
-    assert told.outcomes == () and 'no checkpoint' in cause_of(told).why
+    diagnosis, _ = replay.bisect(subject, (LARGE,))
+    assert window_of(subject, -1) is None
+    shutil.rmtree(tmp_path / 'checkpoints' / '0')
+    found, report = explain(subject, diagnosis, lambda window, bad: 1 / 0, (LARGE,), budget=2000)
+    assert report.window is None and report.outcomes == () and found.remedies == ()
+    assert found.cause.kind == 'none' and 'no checkpoint' in found.cause.why
 
 
 def test_a_window_starts_early_enough_where_it_can(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    lead = experiment.LEAD
-    assert experiment.window_of(subject, 50 + lead).start == 50
-    assert experiment.window_of(subject, 49 + lead).start == 0
-    assert experiment.window_of(subject, 10).start == 0
-    assert not experiment.window_of(subject, 0, began=0).lasting
+    lead = LEAD
+    assert window_of(subject, 50 + lead).start == 50
+    assert window_of(subject, 49 + lead).start == 0
+    assert window_of(subject, 10).start == 0
+    assert not window_of(subject, 0, began=0).lasting
 
 
 def test_anybody_s_run_is_diagnosed(tmp_path):
@@ -508,9 +522,9 @@ def test_a_change_is_compiled_while_another_is_replayed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(telemetry.PlainStep, 'prepare', see)
     made = experiments(subject)
-    told = made.run([change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
+    told = run(made, [change(f'{rate}', growing(rate)) for rate in (0.5, 1.0, 1.05)])
     assert len(told.outcomes) == 3 and prepared == [False] * 3
-    for future in made._made.values():
+    for future in made.replayer._compiled.values():
         observed = future.result().observed
         assert observed is subject.observed or observed._finish._cache_size() == 1
 
@@ -526,7 +540,7 @@ def test_a_staged_step_is_begun_by_one_program_for_all_changes(tmp_path):
         return Staged(begin, lambda state, batch, doubled: growing(rate)(state + 0 * doubled, batch))
 
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    told = experiments(subject).run([change(f'{rate}', staged(rate)) for rate in (0.5, 1.0, RATE)])
+    told = run(experiments(subject), [change(f'{rate}', staged(rate)) for rate in (0.5, 1.0, RATE)])
     verdicts = {o.change.name: o.verdict for o in told.outcomes}
     assert verdicts == {'0.5': AVERTED, '1.0': AVERTED, f'{RATE}': UNCHANGED} and len(begun) == 1
 
@@ -540,7 +554,7 @@ def test_a_change_that_records_less_than_the_run_is_not_taken_for_one_that_break
 
     subject = subject_of(chatty, no_batch, first, tmp_path)
     looking_back = detect.custom('loss > 1 and loss > median(loss, 20)')
-    told = experiments(subject, detectors=[looking_back]).run([change('half', growing(0.5))])
+    told = run(experiments(subject, detectors=[looking_back]), [change('half', growing(0.5))])
     assert told.identical and told.outcomes[0].verdict == AVERTED
 
 
@@ -555,7 +569,7 @@ def test_a_change_is_made_where_there_are_64_bit_types_if_there_are(tmp_path):
     for wide in (False, True):
         with jax.enable_x64(wide):
             subject = subject_of(growing(RATE), no_batch, first, tmp_path / str(wide))
-            experiments(subject).run([Change('half', 'model', make)])
+            run(experiments(subject), [Change('half', 'model', make)])
     assert seen == [False, True]
 
 
@@ -566,7 +580,7 @@ def test_what_can_not_be_made_is_said(tmp_path):
         raise ValueError('no such step')
 
     with pytest.raises(ValueError, match='no such step'):
-        experiments(subject).run([Change('broken', 'model', make)])
+        run(experiments(subject), [Change('broken', 'model', make)])
 
 
 def test_a_healthy_run_has_nothing_to_explain(tmp_path):
@@ -584,7 +598,7 @@ def test_what_did_nothing_refutes_nothing(tmp_path):
 
     def mechanism(*more):
         still = change('still', growing(1.0), removes='outlying gradients')
-        told = experiments(subject).run([still, *more])
+        told = run(experiments(subject), [still, *more])
         return told, cause_of(told, by_batch=False)
 
     told, named = mechanism(change('clipped at 100', clipped(100.0), removes='outlying gradients'))
@@ -603,7 +617,7 @@ def test_a_named_mechanism_is_confirmed_by_what_the_budget_had_not_reached(tmp_p
         still = change('still', growing(1.0), removes='outlying gradients')
         between = [change(f'no {n}', growing(1.0 + 1e-3 * n)) for n in range(1, 30)]
         changes = [still, *between, change('last', growing(last), removes='outlying gradients')]
-        found = experiments(subject, budget=1500).run(changes)
+        found = run(experiments(subject, budget=1500), changes)
         assert found.steps_replayed <= 1500 and any(c.name == 'no 29' for c in found.untried)
         return found
 
@@ -619,13 +633,13 @@ def test_another_start_is_replayed_from_the_start(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     smaller = change('smaller', growing(RATE), convert=lambda x: x / 50, initial=True)
     larger = change('larger', growing(RATE), convert=lambda x: x * 50, initial=True)
-    told = experiments(subject).run([smaller, larger, change('slower', growing(1.099))])
+    told = run(experiments(subject), [smaller, larger, change('slower', growing(1.099))])
     found = {o.change.name: o for o in told.outcomes}
     assert found['smaller'].verdict == 'delayed' and found['smaller'].symptom.step == SYMPTOM + 41
     assert found['larger'].verdict == 'worse' and found['larger'].symptom.step == SYMPTOM - 41
     still = change('still', growing(1.0), initial=True)
-    told = experiments(subject).run([still])
+    told = run(experiments(subject), [still])
     assert told.outcomes[0].verdict == AVERTED and told.outcomes[0].point_of_no_return == 0
     assert told.steps_replayed >= SYMPTOM + 51
-    told = experiments(subject, budget=400).run([still])
+    told = run(experiments(subject, budget=400), [still])
     assert [each.name for each in told.untried] == ['still']

@@ -8,7 +8,8 @@ from rich.console import Console
 from jaxrnn import report, trace
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
-from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome, Window
+from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome
+from jaxrnn.experiment.window import Window
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']

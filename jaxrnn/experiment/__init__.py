@@ -1,8 +1,10 @@
 """The steps before a symptom again, each time under one change: which change averts it, and so its cause.
 
-outcome   a change, and what became of the symptom     engine    the experiments on one symptom
-changes   changes that anybody's run can be given      cause     what the outcomes say
-cache     outcomes kept with a run
+outcome      a change, and what became of the symptom       window    which steps are replayed
+changes      changes that anybody's run can be given        replays   steps replayed under one change
+engine       experiments on one symptom, within a budget    verdict   what replayed records say
+strategies   what to try next                               cause     what the outcomes say together
+explain      from a bisect's diagnosis to the cause         cache     outcomes kept with a run
 """
 
 import os
@@ -12,8 +14,10 @@ from jaxrnn import detect
 from jaxrnn.bisect import detectors_of, inspection, replay, subject_of
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.experiment.changes import in_order
-from jaxrnn.experiment.engine import BUDGET, Experiments, explain, window_of
-from jaxrnn.experiment.outcome import Change, Changed, ExperimentReport, Window
+from jaxrnn.experiment.engine import BUDGET, Experiments
+from jaxrnn.experiment.explain import explain
+from jaxrnn.experiment.outcome import Change, Changed, ExperimentReport
+from jaxrnn.experiment.window import Window, window_of
 from jaxrnn.types import BatchAt, Step, Tree
 
 __all__ = [

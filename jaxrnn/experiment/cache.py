@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxrnn import environment
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.experiment.outcome import Window
+from jaxrnn.experiment.window import Window
 from jaxrnn.record.telemetry import Row
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.bisect.replay import Subject
-from jaxrnn.experiment.outcome import Change, Changed, Window
+from jaxrnn.experiment.outcome import Change, Changed
+from jaxrnn.experiment.window import Window
 from jaxrnn.record import loop
 from jaxrnn.types import Step, Tree
 

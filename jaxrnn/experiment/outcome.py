@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment.window import Window
 from jaxrnn.types import BatchAt, Step, Tree
 
 AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
@@ -60,15 +61,6 @@ class Outcome(NamedTuple):
     acted: bool = (
         True  # whether it moved any loss farther than a nudge did: a clipping that never clips doesn't
     )
-
-
-class Window(NamedTuple):
-    """The steps of an experiment."""
-
-    start: int  # a checkpoint
-    symptom: int  # its step; of a state that lasts, the one at which it is looked for
-    horizon: int  # the step after the last
-    lasting: bool = False  # whether the symptom is a state that set in long before its rule said so
 
 
 class ExperimentReport(NamedTuple):

@@ -114,7 +114,7 @@ def diagnose_run(
         found = None if known is None else remedies.combined(opened.config, known)
         return None if found is None else change(found)
 
-    def suspected_changes(window: outcome.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
+    def suspected_changes(window: experiment.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         assert diagnosis.symptom is not None
         facts = _facts(diagnosis.symptom, window, opened, subject)
         suspected = [change(each) for each in remedies.suspects(opened.config, facts)]
@@ -149,7 +149,7 @@ def diagnose_run(
 
 
 def _facts(
-    symptom: Symptom, window: outcome.Window, opened: LoadedRun, subject: replay.Subject
+    symptom: Symptom, window: experiment.Window, opened: LoadedRun, subject: replay.Subject
 ) -> remedies.Facts:
     before = [row for row in opened.records if row['step'] < symptom.step]
     return remedies.Facts(

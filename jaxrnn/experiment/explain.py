@@ -1,0 +1,144 @@
+"""From a bisect's diagnosis to cause and remedies: the experiments run, and what they say together."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrnn import detect
+from jaxrnn.bisect.replay import Subject
+from jaxrnn.detect import Detector
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.experiment.cause import cause_of
+from jaxrnn.experiment.changes import step_of
+from jaxrnn.experiment.engine import Experiments
+from jaxrnn.experiment.outcome import UNCHANGED, Change, Changed, ExperimentReport, Outcome
+from jaxrnn.experiment.strategies import Combine, bad_batches, confirm, in_turn, prove_best, with_margins
+from jaxrnn.experiment.window import Window, window_of
+from jaxrnn.record import telemetry
+
+RESERVED = 0.35
+"""Share of the budget kept for the best: to replay it on, and for its point of no return."""
+
+
+def run(
+    experiments: Experiments,
+    changes: Sequence[Change],
+    *,
+    by_batch: bool | None = None,
+    combine: Combine = lambda change: None,
+) -> ExperimentReport:
+    """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps the
+    best tolerate; then the best replayed on, and its point of no return.
+
+    Args:
+        experiments: on the symptom.
+        changes: what to try.
+        by_batch: as in `cause.cause_of`.
+        combine: a change that tolerates longer steps, but not much longer -> it and another as one, if there is such.
+    """
+    window, budget = experiments.window, experiments.budget
+    control, identical = experiments.control(ahead=changes[:1])
+    if not identical or control.verdict != UNCHANGED:
+        return ExperimentReport(window, control, identical, None, (), None, tuple(changes), budget.spent)
+    budget.hold_back(RESERVED)
+    nudge = experiments.nudge()
+    tried = in_turn(experiments, changes)
+    budget.hold_back(RESERVED / 2)
+    tried = confirm(experiments, tried, by_batch)
+    budget.hold_back(0)
+    outcomes = [outcome for _, outcome in tried if outcome is not None]
+    at_random = random.Random(experiments.judge.symptom.step).choice(outcomes) if outcomes else None
+    with_more = with_margins(experiments, outcomes, by_batch, combine)
+    proven = prove_best(experiments, with_more, by_batch)
+    untried = tuple(change for change, outcome in tried if outcome is None)
+    return ExperimentReport(
+        window, control, identical, nudge, tuple(proven), at_random, untried, budget.spent
+    )
+
+
+def explain(
+    subject: Subject,
+    diagnosis: Diagnosis,
+    changes: Callable[[Window, Sequence[int]], Sequence[Change]],
+    detectors: Sequence[Detector] = detect.DETECTORS,
+    *,
+    budget: int,
+    combine: Combine = lambda change: None,
+    keep: Path | None = None,
+) -> tuple[Diagnosis, ExperimentReport | None]:
+    """A bisect's diagnosis with cause and remedies; as it was where there is nothing to explain.
+
+    Args:
+        subject: the run, with its step.
+        diagnosis: of `replay.bisect`.
+        changes: of the window and the steps whose batches are bad -> what is to be tried, in that order.
+        detectors: as the bisect had them.
+        budget: steps that may be replayed, those of the bisect included.
+        combine: as in `run`.
+        keep: as in `Experiments`.
+    """
+    symptom = diagnosis.symptom
+    hardware = diagnosis.cause.kind == 'hardware'
+    if symptom is None or (not hardware and diagnosis.first_bad_step is None):
+        return diagnosis, None
+    window = window_of(subject, symptom.step, _began(subject, symptom, detectors))
+    left = budget - diagnosis.replay.steps_replayed
+    if hardware:
+        report = _computed_again(subject, symptom, window, detectors, left)
+        return _with(diagnosis, diagnosis.cause, report), report
+    if window is None:
+        report = ExperimentReport(None, None, False, None)
+        return _with(diagnosis, cause_of(report, by_batch=False), report), report
+    experiments = Experiments(subject, symptom, window, detectors, budget=left, keep=keep)
+    bad = bad_batches(experiments)
+    report = run(experiments, changes(window, bad), by_batch=bool(bad), combine=combine)
+    return _with(diagnosis, cause_of(report, by_batch=bool(bad)), report), report
+
+
+def _began(subject: Subject, symptom: Symptom, detectors: Sequence[Detector]) -> int:
+    """When the state set in that the symptom's rule waits for; see `detect.began`."""
+    own = next(detector for detector in detectors if detector.kind == symptom.kind)
+    return detect.began(own, telemetry.series(subject.records) if subject.records else {}, symptom)
+
+
+def _computed_again(
+    subject: Subject, symptom: Symptom, window: Window | None, detectors: Sequence[Detector], budget: int
+) -> ExperimentReport:
+    """The steps before a symptom that did not come out as they were recorded: does it show again?"""
+    again = Change(
+        'the same steps again', 'hardware', lambda: Changed(step_of(subject), subject.batch_at),
+        '--on_divergence=rewind', means='a fault of the hardware does not come again',
+    )  # fmt: skip
+    untried = ExperimentReport(window, None, False, None, untried=(again,))
+    if window is None:
+        return untried
+    experiments = Experiments(subject, symptom, window, detectors, budget=budget)
+    outcome = experiments.attempt(again)
+    if outcome is None:
+        return untried._replace(steps_replayed=experiments.budget.spent)
+    return untried._replace(outcomes=(outcome,), untried=(), steps_replayed=experiments.budget.spent)
+
+
+def _with(diagnosis: Diagnosis, cause: Cause, report: ExperimentReport) -> Diagnosis:
+    replay = diagnosis.replay
+    return dataclasses.replace(
+        diagnosis,
+        cause=cause,
+        remedies=tuple(_as_remedy(outcome) for outcome in report.outcomes),
+        replay=dataclasses.replace(replay, steps_replayed=replay.steps_replayed + report.steps_replayed),
+    )
+
+
+def _as_remedy(outcome: Outcome) -> dict[str, Any]:
+    """As a diagnosis states it."""
+    return {
+        'name': outcome.change.name,
+        'flags': outcome.change.flags,
+        'outcome': outcome.verdict,
+        'loss_at_horizon': outcome.loss if np.isfinite(outcome.loss) else None,
+        'point_of_no_return': outcome.point_of_no_return,
+    }

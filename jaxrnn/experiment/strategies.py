@@ -1,0 +1,134 @@
+"""What to try next. Each strategy is a function of `Experiments`, which replays, and of what is known so far.
+
+A new one, as several changes at once or a search for a number, is a function here and its place in `explain.run`.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked
+from jaxrnn.experiment.engine import Experiments
+from jaxrnn.experiment.outcome import AVERTED, MARGINS, Change, Outcome
+from jaxrnn.experiment.verdict import is_spike, outstanding
+
+FARTHER = 400
+"""Steps after a symptom through which the best is replayed on, as far as the budget reaches."""
+
+Tried = list[tuple[Change, Outcome | None]]
+"""Changes with their outcomes; None where the budget did not reach."""
+
+Combine = Callable[[Change], Change | None]
+"""A change -> it and another as one; None where there is no such."""
+
+
+def in_turn(experiments: Experiments, changes: Sequence[Change]) -> Tried:
+    """Each change in the order given; while one is replayed, the next is compiled."""
+    following = [changes[place + 1 : place + 2] for place in range(len(changes))]
+    return [
+        (change, experiments.outcome_of(change, ahead=ahead))
+        for change, ahead in zip(changes, following, strict=True)
+    ]
+
+
+def confirm(experiments: Experiments, tried: Tried, by_batch: bool | None) -> Tried:
+    """Tries what the budget did not reach and would take away the very mechanism that is named so far, until one of
+    these refutes it, or all have averted the symptom: what one change says of a mechanism may be chance."""
+    tried = list(tried)
+    while True:
+        outcomes = [outcome for _, outcome in tried if outcome is not None]
+        named = mechanism_of(outcomes, evidence_of(outcomes, by_batch))
+        place = next(
+            (n for n, (change, o) in enumerate(tried) if o is None and named and change.removes == named),
+            None,
+        )
+        outcome = None if place is None else experiments.outcome_of(tried[place][0])
+        if place is None or outcome is None:
+            return tried
+        tried[place] = (tried[place][0], outcome)
+
+
+def with_margins(
+    experiments: Experiments, outcomes: Sequence[Outcome], by_batch: bool | None, combine: Combine
+) -> list[Outcome]:
+    """Outcomes with their margins, measured one after the other from the strongest evidence on, until one has the
+    largest; and the outcomes of what they were combined into."""
+    evidence = evidence_of(outcomes, by_batch)
+    found = ranked(outcomes, by_batch=by_batch)
+    for place, outcome in enumerate(tuple(found)):
+        if experiments.window.lasting or outcome not in evidence:
+            break
+        if outcome.change.stressed is None:
+            if outcome.change.removes:  # for good
+                break
+            continue
+        found[place] = outcome = margin_of(experiments, outcome)
+        more = combine(outcome.change) if MARGINS[0] < (outcome.margin or 0) < MARGINS[-1] else None
+        combined = None if more is None else experiments.outcome_of(more)
+        if combined is not None:
+            found.append(margin_of(experiments, combined) if combined.verdict == AVERTED else combined)
+        if max(o.margin or 0 for o in found) == MARGINS[-1]:
+            break
+    return found
+
+
+def margin_of(experiments: Experiments, outcome: Outcome) -> Outcome:
+    """An averting outcome with the largest of MARGINS by which steps may be longer. Its margin is None where the
+    budget doesn't reach the first of them."""
+    assert outcome.change.stressed is not None
+    for margin, times in itertools.pairwise(MARGINS):
+        change = outcome.change.stressed(times)
+        under = None if change is None else experiments.outcome_of(change)
+        if change is not None and under is None:
+            return outcome._replace(margin=margin if margin > MARGINS[0] else None)
+        if under is None or under.verdict != AVERTED:
+            return outcome._replace(margin=margin)
+    return outcome._replace(margin=MARGINS[-1])
+
+
+def prove_best(experiments: Experiments, outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
+    """Outcomes in their order, of which the first still averts the symptom when it is replayed on, and has its point
+    of no return."""
+    window, found = experiments.window, ranked(outcomes, by_batch=by_batch)
+    for _ in range(len(found)):
+        best = found[0]
+        horizon = min(window.symptom + FARTHER, window.start + experiments.budget.left - 2 * window.length)
+        if best.verdict != AVERTED:
+            break
+        if best.change.initial:
+            found[0] = best._replace(point_of_no_return=0)
+            break
+        if horizon > best.reached:
+            again = experiments.attempt(best.change, horizon=horizon)
+            assert again is not None
+            if again.verdict != AVERTED:
+                found = ranked([again, *found[1:]], by_batch=by_batch)
+                continue
+            best = again._replace(margin=best.margin)
+        found[0] = best._replace(point_of_no_return=point_of_no_return(experiments, best.change))
+        break
+    return found
+
+
+def point_of_no_return(experiments: Experiments, change: Change) -> int:
+    """The last step at which a change, switched on, still averts the symptom: by bisection, as far as the budget
+    reaches; what averts it from one step on is taken to do so from every earlier one."""
+    window = experiments.window
+    averts, fails = window.start, window.symptom + 1
+    while fails - averts > 1:
+        middle = (averts + fails) // 2
+        later = middle - window.start if window.lasting else 0
+        outcome = experiments.attempt(change, start=middle, horizon=window.horizon + later)
+        if outcome is None:
+            break
+        averts, fails = (middle, fails) if outcome.verdict == AVERTED else (averts, middle)
+    return averts
+
+
+def bad_batches(experiments: Experiments, most: int = 4) -> tuple[int, ...]:
+    """Steps in the window on whose batch the state that the window starts from does badly, too: among the symptom's
+    own and those whose loss or gradient is farthest above the others."""
+    start, symptom = experiments.window.start, experiments.window.symptom
+    records = experiments.subject.records
+    inside = [row for row in records if start <= row['step'] <= symptom]
+    steps = list(dict.fromkeys([symptom, *(outstanding(inside) if inside else [])]))[:most]
+    return tuple(sorted(step for step in steps if is_spike(experiments.replayer.on_batch(step), records)))

@@ -1,0 +1,52 @@
+"""Which steps an experiment replays."""
+
+from typing import NamedTuple
+
+from jaxrnn.bisect.replay import Subject
+
+LEAD = 60
+"""Steps before a symptom from which on a change acts, at least: most remedies must act for a while."""
+
+AFTER = 50
+"""Steps after a symptom through which a change must hold."""
+
+ALIVE = 200
+"""Steps after which a network that did not start to learn must have started under a change."""
+
+
+class Window(NamedTuple):
+    """The steps of an experiment."""
+
+    start: int  # a checkpoint
+    symptom: int  # its step; of a state that lasts, the one at which it is looked for
+    horizon: int  # the step after the last
+    lasting: bool = False  # whether the symptom is a state that set in long before its rule reported it
+
+    @property
+    def length(self) -> int:
+        """Steps from the start to the horizon."""
+        return self.horizon - self.start
+
+
+def window_of(subject: Subject, step: int, began: int | None = None) -> Window | None:
+    """From the newest checkpoint that gives changes time to act, else from the newest before the symptom.
+
+    Args:
+        subject: the run.
+        step: of the symptom.
+        began: when the state set in that the symptom's rule waited for, the symptom's own step if it didn't wait. If
+            that was long before, changes must act from there on, and the symptom is averted if the state is gone after
+            ALIVE steps.
+
+    Returns:
+        None where there is no checkpoint before the symptom.
+    """
+    before = [at for at in subject.checkpoints.steps() if at <= step]
+    if not before:
+        return None
+    early = [at for at in before if at <= step - LEAD]
+    start = early[-1] if early else before[0]
+    if began is None or began == step or began > start:
+        return Window(start, step, step + 1 + AFTER)
+    start = max((at for at in before if at <= began), default=before[0])
+    return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)
