@@ -82,6 +82,11 @@ class UserError(Exception):
     """Something the user can put right; its text is one line.
 
     It names the flag or file, what was found, what was expected, and what to do.
+
+    >>> raise UserError('--steps: -1 found, at least 0 expected')
+    Traceback (most recent call last):
+    ...
+    jaxrnn.types.UserError: --steps: -1 found, at least 0 expected
     """
 
     def __init__(self, message: str):

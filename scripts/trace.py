@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
-    inspected, words = investigation.look_into_run(
+    inspected, words = investigation.inspect_run(
         directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
     )
     if flags.FLAGS.json:

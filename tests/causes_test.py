@@ -10,7 +10,7 @@ import small
 from jaxrnn import environment, report
 from jaxrnn.diagnosis import Diagnosis, Symptom
 from jaxrnn.record import loop
-from jaxrnn.words import data, investigation, run
+from jaxrnn.words import data, fresh_runs, run
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
 
@@ -63,14 +63,14 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
     def fresh(opened, name, made, diagnosis, say):
         return {'name': name, 'ok': not breaks[name], 'value': 0.0, 'why': ''}
 
-    monkeypatch.setattr(investigation, '_fresh_run', fresh)
+    monkeypatch.setattr(fresh_runs, '_fresh_run', fresh)
     named = {each.name: each for each in remedies.REMEDIES}
-    after = investigation._in_fresh_runs(found, opened, named, 2, print)
+    after = fresh_runs.in_fresh_runs(found, opened, named, 2, print)
     order = ['AMSGrad', 'ZClip', 'other batches', 'half the learning rate', 'larger epsilon']
     assert [each['name'] for each in after.remedies] == order
     assert [check['name'] for check in after.checks] == list(breaks)
     assert report.advised_flags(after) == '--1'
-    assert investigation._in_fresh_runs(found, opened, named, 0, print) == found
+    assert fresh_runs.in_fresh_runs(found, opened, named, 0, print) == found
 
 
 def test_without_the_plant_the_runs_are_healthy(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOMS = {
     'types': '',
+    'package': '',
     'environment': '',
     'tree': 'types',
     'diagnosis': 'environment',
@@ -23,7 +24,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('types', 'environment', 'tree', 'diagnosis')
+GROUND = ('types', 'package', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

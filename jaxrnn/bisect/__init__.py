@@ -7,8 +7,6 @@ The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
 """
 
 import os
-import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import jax
 from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.package import make_callable
 from jaxrnn.record import loop, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
@@ -56,6 +55,17 @@ def bisect(
 
     Raises:
         UserError: no checkpoints, damaged ones, or a rule that can't be read.
+
+    >>> import tempfile
+    >>> def step(x, batch):
+    ...     return x - 0.1 * batch, {'loss': x**2}
+    >>> def batch_at(k):
+    ...     return float('nan') if k == 7 else 1.0
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = jaxrnn.record(step, batch_at, lambda: 1.0, directory, max_steps=20, checkpoint_every=5)
+    ...     diagnosis, rows = jaxrnn.bisect(step, batch_at, directory, like=lambda: 1.0)
+    >>> diagnosis.symptom, diagnosis.where['pass'], diagnosis.replay.bit_identical
+    (Symptom(kind='nonfinite', step=7), 'data', True)
     """
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)
@@ -90,10 +100,4 @@ def subject_of(
     )
 
 
-class _Callable(types.ModuleType):
-    """Of a package that has the name of its main function."""
-
-    __call__ = staticmethod(bisect)
-
-
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, bisect)

@@ -61,6 +61,20 @@ def diagnose(
 
     Raises:
         UserError: as `bisect`.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> def batch_at(k):
+    ...     return np.float32(0)
+    >>> def growing(rate):
+    ...     return lambda x, batch: (x * rate, {'loss': x})
+    >>> slower = Change('slower', 'optimiser', lambda: Changed(growing(1.01), batch_at), '--rate=1.01')
+    >>> run = growing(1.1), batch_at
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = jaxrnn.record(*run, lambda: 1.0, directory, max_steps=100)
+    ...     diagnosis, _ = jaxrnn.diagnose(*run, directory, [slower], like=lambda: 1.0, when='loss > 100')
+    >>> diagnosis.first_bad_step, diagnosis.cause.kind, diagnosis.remedies[0]['flags']
+    (49, 'optimiser', '--rate=1.01')
     """
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)

@@ -18,7 +18,12 @@ the demo's single remedies, on from the start, those that bear 1 collapsed befor
 
 
 class Changed(NamedTuple):
-    """What a change makes of a run."""
+    """What a change makes of a run: another step, other batches, another state to start from.
+
+    >>> halved = Changed(lambda x, batch: (x / 2, {'loss': x}), lambda k: 0.0)
+    >>> halved.step(8.0, halved.batch_at(3))
+    (4.0, {'loss': 8.0})
+    """
 
     step: Step
     batch_at: BatchAt
@@ -27,7 +32,15 @@ class Changed(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One thing done otherwise."""
+    """One thing done otherwise, to be tried by `jaxrnn.diagnose`.
+
+    >>> def clipped(x, batch):
+    ...     return x - min(batch, 1.0), {'loss': x}
+    >>> change = Change('clip at 1', 'optimiser', lambda: Changed(clipped, lambda k: 9.0), '--clip=1')
+    >>> made = change.make()
+    >>> made.step(5.0, made.batch_at(0))
+    (4.0, {'loss': 5.0})
+    """
 
     name: str
     points_to: str  # what it changes: data, model, optimiser, precision; '' of a baseline

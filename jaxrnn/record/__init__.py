@@ -7,11 +7,10 @@ The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.
 """
 
 import os
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
+from jaxrnn.package import make_callable
 from jaxrnn.record import loop
 from jaxrnn.types import BatchAt, Step, Tree
 
@@ -30,14 +29,19 @@ def record(
 
     Returns:
         How it ended, with the final state.
+
+    Raises:
+        UserError: a directory that can't be used, or one that holds another run.
+
+    >>> import tempfile
+    >>> def step(x, batch):
+    ...     return x * batch, {'loss': x}
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     result = jaxrnn.record(step, lambda k: 0.5, lambda: 1.0, directory, max_steps=4)
+    >>> result.step, float(result.state)
+    (4, 0.0625)
     """
     return loop.run(step, batch_at, init, directory, loop.LoopOptions(**options))
 
 
-class _Callable(types.ModuleType):
-    """Of a package that has the name of its main function."""
-
-    __call__ = staticmethod(record)
-
-
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, record)

@@ -1,12 +1,11 @@
-"""A run of jaxrnn's own networks looked into: bisected, one of its steps, diagnosed, its remedies trained with anew."""
+"""A run of jaxrnn's own networks investigated: bisected, diagnosed, or one of its steps inspected."""
 
 import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,19 +15,19 @@ import numpy as np
 from jaxrnn import detect, environment, experiment
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.experiment import outcome
 from jaxrnn.experiment.changes import in_order
-from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, VERDICTS
-from jaxrnn.optim import curvature
+from jaxrnn.experiment.outcome import AVERTED, UNCHANGED
 from jaxrnn.record import loop, telemetry
 from jaxrnn.record.telemetry import Row
-from jaxrnn.types import Array, Tree, UserError
-from jaxrnn.words import checks, data, remedies, train
-from jaxrnn.words.config import Config
+from jaxrnn.types import UserError
+from jaxrnn.words import checks, train
 from jaxrnn.words.data import Batch
-from jaxrnn.words.run import LoadedRun, open_run, train_run
-from jaxrnn.words.signals import ALARMS, SIGNALS
+from jaxrnn.words.fresh_runs import in_fresh_runs
+from jaxrnn.words.run import LoadedRun, open_run
+from jaxrnn.words.signals import ALARMS
+from jaxrnn.words.suspects import Suspects
 
 
 class BisectionResult(NamedTuple):
@@ -84,7 +83,7 @@ def diagnose_run(
     make_program: train.MakeProgram = train.make_program,
     say: Callable[[str], None] = lambda line: None,
 ) -> DiagnosisResult:
-    """Bisects a run, looks into the step, makes the seven checks and, where there is a symptom, experiments; writes the
+    """Bisects a run, inspects the step, makes the seven checks and, where there is a symptom, experiments; writes the
     diagnosis.
 
     Args:
@@ -101,34 +100,34 @@ def diagnose_run(
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
 
-    read = frozenset().union(*(detector.rule.fields for detector in detectors))
-    signals_too = bool(read & {signal.name for signal in SIGNALS})
-    by_name: dict[str, remedies.Remedy] = {}
+    suspects = Suspects(opened, subject, detectors, make_program)
 
-    def change(each: remedies.Remedy) -> outcome.Change:
-        by_name[each.name] = each
-        return remedies.change(opened.config, opened.dataset, each, make_program, signals=signals_too)
-
-    def combine(first: outcome.Change) -> outcome.Change | None:
-        known = by_name.get(first.name)
-        found = None if known is None else remedies.combined(opened.config, known)
-        return None if found is None else change(found)
-
-    def suspected_changes(window: experiment.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
+    def suspected(window: experiment.Window, bad_batches: Sequence[int]) -> list[outcome.Change]:
         assert diagnosis.symptom is not None
-        facts = _facts(diagnosis.symptom, window, opened, subject)
-        suspected = [change(each) for each in remedies.suspects(opened.config, facts)]
+        found = suspects.changes(diagnosis.symptom, window)
         say(f'replaying the steps from {window.start} on, under one change at a time')
-        return in_order(subject, window, bad_batches, suspected)
+        return in_order(subject, window, bad_batches, found)
 
     diagnosis, report = experiment.explain(
-        subject, diagnosis, suspected_changes, detectors, budget=budget, combine=combine,
+        subject, diagnosis, suspected, detectors, budget=budget, combine=suspects.combined,
         # Of a program that somebody altered no identity tells all.
         keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
     )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
         say('computing the step that differs twice more, on one thread')
         diagnosis = _on_one_thread(diagnosis, directory, make_program)
+    measured = _checked(diagnosis, opened, report)
+    diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *diagnosis.checks))
+    if report is not None and report.identical:
+        diagnosis = in_fresh_runs(diagnosis, opened, suspects.by_name, fresh_runs, say)
+    loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
+    return DiagnosisResult(diagnosis, bisected, report)
+
+
+def _checked(
+    diagnosis: Diagnosis, opened: LoadedRun, report: outcome.ExperimentReport | None
+) -> tuple[checks.Check, ...]:
+    """The seven checks, and what the signals say beside them."""
     step = diagnosis.first_bad_step
     batch = None if step is None else opened.program.batch_at(step)
     evidence = checks.Evidence(
@@ -140,101 +139,7 @@ def diagnose_run(
         report,
         None if diagnosis.symptom is None else diagnosis.symptom.step,
     )
-    measured = (*checks.seven(evidence), *checks.inside(evidence))
-    diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *diagnosis.checks))
-    if report is not None and report.identical:
-        diagnosis = _in_fresh_runs(diagnosis, opened, by_name, fresh_runs, say)
-    loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
-    return DiagnosisResult(diagnosis, bisected, report)
-
-
-def _facts(
-    symptom: Symptom, window: experiment.Window, opened: LoadedRun, subject: replay.Subject
-) -> remedies.Facts:
-    before = [row for row in opened.records if row['step'] < symptom.step]
-    return remedies.Facts(
-        symptom.kind,
-        window.lasting,
-        telemetry.series(before),
-        _sharpness(window.start, opened, subject),
-    )
-
-
-SHARPENED = 10
-"""Iterations by which the sharpness is found: within a tenth, from below, on the networks of the tests."""
-
-
-def _sharpness(step: int, opened: LoadedRun, subject: replay.Subject) -> float | None:
-    """λmax of the Hessian of the loss, on the batch of a step; None of a program that isn't jaxrnn's own, and where it
-    isn't a number above 0."""
-    state, batch = replay.Replayer(subject).state(step), opened.program.batch_at(step)
-    if not (isinstance(state, train.TrainState) and isinstance(batch, Batch)):
-        return None
-
-    @jax.jit
-    def measure(params: Tree, batch: Batch) -> Array:
-        def loss_of(params: Tree) -> Array:
-            return train.loss_of(opened.program.predict, params, batch)[0]
-
-        start = curvature.random_start(params)
-        return curvature.sharpness(loss_of, params, start, iterations=SHARPENED).eigenvalue
-
-    found = float(measure(state.params, batch))
-    return found if np.isfinite(found) and found > 0 else None
-
-
-def _in_fresh_runs(
-    diagnosis: Diagnosis,
-    opened: LoadedRun,
-    named: Mapping[str, remedies.Remedy],
-    count: int,
-    say: Callable[[str], None],
-) -> Diagnosis:
-    """Trains anew with the first remedies that avert, each beside a run without any; those that hold come first, and
-    those that break last."""
-    tried = [r for r in diagnosis.remedies if r['outcome'] == AVERTED and r['name'] in named][:count]
-    if not tried:
-        return diagnosis
-    found = [_fresh_run(opened, 'no change', opened.config, diagnosis, say)]
-    for each in tried:
-        changed = remedies.applied(opened.config, named[each['name']])
-        found.append(_fresh_run(opened, each['name'], changed, diagnosis, say))
-    holds = {each['name']: check['ok'] for each, check in zip(tried, found[1:], strict=True)}
-    order = {True: 0, None: 1, False: 2}
-    in_order_of_holding = sorted(
-        diagnosis.remedies,
-        key=lambda r: (VERDICTS.index(r['outcome']), order[holds.get(r['name'])]),
-    )
-    return dataclasses.replace(
-        diagnosis, remedies=tuple(in_order_of_holding), checks=(*diagnosis.checks, *found)
-    )
-
-
-def _fresh_run(
-    opened: LoadedRun, name: str, config: Config, diagnosis: Diagnosis, say: Callable[[str], None]
-) -> checks.Check:
-    """Whether a run of a configuration with another seed, on the same data, suffers the symptom or a graver one within
-    twice the steps."""
-    assert diagnosis.symptom is not None
-    steps = min(2 * (diagnosis.symptom.step + 1), config.loop.max_steps)
-    changed = config.changed(
-        seed=config.training.seed + 1, max_steps=steps, on_divergence='stop', checkpoint_every=steps
-    )
-    say(f'training anew for {steps:,} steps: {name}')
-    with tempfile.TemporaryDirectory() as directory:
-        data.write_dataset(loop.Paths(Path(directory)).data, opened.dataset)
-        symptom = train_run(changed, directory, make_program=opened.make_program).diagnosis.symptom
-    broke = symptom is not None and (symptom.kind != 'spike' or diagnosis.symptom.kind == 'spike')
-    if symptom is None:
-        said = f'with seed {changed.training.seed} it went {steps:,} steps without a symptom'
-    else:
-        said = f'with seed {changed.training.seed}: {symptom.kind} at step {symptom.step}'
-    return {
-        'name': f'{name}, in a fresh run',
-        'ok': not broke,
-        'value': float(symptom.step if symptom else steps),
-        'why': said,
-    }
+    return *checks.seven(evidence), *checks.inside(evidence)
 
 
 def _on_one_thread(
@@ -276,7 +181,7 @@ def _repeats(directory: str | os.PathLike, make_program: train.MakeProgram, step
     return all(telemetry.same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def look_into_run(
+def inspect_run(
     directory: str | os.PathLike,
     step: int,
     *,
@@ -285,7 +190,7 @@ def look_into_run(
     float64: bool = False,
     make_program: train.MakeProgram = train.make_program,
 ) -> tuple[inspection.Inspection, list[str]]:
-    """Looks into one step of a run (see `inspection.look`).
+    """Inspects one step of a run (see `inspection.inspect`).
 
     Returns:
         What was found, and the words of the step's batch.
