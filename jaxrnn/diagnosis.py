@@ -8,7 +8,7 @@ from jaxrnn import environment
 
 @dataclasses.dataclass(frozen=True)
 class Symptom:
-    """What a detector saw, and the first step at which its rule holds."""
+    """What a detector found, and the first step at which its rule holds."""
 
     kind: str
     step: int

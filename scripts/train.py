@@ -64,15 +64,15 @@ def main(arguments: list[str]) -> int:
     display = Display(console, config.loop.max_steps)
     with display.progress:
         trained = run.train_run(config, directory, say=console.print, on_row=display)
-    ended, diagnosis = trained.ended, trained.diagnosis
+    result, diagnosis = trained.result, trained.diagnosis
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
         console.print(report.render_training(diagnosis, trained.evaluation), soft_wrap=False)
-    if ended.interrupted is not None:
-        console.print(f'saved at step {ended.step:,}; run the same command again to resume')
-        return 128 + ended.interrupted
-    if ended.first_mismatch is not None:
+    if result.interrupted is not None:
+        console.print(f'saved at step {result.step:,}; run the same command again to resume')
+        return 128 + result.interrupted
+    if result.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     if diagnosis.symptom is None:
         return common.HEALTHY

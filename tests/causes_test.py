@@ -10,7 +10,7 @@ import small
 from jaxrnn import environment, report
 from jaxrnn.diagnosis import Diagnosis, Symptom
 from jaxrnn.record import loop
-from jaxrnn.words import data, fresh_runs, run
+from jaxrnn.words import data, fresh_runs, remedies, run
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
 
@@ -46,7 +46,7 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
     """Of those that avert; and what was not tried anew comes between."""
     opened = run.LoadedRun(causes.CAUSES['gates shut'].config(), small.dataset(), None, None, [], None)
     names = ['half the learning rate', 'AMSGrad', 'ZClip', 'other batches']
-    remedies = [
+    advised = [
         {
             'name': name,
             'flags': f'--{n}',
@@ -56,8 +56,8 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
         }
         for n, name in enumerate(names)
     ]
-    remedies.append(remedies[0] | {'name': 'larger epsilon', 'outcome': 'worse'})
-    found = Diagnosis(symptom=Symptom('collapse', 300), first_bad_step=300, remedies=tuple(remedies))
+    advised.append(advised[0] | {'name': 'larger epsilon', 'outcome': 'worse'})
+    found = Diagnosis(symptom=Symptom('collapse', 300), first_bad_step=300, remedies=tuple(advised))
     breaks = {'no change': True, 'half the learning rate': True, 'AMSGrad': False}
 
     def fresh(opened, name, made, diagnosis, say):

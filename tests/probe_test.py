@@ -1,4 +1,4 @@
-"""What is seen of a layer, against a loop over its equations in float64; and that looking moves nothing."""
+"""What a probe measures of a layer, against a loop over its equations in float64; and that it changes nothing."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 import small
 
 from jaxrnn.rnn import cells, layers, scan, signals
-from jaxrnn.rnn.probe import UNITS, Probe, probe
+from jaxrnn.rnn.probe import UNITS, Probe, new_probe
 from jaxrnn.words import train
 
 T, B, V, H = 7, 5, 4, 6
@@ -40,13 +40,13 @@ def loss_of(h: jax.Array) -> jax.Array:
 
 
 def found(cell, weights, letters, *, plan=scan.CPU, mask=None, ends=None) -> Probe:
-    def loss(seen):
+    def loss(probe):
         _, carry = scan.run(
-            cell, weights, letters, mask=mask, ends=ends, plan=plan, sequences=False, seen=seen
+            cell, weights, letters, mask=mask, ends=ends, plan=plan, sequences=False, probe=probe
         )
         return loss_of(carry.h)
 
-    return jax.jit(jax.grad(loss))(probe(cell))
+    return jax.jit(jax.grad(loss))(new_probe(cell))
 
 
 def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
@@ -104,11 +104,11 @@ def expected(cell, weights, letters, *, mask=None, ends=None) -> dict:
     }
 
 
-def flat(seen: Probe) -> dict:
+def flat(probe: Probe) -> dict:
     return {
-        **{('saturated', name): value for name, value in seen.saturated.items()},
-        **{('dead', name): value for name, value in seen.dead.items()},
-        **{name: getattr(seen, name) for name in ('large_cells', 'memory', 'through_time', 'padding_gain')},
+        **{('saturated', name): value for name, value in probe.saturated.items()},
+        **{('dead', name): value for name, value in probe.dead.items()},
+        **{name: getattr(probe, name) for name in ('large_cells', 'memory', 'through_time', 'padding_gain')},
     }
 
 
@@ -162,13 +162,13 @@ def test_of_many_units_some_are_looked_at():
 def test_looking_moves_nothing(reverse):
     cell, letters = CELLS['lstm'], letters_of()
 
-    def gradient(seen):
+    def gradient(probe):
         def loss(weights):
-            return loss_of(scan.run(cell, weights, letters, reverse=reverse, seen=seen)[1].h)
+            return loss_of(scan.run(cell, weights, letters, reverse=reverse, probe=probe)[1].h)
 
         return jax.jit(jax.value_and_grad(loss))(weights_of(cell))
 
-    jax.tree.map(np.testing.assert_array_equal, gradient(None), gradient(probe(cell)))
+    jax.tree.map(np.testing.assert_array_equal, gradient(None), gradient(new_probe(cell)))
 
 
 def test_backwards_masked_steps_do_not_count():
@@ -176,16 +176,16 @@ def test_backwards_masked_steps_do_not_count():
     cell, letters, weights = CELLS['hard lstm'], letters_of(), weights_of(CELLS['hard lstm'])
     mask = np.arange(T)[:, None] < np.array([3, 7, 1, 5, 6])
 
-    def seen(letters, reverse):
-        def loss(seen):
-            return loss_of(scan.run(cell, weights, letters, mask=mask, reverse=reverse, seen=seen)[1].h)
+    def measured(letters, reverse):
+        def loss(probe):
+            return loss_of(scan.run(cell, weights, letters, mask=mask, reverse=reverse, probe=probe)[1].h)
 
-        return flat(jax.grad(loss)(probe(cell)))
+        return flat(jax.grad(loss)(new_probe(cell)))
 
     turned = np.where(
         mask, letters[(mask.sum(axis=0) - 1 - np.arange(T)[:, None]) % T, np.arange(B)], letters
     )
-    one, other = seen(letters, True), seen(turned, False)
+    one, other = measured(letters, True), measured(turned, False)
     for field in [*(key for key in one if isinstance(key, tuple)), 'large_cells']:
         np.testing.assert_allclose(one[field], other[field], rtol=1e-5, err_msg=str(field))
 
@@ -194,10 +194,10 @@ def test_backwards_the_first_step_is_the_last():
     cell, letters = CELLS['lstm'], letters_of()
 
     def through_time(letters, reverse):
-        def loss(seen):
-            return loss_of(scan.run(cell, weights_of(cell), letters, reverse=reverse, seen=seen)[1].h)
+        def loss(probe):
+            return loss_of(scan.run(cell, weights_of(cell), letters, reverse=reverse, probe=probe)[1].h)
 
-        return jax.grad(loss)(probe(cell))
+        return jax.grad(loss)(new_probe(cell))
 
     one, other = through_time(letters, False), through_time(letters[::-1], True)
     np.testing.assert_allclose(one.through_time, other.through_time, rtol=1e-5)

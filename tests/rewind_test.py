@@ -58,7 +58,7 @@ def test_a_fault_of_the_machine_does_not_come_again(tmp_path):
     (tmp_path / 'twin').mkdir()
     found, lines = trained(causes.CAUSES['bit of a weight'], tmp_path / 'struck')
     assert lines == ['nonfinite at step 650: going back to step 600']
-    assert found.ended.step == 750 and found.diagnosis.symptom is None
+    assert found.result.step == 750 and found.diagnosis.symptom is None
     twin = causes.CAUSES['bit of a weight']
     data.write_dataset(loop.Paths(tmp_path / 'twin').data, small.dataset())
     run.train_run(twin.config().changed(max_steps=750), tmp_path / 'twin', make_program=twin.make(later=True))
@@ -92,9 +92,9 @@ def test_what_comes_again_each_time_ends_the_run(tmp_path):
     cause = causes.CAUSES['learning rate jumps']
     found, lines = trained(cause, tmp_path)
     assert len(lines) == 4 and lines[-1].endswith('went back 3 times, to no avail')
-    assert found.diagnosis.symptom.kind == 'collapse' and found.ended.step < 700
+    assert found.diagnosis.symptom.kind == 'collapse' and found.result.step < 700
     again, lines = trained(cause, tmp_path)
-    assert again.ended.step == found.ended.step and lines[-1].endswith('to no avail')
+    assert again.result.step == found.result.step and lines[-1].endswith('to no avail')
 
 
 def test_going_back_is_finished_by_the_next_call(tmp_path):
@@ -107,7 +107,7 @@ def test_going_back_is_finished_by_the_next_call(tmp_path):
     rows[-1]['done'] = False
     path.write_text(json.dumps(rows))
     again, lines = trained(cause, tmp_path)
-    assert lines == [] and again.ended.resumed_from == 600 and again.ended.step == found.ended.step
+    assert lines == [] and again.result.resumed_from == 600 and again.result.step == found.result.step
     assert (tmp_path / 'records.jsonl').read_text() == records
     assert all(each.done for each in rewind.read(path))
 

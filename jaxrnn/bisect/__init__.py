@@ -1,7 +1,7 @@
-"""The first bad step of a run, proven by replay; and one step looked into.
+"""The first bad step of a run, proven by replay; and one step inspected.
 
 replay       any step again, bit for bit, and the first bad one by bisection
-inspection   one step evaluated equation by equation, or held against an earlier one
+inspection   one step evaluated equation by equation, or compared with an earlier one
 
 The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
 """

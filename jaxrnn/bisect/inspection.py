@@ -1,4 +1,4 @@
-"""Looking into one step of a run: what broke in it, or, where all is finite, what changed.
+"""One step of a run inspected: what broke in it, or, where all is finite, what changed.
 
 Knows nothing of networks, as `replay`: it takes a subject and the number of a step.
 """
@@ -29,7 +29,7 @@ HALF = 0.5
 
 
 class Inspection(NamedTuple):
-    """What looking into a step gave."""
+    """What inspecting a step gave."""
 
     step: int
     trace_report: trace.TraceReport | None  # of what isn't finite; None where it wasn't asked for
@@ -59,7 +59,7 @@ def inspect(
     Args:
         subject: the run, with its step.
         step: its number.
-        finite: whether its record says that all is finite; else that is looked into first.
+        finite: whether its record says that all is finite; else that is inspected first.
         against: an earlier step to hold a finite one against; the last ordinary one if not given.
         screens: of SCREENS, JAX's own tools to be asked, too.
         float64: whether to compute the step in float64 beside it, and say where digits are lost.
@@ -68,7 +68,7 @@ def inspect(
         UserError: there is no checkpoint before the step.
     """
     if subject.step is None:
-        raise ValueError('a subject without its step can be replayed, not looked into')
+        raise ValueError('a subject without its step can be replayed, not inspected')
     now = Replayer(subject).state(step), subject.batch_at(step)
     with jax.debug_nans(False):  # which would raise where we look
         trace_report = None if finite else trace.first_bad(subject.step, *now)
@@ -88,7 +88,7 @@ def inspect(
 def locate(
     subject: Subject, diagnosis: Diagnosis, *, screens: Sequence[str] = ()
 ) -> tuple[Diagnosis, Inspection | None]:
-    """Looks into the first bad step of a diagnosis, and says in it where."""
+    """Inspects the first bad step of a diagnosis, and says in it where."""
     step, symptom = diagnosis.first_bad_step, diagnosis.symptom
     if step is None or symptom is None:
         return diagnosis, None

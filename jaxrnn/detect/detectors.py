@@ -1,6 +1,6 @@
 """Records -> symptoms, by rules over the records alone.
 
-A detector is a named rule in the language of `predicate`: what the user could have typed after --when. A new one
+A detector is a named rule in the language of `rules`: what the user could have typed after --when. A new one
 is one entry of DETECTORS.
 """
 

@@ -48,7 +48,7 @@ def without_batch(subject: Subject, step: int) -> Change:
 
 
 def other_batches(subject: Subject, window: Window) -> Change:
-    """All of them from the steps before the window, so that the run has seen them."""
+    """All of them from the steps before the window, which the run has trained on."""
     length = window.horizon - window.start
 
     def batch_at(number: int) -> Tree:
@@ -61,7 +61,7 @@ def other_batches(subject: Subject, window: Window) -> Change:
 
 
 def in_float64(subject: Subject) -> Change:
-    """State and batches in float64, and with them all that isn't told to be otherwise. What this averts, and a nudge
+    """State and batches in float64, and with them all that isn't fixed to be otherwise. What this averts, and a nudge
     doesn't, is the rounding's doing."""
     return Change(
         'float64', 'precision',

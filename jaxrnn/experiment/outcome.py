@@ -13,8 +13,8 @@ AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchange
 
 MARGINS = (1, 2, 4)
 """Factors by which steps are made longer under a change that averts a symptom, to see how far it is from the edge. Of
-the demo's single remedies, on from the start, those that bear 1 collapsed before step 2,000, those that bear 2 between
-2,600 and 3,800 or never, the one that bears 4 at 5,603 or never (benchmarks/README.md)."""
+the demo's single remedies, on from the start, those that tolerate 1 collapsed before step 2,000, those that tolerate 2
+between 2,600 and 3,800 or never, the one that tolerates 4 at 5,603 or never (benchmarks/README.md)."""
 
 
 class Changed(NamedTuple):

@@ -123,7 +123,7 @@ class WatchState(NamedTuple):
     """What was measured last, as a share of where Adam turns unstable, and where the next measurement starts."""
 
     inner: Tree
-    steps: Array  # int32, seen so far
+    steps: Array  # int32, so far
     vector: Tree  # of norm 1: the sharpest direction, in the metric of the square root of P
     sharpness: Array  # λ₁(P⁻¹H) over `stable_below`
     along: Array  # κ of the update, over `stable_below`

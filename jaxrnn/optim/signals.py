@@ -7,8 +7,8 @@ For any loop whose optimiser is Adam, optax's or ours, inside its compiled step:
 with parameters and state after the step. The moments before it are not read, though two signals are about them: a step
 whose buffers are donated overwrites them, and to read them would cost it a copy (docs/decisions/0009-signals.md).
 
-All numbers are finite where the step's are: a field that isn't makes the run diverge, by `predicate.ALL_FINITE`.
-A new signal is a property of `_Measured` and an entry of OF_ADAM; detectors, reports and docs read that table.
+All numbers are finite where the step's are: a field that isn't makes the run diverge, by `detect.rules.ALL_FINITE`.
+A new signal is a line of `_signals` and an entry of OF_ADAM; detectors, reports and docs read that table.
 """
 
 from collections.abc import Mapping
@@ -254,7 +254,7 @@ def of_adam(
         gradients: as Adam was given them, after any clipping.
         updates: as added to the parameters: the learning rate in it, and nothing but Adam.
         state: Adam's after the step, as `adam_state` finds it.
-        before: Adam's before the step, to have v held against all of its recurrence and not only its last term.
+        before: Adam's before the step, to have v compared with all of its recurrence and not only its last term.
         learning_rate: of this step.
         eps: and `epsilon_hat`: as `transforms.scale_by_adam` has them.
         parts: of matrices of LARGE numbers and more, of how many blocks of rows one is looked at, another in each

@@ -1,7 +1,7 @@
 """Gradient transformations of our own: what optax lacks, or means otherwise.
 
 A state keeps its structure and types from `init` on, as a carry of lax.scan must. A number that isn't finite is
-never averaged into a statistic and never scales its neighbours: unless said otherwise, it passes, to be seen by
+never averaged into a statistic and never scales its neighbours: unless said otherwise, it passes, to be found by
 whoever looks (or by `guard`), and what is finite beside it is treated as ever.
 """
 
@@ -148,7 +148,7 @@ SPAM_WARMUP = 20
 
 
 def clip_spikes(adam: optax.GradientTransformation, threshold: float) -> optax.GradientTransformation:
-    """Adam, each number of whose gradient is held against its own v (SPAM: Huang et al. 2025, equation 2).
+    """Adam, each number of whose gradient is compared with its own v (SPAM: Huang et al. 2025, equation 2).
 
         g = sign(g) sqrt(threshold v_tm1)        where g^2 > threshold v_tm1
 
@@ -195,7 +195,7 @@ ZCLIP_DECAY, ZCLIP_WARMUP = 0.97, 25
 class ZClipState(NamedTuple):
     """The norms that gradients had after clipping."""
 
-    seen: Array  # int32, how many
+    seen: Array  # int32, norms so far; the name is in checkpoints
     mean: Array  # float32
     variance: Array  # float32
 
@@ -305,7 +305,7 @@ class SpectralCapState(NamedTuple):
 def spectral_cap(ratio: float) -> optax.GradientTransformation:
     """Scales the update of a matrix W so that its spectral norm is at most ratio max(norm(W), 1e-3).
 
-    It stands behind the learning rate. Both norms are estimates by power iteration: never above the true ones, so
+    It comes after the learning rate. Both norms are estimates by power iteration: never above the true ones, so
     the cap of W is never too high, and that of the update is exceeded by what the estimate lacks: of noise under
     Adam's b1 = 0.9, the hardest there is, 1 % in the median and 23 % at worst. Leaves of other ranks pass,
     as does a matrix whose norms aren't finite.

@@ -60,7 +60,7 @@ def _why(diagnosis: Diagnosis) -> Text:
 
 
 def advised_flags(diagnosis: Diagnosis) -> str:
-    """The flags that avert the symptom, of what speaks for the cause before others; '' where there are none."""
+    """The flags that avert the symptom, of what is evidence for the cause before others; '' where there are none."""
     best = _best(diagnosis)
     return '' if best is None else best['flags']
 
@@ -102,11 +102,11 @@ def _experiments(report: ExperimentReport) -> RenderableType:
 
 def _outcome(outcome: Outcome) -> str:
     if outcome.symptom is None:
-        return outcome.verdict + _bears(outcome)
+        return outcome.verdict + _tolerates(outcome)
     return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'
 
 
-def _bears(outcome: Outcome) -> str:
+def _tolerates(outcome: Outcome) -> str:
     match outcome.margin:
         case None:
             return ''

@@ -26,7 +26,7 @@ def render_inspection(inspected: inspection.Inspection, words: Sequence[str] = (
     """
     parts: list[RenderableType] = []
     if inspected.trace_report is not None:
-        parts += _told(inspected.trace_report, inspected.step, words)
+        parts += _findings(inspected.trace_report, inspected.step, words)
     if inspected.comparison is not None:
         parts += [Text(), *_changed(inspected, words)]
     if inspected.precision is not None:
@@ -53,21 +53,21 @@ def in_short(inspected: inspection.Inspection, words: Sequence[str] = ()) -> lis
         )
     named = inspection.leading(change.examples)
     if named:
-        told = _named(named, words) or list(map(str, named))
+        names = _named(named, words) or list(map(str, named))
         many = f'{len(named)} of {count(len(change.examples), "example")}'
-        lines.append(Text(f'  half of it by {many}: {some(told, 6)}'))
+        lines.append(Text(f'  half of it by {many}: {some(names, 6)}'))
     return lines
 
 
 def inspection_json(inspected: inspection.Inspection, words: Sequence[str] = ()) -> dict[str, Any]:
     """The machine-readable form of `render_inspection`."""
-    story, change = inspected.trace_report, inspected.comparison
-    told = None if story is None or story.finding is None else _finding_json(story.finding, words)
+    traced, change = inspected.trace_report, inspected.comparison
+    finding = None if traced is None or traced.finding is None else _finding_json(traced.finding, words)
     return {
         'step': inspected.step,
-        'finding': told,
-        'harmless': [] if story is None else [_finding_json(finding, words) for finding in story.harmless],
-        'equations': None if story is None else story.equations,
+        'finding': finding,
+        'harmless': [] if traced is None else [_finding_json(finding, words) for finding in traced.harmless],
+        'equations': None if traced is None else traced.equations,
         'against': inspected.against,
         'change': None if change is None else _change_json(change, words),
         'checks': list(inspected.screens),
@@ -99,9 +99,9 @@ def place(where: Mapping[str, Any]) -> Text:
 # What isn't finite.
 
 
-def _told(story: trace.TraceReport, step: int, words: Sequence[str]) -> list[RenderableType]:
+def _findings(traced: trace.TraceReport, step: int, words: Sequence[str]) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    finding = story.finding
+    finding = traced.finding
     if finding is None:
         parts.append(Text(f'step {step}: every output is finite', style='bold green'))
     else:
@@ -115,11 +115,11 @@ def _told(story: trace.TraceReport, step: int, words: Sequence[str]) -> list[Ren
         parts.append(_ranges(finding))
         if finding.chain:
             parts.append(Text(f'computed just before: {_chain(finding.chain)}', style='dim'))
-    for kind, findings in _grouped(story.harmless):
+    for kind, findings in _grouped(traced.harmless):
         parts.append(
             Text(f'harmless, since no output has it: {kind} ({count(findings, "element")})', style='dim')
         )
-    parts.append(Text(f'{count(story.equations, "equation")} evaluated', style='dim'))
+    parts.append(Text(f'{count(traced.equations, "equation")} evaluated', style='dim'))
     return parts
 
 
@@ -210,14 +210,14 @@ def _lost_place(lost: trace.PrecisionLoss, words: Sequence[str]) -> dict[str, An
 
 def _precision_json(precision: trace.PrecisionReport, words: Sequence[str]) -> dict[str, Any]:
     lost = precision.lost
-    told = None
+    place = None
     if lost is not None:
-        told = _lost_place(lost, words) | {
+        place = _lost_place(lost, words) | {
             'code': lost.code,
             'error': lost.error,
             'of_operands': lost.of_operands,
         }
-    return {'lost': told, 'outputs': precision.outputs, 'restarted': list(precision.restarted)}
+    return {'lost': place, 'outputs': precision.outputs, 'restarted': list(precision.restarted)}
 
 
 # What changed.
@@ -234,7 +234,7 @@ def _changed(inspected: inspection.Inspection, words: Sequence[str]) -> list[Ren
     if change.gates:
         parts.append(_gates(change))
     if change.time_steps:
-        parts.append(_moments(change))
+        parts.append(_time_steps(change))
     if change.examples:
         parts.append(_examples(change, words))
         if not change.additive:
@@ -315,10 +315,10 @@ def _gates(change: trace.Comparison) -> RenderableType:
     return made
 
 
-def _moments(change: trace.Comparison) -> RenderableType:
+def _time_steps(change: trace.Comparison) -> RenderableType:
     made = table('backward through', 'time step', 'share', 'gradient norm', left=('backward through',))
-    for moment in change.time_steps[:MOST]:
-        made.add_row(moment.layer, str(moment.time_step), percent(moment.share), pair(moment.gradient))
+    for each in change.time_steps[:MOST]:
+        made.add_row(each.layer, str(each.time_step), percent(each.share), pair(each.gradient))
     return made
 
 
@@ -353,4 +353,5 @@ def _change_json(change: trace.Comparison, words: Sequence[str]) -> dict[str, An
     for example in made['examples']:
         example['word'] = words[example['place']] if example['place'] < len(words) else ''
     made['leaps'] = made['leaps'][: trace.MOST_EXAMPLES]
+    made['moments'] = made.pop('time_steps')  # the key that programs know
     return made

@@ -275,8 +275,8 @@ def chrono_biases(memory: int, hidden: int) -> Array:
     """log U of a forget gate, U in [1, T - 1], T the longest memory in time steps: units start with memories of all
     lengths up to T; the input gate gets their negative. [H], float32.
 
-    Differs from Tallec & Ollivier 2018 (1804.11188, section 2) in: U is evenly spread, not drawn, so that no other
-    weight is drawn otherwise.
+    Differs from Tallec & Ollivier 2018 (1804.11188, section 2) in: U is evenly spread, not random, so that all other
+    weights stay the same.
     """
     return jnp.log(jnp.linspace(1.0, max(memory - 1.0, 1.0), hidden))
 

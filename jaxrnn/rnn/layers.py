@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrnn.rnn import cells, scan
-from jaxrnn.rnn.probe import Probe, probe
+from jaxrnn.rnn.probe import Probe, new_probe
 from jaxrnn.types import Array, Tree
 
 _next_probe: contextvars.ContextVar[Callable[[cells.Cell], tuple[Probe | None, Array | None]]] = (
@@ -27,7 +27,7 @@ def probes(network: Callable, *args: Any) -> list[Probe]:
     found: list[Probe] = []
 
     def count(cell: cells.Cell) -> tuple[None, None]:
-        found.append(probe(cell))
+        found.append(new_probe(cell))
         return None, None
 
     with _probing(count):
@@ -153,9 +153,9 @@ class _Recurrent(nnx.Module):
         weights = scan.Weights(
             self.kernel[...], self.bias[...], self.recurrent_kernel[...], None if bias is None else bias[...]
         )
-        seen, ends = (None, None) if self.reference else _next_probe.get()(self.cell)
+        probe, ends = (None, None) if self.reference else _next_probe.get()(self.cell)
         return scan.run(
-            self.cell, weights, xs, carry, mask=mask, dtype=self.dtype, reference=self.reference, seen=seen,
+            self.cell, weights, xs, carry, mask=mask, dtype=self.dtype, reference=self.reference, probe=probe,
             ends=ends, **options,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""What a recurrent layer did in one pass, forward and back, seen while it is made (docs/decisions/0009-signals.md).
+"""What a recurrent layer did in one pass, forward and back, measured during the pass (docs/decisions/0009-signals.md).
 
-`scan.run` takes a probe, an argument of zeros that moves nothing, and whose gradient is what was seen.
+`scan.run` takes a probe: an argument of zeros that changes no result, and whose gradient is what was measured.
 """
 
 import functools
@@ -32,8 +32,8 @@ TINY = 1e-30
 class Probe(NamedTuple):
     """What a layer did in one pass, forward and back: numbers by which to tell how it will fare.
 
-    An argument of `scan.run` that moves nothing, whose gradient is what was seen: so it comes out beside the weights'
-    gradients, of the pass that makes these. Of some UNITS units; masked time steps don't count.
+    An argument of `scan.run` that changes no result; its gradient is what was measured. So it comes out beside the
+    weights' gradients, of the pass that makes these. Of some UNITS units; masked time steps don't count.
     """
 
     saturated: dict[str, Array]  # gate -> share of its values within SATURATED of 0 or 1
@@ -50,14 +50,14 @@ class Probe(NamedTuple):
     padding_gain: Array
 
 
-def probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Probe:
+def new_probe(cell: cells.Cell, dtype: Any = jnp.float32) -> Probe:
     """What `scan.run` takes to look at a layer: zeros, to be differentiated by."""
     zero = jnp.zeros((), dtype)
     per_gate = {name: zero for name, _ in cell.gates}
     return Probe(per_gate, per_gate, zero, zero, zero, zero)
 
 
-def look(
+def measure(
     start: Probe,
     gates: Mapping[str, Array],
     tm1: Tree,
@@ -69,7 +69,7 @@ def look(
     reverse: bool,
     features_first: bool,
 ) -> Probe:
-    """What was seen of one pass.
+    """What is measured of one pass.
 
     Args:
         start: the probe, of whose types it shall be.

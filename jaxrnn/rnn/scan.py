@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn.rnn import cells
-from jaxrnn.rnn.probe import Probe, look
+from jaxrnn.rnn.probe import Probe, measure
 from jaxrnn.types import Array, Tree
 
 
@@ -85,7 +85,7 @@ def run(
     dtype: Any = None,
     reference: bool = False,
     plan: Plan | None = None,
-    seen: Probe | None = None,
+    probe: Probe | None = None,
     ends: Array | None = None,
 ) -> tuple[Any, Tree]:
     """Runs a cell over time.
@@ -104,7 +104,7 @@ def run(
         reference: whether to take the plain scan, which JAX differentiates: slower, but open to forward mode
             (`jax.jvp`). Hessian-vector products as `jax.jvp` of `jax.grad` need it not.
         plan: layout of the loops; the platform's best if not given.
-        seen: of `seen.probe`, to look at the layer; the plain scan gives it no gradient.
+        probe: of `new_probe`, to measure the layer; the plain scan gives it no gradient.
         ends: int [B], time steps up to which an example says something, for `Probe.memory`; T if not given.
 
     Returns:
@@ -124,8 +124,8 @@ def run(
         return _reference(cell, weights, xs, carry, mask, reverse=reverse, sequences=sequences, dtype=dtype)
     static = _Static(cell, plan or best_plan(xs.shape[1]), reverse, sequences, dtype)
     watched = None
-    if seen is not None:
-        watched = seen, jnp.full(xs.shape[1], xs.shape[0]) if ends is None else ends
+    if probe is not None:
+        watched = probe, jnp.full(xs.shape[1], xs.shape[0]) if ends is None else ends
     return _fast(static, weights, xs, carry, mask, watched)
 
 
@@ -330,7 +330,7 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int], wide: Any) -> Array:
 
 
 _Watched = tuple[Probe, Array] | None
-"""What is to be seen, and `ends`."""
+"""The probe, and `ends`."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -416,11 +416,11 @@ def _backward(static: _Static, residuals: _Residuals, cotangents: tuple[Array | 
         gates = {name: _stack([apart(s)[k] for s in saved]) for name, k in cell.gates}
         states = jax.tree.map(lambda *pieces: _stack(pieces), *tm1)
         start, ends = watched
-        seen = look(
+        measured = measure(
             start, gates, states, last, groups[0], ends=ends, mask=mask, reverse=static.reverse,
             features_first=layout.features_first,
         )  # fmt: skip
-        d_watched = seen, None
+        d_watched = measured, None
     return d_weights, d_xs, jax.tree.map(layout.turned, d_start), None, d_watched
 
 

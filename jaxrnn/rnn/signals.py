@@ -1,4 +1,4 @@
-"""Early-warning signals of recurrent layers, from what their probes saw (`probe`).
+"""Early-warning signals of recurrent layers, from what their probes measured (`probe`).
 
 A new one is a field of `Probe`, and an entry of OF_LAYERS.
 """
@@ -92,14 +92,14 @@ OF_LAYERS = (
 """Those of `of_layers`."""
 
 
-def of_layers(seen: Sequence[Probe]) -> Record:
+def of_layers(probes: Sequence[Probe]) -> Record:
     """The signals of recurrent layers: those of OF_LAYERS that they have, the worst over the layers.
 
     Args:
-        seen: of each layer, from the input on: the gradients of its probe (see `Probe`, `layers.probes`).
+        probes: of each layer, from the input on: the gradient of its probe (see `Probe`, `layers.probes`).
     """
     each: dict[str, list[Array]] = {}
-    for layer in seen:
+    for layer in probes:
         of_gates = {'saturated': layer.saturated, 'dead': layer.dead}
         for what, shares in of_gates.items():
             for gate, value in shares.items():

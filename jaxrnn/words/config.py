@@ -114,7 +114,7 @@ class Model(OptionGroup):
         "0: the preset's biases.", at_least=0, later=True,
     )  # fmt: skip
     precision: str = option(
-        'default', 'Of products of float32 on a GPU or TPU, which round their operands unless told otherwise.',
+        'default', 'Of products of float32 on a GPU or TPU, which round their operands unless this says otherwise.',
         choices=('default', 'highest'), later=True,
     )  # fmt: skip
     mask_padding: bool = option(

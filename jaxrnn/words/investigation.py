@@ -56,7 +56,7 @@ def bisect_run(
     use_records: bool = True,
     make_program: train.MakeProgram = train.make_program,
 ) -> BisectionResult:
-    """Bisects a run of jaxrnn's own (see `replay.bisect`), looks into the step, and writes the diagnosis."""
+    """Bisects a run of jaxrnn's own (see `replay.bisect`), inspects the step, and writes the diagnosis."""
     opened = open_run(directory, make_program)
     options = opened.config.training
     subject = _subject(opened, opened.records if use_records else ())

@@ -52,10 +52,10 @@ def convert(opt_state: Tree, before: config.Optimiser, after: config.Optimiser, 
         cap        its vectors start at random where there were none, and are good after a few steps
         moments    are rounded where they are kept in fewer bits
         curvature  the direction and what was measured last are kept, or start anew
-        guard      its counts are kept, or start at 0. The schedule stands still on a skipped step under a guard
+        guard      its counts are kept, or start at 0. The schedule waits on a skipped step under a guard
                    alone: on leaving it, the skipped steps are added to the schedule's count
 
-    For equal configurations it's the same state. The result shares arrays with `opt_state`; no array stands in it
+    For equal configurations it's the same state. The result shares arrays with `opt_state`; no array is in it
     twice.
 
     Args:
@@ -159,7 +159,7 @@ def learning_rate(options: config.Optimiser) -> optax.Schedule:
 
 def current_learning_rate(options: config.Optimiser, step: Array, opt_state: Any) -> Array:
     """The learning rate that the step numbered `step` applies, from the optimiser's state before it; under a
-    guard the number is that of the steps taken, which stands in the state."""
+    guard the number is that of the steps taken, which is in the state."""
     states = _named(options, opt_state)
     rate = jnp.asarray(learning_rate(options)(states['rate'].count if options.guard else step), jnp.float32)
     return rate * states['plateau'].scale if options.schedule == 'plateau' else rate

@@ -26,7 +26,7 @@ AFTERMATH = 100
 class TrainingResult(NamedTuple):
     """What `train_run` leaves."""
 
-    ended: loop.RunResult
+    result: loop.RunResult
     diagnosis: Diagnosis  # of the records alone; nothing replayed
     evaluation: Mapping[str, Mapping[str, float]]  # split -> score -> value
 
@@ -55,7 +55,7 @@ def train_run(
     Args:
         config: of the run.
         directory: its home.
-        make_program: what the configuration and its data are made into. Whatever looks into the run later must be
+        make_program: what the configuration and its data are made into. Whatever opens the run later must be
             given the same.
         say: gets a line before slow work.
         on_row: sees every record, a step late.
@@ -80,7 +80,7 @@ def train_run(
             on_row(row)
             return stop(row)
 
-        ended = loop.run(
+        result = loop.run(
             program.step,
             loop.without(program.batch_at, rewind.skipped(rewinds)),
             program.init,
@@ -89,14 +89,14 @@ def train_run(
             identity=identity,
             on_row=see,
         )
-        if ended.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
+        if result.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
             break
     found = detect.symptoms(telemetry.series(telemetry.RecordFile(paths.records).read()))
-    diagnosis = _of_records(found, ended)
-    evaluation = train.evaluate(program.predict, ended.state.params, dataset)
+    diagnosis = _of_records(found, result)
+    evaluation = train.evaluate(program.predict, result.state.params, dataset)
     loop.write_json(paths.evaluation, evaluation)
     loop.write_json(paths.diagnosis, diagnosis.to_json())
-    return TrainingResult(ended, diagnosis, evaluation)
+    return TrainingResult(result, diagnosis, evaluation)
 
 
 def open_run(directory: str | os.PathLike, make_program: train.MakeProgram = train.make_program) -> LoadedRun:
@@ -194,11 +194,9 @@ def _flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _of_records(found: list[Symptom], ended: loop.RunResult) -> Diagnosis:
-    if ended.first_mismatch is not None:
-        why = (
-            f'steps computed again on resuming differ from their records, from step {ended.first_mismatch} on'
-        )
+def _of_records(found: list[Symptom], result: loop.RunResult) -> Diagnosis:
+    if result.first_mismatch is not None:
+        why = f'steps computed again on resuming differ from their records, from step {result.first_mismatch} on'
         cause = Cause('nondeterminism', why)
         return Diagnosis(symptom=found[0] if found else None, cause=cause)
     if not found:

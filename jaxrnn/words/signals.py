@@ -33,8 +33,8 @@ steps of where they would if all were read, and what is smoothed over 16 steps i
 (docs/decisions/0009-signals.md)."""
 
 OfStep = Callable[[TrainState, TrainState, Tree, Tree, Sequence[Probe]], Record]
-"""State before a step, state after it, gradients, updates, what was seen of the layers -> what is recorded beside the
-rest."""
+"""State before a step, state after it, gradients, updates, what the probes measured of the layers -> what is
+recorded beside the rest."""
 
 
 def of_step(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState], Array]) -> OfStep:
@@ -45,12 +45,12 @@ def of_step(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState
     if options.second_moment == 'yogi' or not options.bias_correction:
         left_out.add('bound')  # of a v that forgets by a power, and of corrected means
     if options.second_moment == 'yogi' or options.clip == 'spam' or options.guard:
-        left_out.add('second_moment_broken')  # v saw another gradient, or none
+        left_out.add('second_moment_broken')  # v was given another gradient, or none
     if options.moment_dtype != 'float32':
         left_out |= {'bound', 'second_moment_broken', 'momentum_cosine'}  # of moments that are kept whole
 
     def signals_of(
-        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, seen: Sequence[Probe]
+        before: TrainState, after: TrainState, gradients: Tree, updates: Tree, probes: Sequence[Probe]
     ) -> Record:
         clipped = optimisers.clipped(options, gradients, before.opt_state, before.params)
         found = optim.of_adam(
@@ -66,6 +66,6 @@ def of_step(options: Optimiser, preset: cells.Preset, rate: Callable[[TrainState
             parts=PARTS,
         )
         kept = {name: value for name, value in found.items() if name not in left_out}
-        return {**kept, **rnn.of_layers(seen)}
+        return {**kept, **rnn.of_layers(probes)}
 
     return signals_of

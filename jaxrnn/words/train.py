@@ -117,7 +117,7 @@ def make_step(
     """The train step: mean squared error and its gradient; then one update, and the record of it all."""
 
     def finish(state: TrainState, batch: Batch, found: Tree) -> tuple[TrainState, Record]:
-        (loss, predictions), (gradients, seen) = found
+        (loss, predictions), (gradients, probes) = found
         updates, opt_state = optimiser.update(
             gradients, state.opt_state, state.params, value=loss, rate=rate(state),
             loss_of=lambda params: loss_of(predict, params, batch)[0],
@@ -139,8 +139,10 @@ def make_step(
         after = TrainState(state.step + 1, params, opt_state)
         if signals_of:
             # What is computed of a step must not change how XLA fuses the step.
-            after, gradients, updates, seen = jax.lax.optimization_barrier((after, gradients, updates, seen))
-            record |= signals_of(state, after, gradients, updates, seen)
+            after, gradients, updates, probes = jax.lax.optimization_barrier(
+                (after, gradients, updates, probes)
+            )
+            record |= signals_of(state, after, gradients, updates, probes)
         return after, record
 
     return Staged(_begin(predict, signals_of is not None), finish)
@@ -150,15 +152,15 @@ def make_step(
 def _begin(
     predict: Callable[[Tree, Array], Array], look: bool = False
 ) -> Callable[[TrainState, Batch], Tree]:
-    """State, batch -> (loss, predictions), (gradients, what was seen of each recurrent layer if `look`)."""
+    """State, batch -> (loss, predictions), (gradients, what was measured of each recurrent layer if `look`)."""
 
-    def probed(params: Tree, seen: list[Probe], batch: Batch) -> tuple[Array, Array]:
-        with layers.probed(seen, models.lengths_of(batch.letters) if seen else None):
+    def probed(params: Tree, probes: list[Probe], batch: Batch) -> tuple[Array, Array]:
+        with layers.probed(probes, models.lengths_of(batch.letters) if probes else None):
             return loss_of(predict, params, batch)
 
     def begin(state: TrainState, batch: Batch) -> Tree:
-        seen = layers.probes(predict, state.params, batch.letters) if look else []
-        return jax.value_and_grad(probed, (0, 1), has_aux=True)(state.params, seen, batch)
+        probes = layers.probes(predict, state.params, batch.letters) if look else []
+        return jax.value_and_grad(probed, (0, 1), has_aux=True)(state.params, probes, batch)
 
     return begin
 

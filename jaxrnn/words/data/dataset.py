@@ -52,7 +52,7 @@ def load(
       seed: of the split, and of Word2Vec where a corpus is trained on.
       cache_dir: for vectors trained on a corpus; None: $JAXRNN_CACHE, $XDG_CACHE_HOME/jaxrnn or
         ~/.cache/jaxrnn.
-      progress: is told one line before slow work.
+      progress: gets one line before slow work.
 
     Raises:
       UserError: for options that contradict each other or don't suit the file, or a bad file.

@@ -1,0 +1,83 @@
+"""Runs that version 0.1.0 recorded (commit b7f50d7) still open, resume, and are diagnosed as they were.
+
+`data/run-0.1.0.tar.gz` has two, made by its scripts/train.py with --num_words=48 --pad_to=12 --validation_share=0
+--test_share=0 --batch_size=16 --signals --seed=5:
+
+run       --network=gru --hidden=8 --preset=keras1 --learning_rate=1e-2 --max_steps=90 --checkpoint_every=30, without
+          its checkpoints 30 and 90; and its diagnosis.json, by --when='loss < .0076 and step > 40' --budget_steps=900
+options   --network=stacked --hidden=8 --max_steps=20 --clip=zclip --spectral_cap=0.05 --guard --curvature_every=5
+          --curvature_cap=.8 --schedule=plateau --second_moment=amsgrad: every state that an optimiser of ours has
+"""
+
+import dataclasses
+import json
+import tarfile
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxrnn import detect, environment
+from jaxrnn.record import loop, telemetry
+from jaxrnn.words import run
+from jaxrnn.words.investigation import diagnose_run
+
+KEPT = Path(__file__).parent / 'data' / 'run-0.1.0.tar.gz'
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    with tarfile.open(KEPT) as archive:
+        archive.extractall(tmp_path, filter='data')
+    return tmp_path
+
+
+def same_bits(opened: run.LoadedRun) -> bool:
+    """Whether this is a machine, and versions, that give the same bits."""
+    recorded = opened.checkpoints.meta(opened.checkpoints.steps()[-1])['environment_details']
+    return not environment.differences(recorded, environment.describe())
+
+
+@pytest.mark.parametrize(('name', 'steps'), [('run', [0, 60]), ('options', [20])])
+def test_an_older_run_opens(runs, name, steps):
+    """Its configuration has the digest it had, and every array its place and its bits."""
+    opened = run.open_run(runs / name)
+    assert opened.checkpoints.steps() == steps
+    for step in steps:
+        meta, state = opened.checkpoints.meta(step), opened.checkpoints.restore(step)
+        assert meta['config'] == opened.config.digest() and meta['data'] == opened.dataset.digest
+        assert meta['state'] == loop.state_digest(state)
+        assert jax.tree.structure(state) == jax.tree.structure(opened.program.init())
+
+
+def test_an_older_run_records_what_it_did(runs):
+    """From its last checkpoint on: the same fields, and where bits are the same the same numbers."""
+    opened = run.open_run(runs / 'run')
+    recorded = {row['step']: row for row in opened.records}
+    trained = run.train_run(opened.config, runs / 'run')
+    again = telemetry.RecordFile(runs / 'run' / 'records.jsonl').read()
+    assert [row['step'] for row in again] == list(range(90))
+    assert all(row.keys() == recorded[row['step']].keys() for row in again)
+    if same_bits(opened):
+        assert trained.result.first_mismatch is None and again == opened.records
+
+
+def test_a_run_with_every_option_goes_on(runs):
+    opened = run.open_run(runs / 'options')
+    longer = opened.config.changed(max_steps=22)
+    trained = run.train_run(longer, runs / 'options')
+    assert trained.result.resumed_from == 20 and trained.result.step == 22
+
+
+def test_an_older_run_is_diagnosed_as_it_was(runs):
+    expected = json.loads((runs / 'expected-diagnosis.json').read_text())
+    opened = run.open_run(runs / 'run')
+    rule = detect.custom('loss < .0076 and step > 40')
+    found = json.loads(
+        json.dumps(dataclasses.asdict(diagnose_run(runs / 'run', [rule], budget=900).diagnosis))
+    )
+    assert found['symptom'] == expected['symptom'] and found.keys() == expected.keys()
+    if same_bits(opened):
+        for result in (found, expected):
+            del result['versions']
+        assert found == expected
