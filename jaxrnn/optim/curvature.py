@@ -154,6 +154,7 @@ def watched(
         b1, b2, eps, epsilon_hat: as `preconditioner` has them.
     """
 
+    # long: a transformation is two closures over its settings, and half of this says what it measures.
     def init(params: Tree) -> WatchState:
         start = random_start(params)
         start = _over(start, _norm(start))

@@ -55,6 +55,7 @@ def scale_by_adam(
         dtype: that m and v are kept as between steps, rounded to nearest; computed with as the gradients are. With
             b2 = .999 a v in bfloat16 rises only where g^2 is 3 or more times as large, and never falls.
     """
+    # long: half of it are equations, of three rules and two places for epsilon.
     rule = {'adam': _mean_square, 'amsgrad': _mean_square, 'yogi': _yogi_square}[second_moment]
 
     def init(params: Tree) -> Any:

@@ -143,15 +143,9 @@ def run(
 
         try:
             done, state = advance(
-                observed,
-                batch_at,
-                state,
-                first,
-                options.max_steps,
-                digest_every=options.digest_every,
-                put=sink.put,
-                before=before,
-            )
+                observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
+                put=sink.put, before=before,
+            )  # fmt: skip
             writer.save(done, state, _meta(done, state, identity))
             writer.wait()
         finally:
