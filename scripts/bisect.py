@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         words = investigation.words_of(opened, step) if step is not None else ()
         console = Console(soft_wrap=True)
         console.print(
-            report.render_bisection(diagnosis, found.rows, words, found.inspection), soft_wrap=False
+            report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False
         )
         if step is not None:
             console.print(f'next: python scripts/diagnose.py --run_dir={directory}', highlight=False)

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         words = investigation.words_of(opened, step) if step is not None else ()
         directory = directory.rstrip('/')
         console = Console()
-        console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspection, words))
+        console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
         if added := report.advised_flags(diagnosis):
             train = (
                 f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2 {added}'
