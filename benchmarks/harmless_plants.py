@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import detect, environment
+from jaxrnn.cli import common
 from jaxrnn.words import train
-from scripts import common
 
 PLANTS = {
     'none (gain 1.1)': {},

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import detect, environment
+from jaxrnn.cli import common, demo
 from jaxrnn.record import telemetry
 from jaxrnn.words.signals import ALARMS
-from scripts import common, demo
 
 GRAVE = ('nonfinite', 'collapse', 'constant')
 """Symptoms that lose what was learnt; a spike recovers, or ends as one of these."""

@@ -20,6 +20,7 @@ ROOMS = {
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
     'words': 'ground optim record detect trace bisect experiment rnn',
+    'cli': 'ground optim record detect trace bisect experiment rnn report words',
 }
 """A room -> those that it may import."""
 

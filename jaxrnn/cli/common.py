@@ -47,20 +47,23 @@ def define(group: str, name: str, default: Any, help: str, choices: tuple[str, .
 
 def define_config() -> None:
     """A flag for every option of the configuration."""
-    for group in dataclasses.fields(config.Config):
-        for field in dataclasses.fields(group.type):
-            define(group.name, field.name, field.default, field.metadata['help'], field.metadata['choices'])
+    for group, options in _groups_of_options().items():
+        for field in dataclasses.fields(options):
+            define(group, field.name, field.default, field.metadata['help'], field.metadata['choices'])
 
 
 def config_from_flags() -> config.Config:
     """The configuration that the flags say. Raises UserError for a value out of bounds."""
-    groups = {
-        group.name: group.type(
-            **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(group.type)}
-        )
-        for group in dataclasses.fields(config.Config)
+    groups: dict[str, Any] = {
+        group: options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(options)})
+        for group, options in _groups_of_options().items()
     }
     return config.Config(**groups)
+
+
+def _groups_of_options() -> dict[str, type[config.OptionGroup]]:
+    """Those of the configuration, by name."""
+    return {group.name: group.type for group in dataclasses.fields(config.Config)}  # type: ignore[misc]
 
 
 def define_run(help: str, default: str | None = None) -> None:

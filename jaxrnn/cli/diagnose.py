@@ -8,12 +8,10 @@ time, beside a control without a change: what averts the symptom there is what i
 
 import sys
 
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
-
 from absl import flags
 from rich.console import Console
 
-from scripts import common
+from jaxrnn.cli import common
 
 
 def main(arguments: list[str]) -> int:

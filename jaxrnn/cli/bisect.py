@@ -8,14 +8,10 @@ A rule for --when compares fields of the records (see the first line of records.
 smooth (x, n) over the n steps up to this one; prev (x, n); abs, log, sqrt, finite (x).
 """
 
-import sys
-
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
-
 from absl import flags
 from rich.console import Console
 
-from scripts import common
+from jaxrnn.cli import common
 
 
 def main(arguments: list[str]) -> int:
@@ -36,9 +32,7 @@ def main(arguments: list[str]) -> int:
     else:
         words = investigation.words_of(opened, step) if step is not None else ()
         console = Console(soft_wrap=True)
-        console.print(
-            report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False
-        )
+        console.print(report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False)
         if step is not None:
             console.print(f'next: python scripts/diagnose.py --run_dir={directory}', highlight=False)
     if diagnosis.replay.first_mismatch is not None:

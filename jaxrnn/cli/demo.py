@@ -6,17 +6,14 @@ Trains word vectors on the Wikipedia articles that come with gensim, then the qu
 most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
 """
 
-import sys
-
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
-
 import shlex
 import subprocess
+import sys
 import time
 
 from absl import flags
 
-from scripts import common
+from jaxrnn.cli import common
 
 # The question's network as Keras 1 made it, at a learning rate at which every seed tried so far collapsed: seeds 0 to 5
 # between steps 1,374 and 4,202, and with another order of summation seed 0 at 1,302 (benchmarks/natural_collapse.py;

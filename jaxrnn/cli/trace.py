@@ -10,14 +10,10 @@ is held against an earlier one: which parameters, gates, time steps, words and o
 bisect.py does the same for the step it names.
 """
 
-import sys
-
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's trace.py hides Python's own
-
 from absl import flags
 from rich.console import Console
 
-from scripts import common
+from jaxrnn.cli import common
 
 
 def main(arguments: list[str]) -> int:

@@ -7,17 +7,15 @@ evaluation.json, diagnosis.json. The same command again resumes it. Then scripts
 which step it broke and why, and scripts/embed.py asks it for vectors.
 """
 
-import sys
-
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
-
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scripts import common
+from jaxrnn.cli import common
 
 LINE_EVERY = 15.0
 """Seconds between lines where the output isn't a terminal."""
@@ -40,7 +38,7 @@ class Display:
         )
         self.task = self.progress.add_task('compiling', total=total)
 
-    def __call__(self, row: dict) -> None:
+    def __call__(self, row: Mapping[str, Any]) -> None:
         step, now = row['step'], time.monotonic()
         self.first = self.first or (step, now)
         rate = (step - self.first[0]) / max(now - self.first[1], 1e-9)

@@ -6,14 +6,12 @@ python scripts/embed.py --run_dir=runs/first --export=vectors.txt river rivers
 
 import sys
 
-sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
-
 from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import common
+from jaxrnn.cli import common
 
 
 def main(arguments: list[str]) -> int:
