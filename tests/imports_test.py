@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOMS = {
-    'types': '',
+    'errors': '',
+    'types': 'errors',
     'environment': '',
     'tree': 'types',
     'diagnosis': 'environment',
@@ -24,7 +25,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('types', 'environment', 'tree', 'diagnosis')
+GROUND = ('errors', 'types', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',
