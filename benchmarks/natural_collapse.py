@@ -38,7 +38,7 @@ LAST = 160
 def run(seed: int) -> dict:
     """Trains one seed; its gravest symptom, and the accuracy around it, of 16 steps each."""
     values = flags.FLAGS
-    script = str(Path(demo.__file__).with_name('train.py'))
+    script = str(Path(__file__).parent.parent / 'scripts' / 'train.py')
     more = [f'--max_steps={values.steps}', '--on_divergence=continue'] if values.steps else []
     more += shlex.split(values.flags)
     with tempfile.TemporaryDirectory() as directory:

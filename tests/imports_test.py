@@ -22,6 +22,7 @@ ROOMS = {
     'report': 'ground optim record detect trace bisect experiment',
     'words': 'ground optim record detect trace bisect experiment rnn',
     'cli': 'ground optim record detect trace bisect experiment rnn report words',
+    '__main__': 'cli',
 }
 """A room -> those that it may import."""
 

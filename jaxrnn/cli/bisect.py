@@ -1,7 +1,7 @@
 """Finds the exact step at which a run broke, and proves it by replaying the run bit for bit.
 
-    python scripts/bisect.py --run_dir=runs/first
-    python scripts/bisect.py --run_dir=runs/first --when='loss > 3 * median(loss, 200)'
+    jaxrnn bisect --run_dir=runs/first
+    jaxrnn bisect --run_dir=runs/first --when='loss > 3 * median(loss, 200)'
 
 A rule for --when compares fields of the records (see the first line of records.jsonl; also step, all_finite) with
 + - * / **, and, or, not, and these functions: median, mean, max, min, std, spread (x, n) over the n steps before;
@@ -11,7 +11,15 @@ smooth (x, n) over the n steps up to this one; prev (x, n); abs, log, sqrt, fini
 from absl import flags
 from rich.console import Console
 
-from jaxrnn.cli import common
+from jaxrnn.cli import common, invocation
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define_detectors('bisect')
+    common.define(
+        'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -34,17 +42,7 @@ def main(arguments: list[str]) -> int:
         console = Console(soft_wrap=True)
         console.print(report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False)
         if step is not None:
-            console.print(f'next: python scripts/diagnose.py --run_dir={directory}', highlight=False)
+            console.print(invocation.following('diagnose', f'--run_dir={directory}'), highlight=False)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
-
-
-common.define_run('The directory of the run.')
-common.define_detectors('bisect')
-common.define(
-    'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
-)
-
-if __name__ == '__main__':
-    common.main(main, __doc__)

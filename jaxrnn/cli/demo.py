@@ -1,6 +1,6 @@
-"""A network that learns real words and then breaks by itself; at which step, why, and what would have averted it.
+"""Trains a network until it breaks by itself, and says at which step, why, and what averts it.
 
-    python scripts/demo.py        (or: make demo)
+    jaxrnn demo
 
 Trains word vectors on the Wikipedia articles that come with gensim, then the question's stacked network on its 256
 most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
@@ -8,12 +8,11 @@ most frequent words, until its accuracy collapses: nothing is planted. Then diag
 
 import shlex
 import subprocess
-import sys
 import time
 
 from absl import flags
 
-from jaxrnn.cli import common
+from jaxrnn.cli import common, invocation
 
 # The question's network as Keras 1 made it, at a learning rate at which every seed tried so far collapsed: seeds 0 to 5
 # between steps 1,374 and 4,202, and with another order of summation seed 0 at 1,302 (benchmarks/natural_collapse.py;
@@ -22,6 +21,11 @@ SETTING = (
     '--network=stacked --hidden=128 --preset=keras1 --learning_rate=6e-3 --num_words=256 --pad_to=20'
     ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop --signals'
 )
+
+
+def define_flags() -> None:
+    common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
+    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
 
 
 def main(arguments: list[str]) -> int:
@@ -37,11 +41,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _call(name: str, *arguments: str) -> int:
-    print(f'\n$ python scripts/{name}.py {shlex.join(arguments)}', flush=True)
-    return subprocess.call([sys.executable, f'{sys.path[0] or "."}/scripts/{name}.py', *arguments])
-
-
-if __name__ == '__main__':
-    common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
-    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
-    common.main(main, __doc__)
+    command = invocation.of(name)
+    print(f'\n$ {command.typed} {shlex.join(arguments)}', flush=True)
+    return subprocess.call([*command.argv, *arguments])

@@ -1,9 +1,9 @@
-"""Says what a run suffers from, at which step and where it began, why, and which flags would have averted it.
+"""Says what a run suffers from, since which step, why, and which flags avert it.
 
-    python scripts/diagnose.py --run_dir=runs/first
+    jaxrnn diagnose --run_dir=runs/first
 
-Bisects the run as bisect.py does, makes seven checks, and replays the steps before the symptom under one change at a
-time, beside a control without a change: what averts the symptom there is what it advises.
+Bisects the run as jaxrnn bisect does, makes seven checks, and replays the steps before the symptom under one change
+at a time, beside a control without a change: what averts the symptom there is what it advises.
 """
 
 import sys
@@ -11,7 +11,19 @@ import sys
 from absl import flags
 from rich.console import Console
 
-from jaxrnn.cli import common
+from jaxrnn.cli import common, invocation
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define_detectors('diagnose')
+    common.define(
+        'diagnose',
+        'fresh_runs',
+        0,
+        'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
+    )
+    common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
 
 
 def main(arguments: list[str]) -> int:
@@ -47,24 +59,10 @@ def main(arguments: list[str]) -> int:
         console = Console()
         console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
         if added := report.advised_flags(diagnosis):
-            train = (
-                f'python scripts/train.py --flagfile={directory}/flags.txt --run_dir={directory}-2 {added}'
+            following = invocation.following(
+                'train', f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
             )
-            console.print(f'\nnext: {train}', soft_wrap=True, highlight=False)
+            console.print(f'\n{following} {added}', soft_wrap=True, highlight=False)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
-
-
-common.define_run('The directory of the run.')
-common.define_detectors('diagnose')
-common.define(
-    'diagnose',
-    'fresh_runs',
-    0,
-    'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
-)
-common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
-
-if __name__ == '__main__':
-    common.main(main, __doc__)

@@ -1,7 +1,7 @@
-"""Asks a trained network for the vectors of words, known or unknown, and for their nearest neighbours.
+"""Gives the vectors of words, known or unknown, and their nearest neighbours.
 
-python scripts/embed.py --run_dir=runs/first river rivers riverlike
-python scripts/embed.py --run_dir=runs/first --export=vectors.txt river rivers
+jaxrnn embed --run_dir=runs/first river rivers riverlike
+jaxrnn embed --run_dir=runs/first --export=vectors.txt river rivers
 """
 
 import sys
@@ -12,6 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn.cli import common
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
+    common.define(
+        'embed',
+        'export',
+        '',
+        'Write the vectors to this file in word2vec text format; of all words if none is named.',
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -58,16 +69,3 @@ def _table(found: list[dict]) -> Table:
         near = '  '.join(f'{near["word"]} {near["cosine"]:.2f}' for near in entry['nearest'])
         table.add_row(entry['word'], 'yes' if entry['known'] else 'no', near)
     return table
-
-
-common.define_run('The directory of the run.')
-common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
-common.define(
-    'embed',
-    'export',
-    '',
-    'Write the vectors to this file in word2vec text format; of all words if none is named.',
-)
-
-if __name__ == '__main__':
-    common.main(main, __doc__)

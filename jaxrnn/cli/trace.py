@@ -1,19 +1,37 @@
-"""Evaluates one step of a run equation by equation: where in it the first NaN or infinity was born, or what changed.
+"""Evaluates one step of a run equation by equation: where a NaN was born, what changed.
 
-    python scripts/trace.py --run_dir=runs/first --step=1302
-    python scripts/trace.py --run_dir=runs/first --step=1302 --against=1200
+    jaxrnn trace --run_dir=runs/first --step=1302
+    jaxrnn trace --run_dir=runs/first --step=1302 --against=1200
 
-Of a NaN or an infinity it names the operation with its source line, the pass, the layer, the time step and the words,
-and what went in and came out; what was bad but reached no output is listed as harmless. A step in which all is finite
-is held against an earlier one: which parameters, gates, time steps, words and operations have most of the change.
---float64 names the first operation that loses its digits.
-bisect.py does the same for the step it names.
+Of the first NaN or infinity it names the operation with its source line, the pass, the layer, the time step and the
+words, and what went in and came out; what was bad but reached no output is listed as harmless. A step in which all is
+finite is held against an earlier one: which parameters, gates, time steps, words and operations have most of the
+change. --float64 names the first operation that loses its digits.
+
+jaxrnn bisect does the same for the step it names.
 """
 
 from absl import flags
 from rich.console import Console
 
-from jaxrnn.cli import common
+from jaxrnn.cli import common, invocation
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define('trace', 'step', None, 'The step to look into.')
+    common.define(
+        'trace',
+        'against',
+        None,
+        'The earlier step to hold a finite one against; else the last before it whose loss was no more than its '
+        'median.',
+    )
+    common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
+    common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")
+    common.define(
+        'trace', 'float64', False, 'Compute the step in float64, too, and name what loses its digits.'
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +46,8 @@ def main(arguments: list[str]) -> int:
     common.keep_compiled()
     if step is None:
         raise UserError(
-            '--step: nothing found, the number of a step expected; bisect.py finds the first bad one'
+            '--step: nothing found, the number of a step expected; '
+            f'{invocation.of("bisect").typed} finds the first bad one'
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
     inspected, words = investigation.look_into_run(
@@ -40,19 +59,3 @@ def main(arguments: list[str]) -> int:
         Console().print(report.render_inspection(inspected, words), soft_wrap=False)
     assert inspected.trace_report is not None
     return common.HEALTHY if inspected.trace_report.finding is None else common.DIVERGED
-
-
-common.define_run('The directory of the run.')
-common.define('trace', 'step', None, 'The step to look into.')
-common.define(
-    'trace',
-    'against',
-    None,
-    'The earlier step to hold a finite one against; else the last before it whose loss was no more than its median.',
-)
-common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
-common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")
-common.define('trace', 'float64', False, 'Compute the step in float64, too, and name what loses its digits.')
-
-if __name__ == '__main__':
-    common.main(main, __doc__)

@@ -1,10 +1,10 @@
 """Trains an LSTM or GRU that maps a word, letter by letter, to its vector.
 
-    python scripts/train.py --network=stacked --hidden=128 --run_dir=runs/first
+    jaxrnn train --network=stacked --hidden=128 --run_dir=runs/first
 
 Leaves a run in --run_dir: config.json, flags.txt, data.npz, records.jsonl (one line a step), checkpoints/,
-evaluation.json, diagnosis.json. The same command again resumes it. Then scripts/diagnose.py says at
-which step it broke and why, and scripts/embed.py asks it for vectors.
+evaluation.json, diagnosis.json. The same command again resumes it. Then jaxrnn diagnose says at which step it broke
+and why, and jaxrnn embed asks it for vectors.
 """
 
 import time
@@ -15,10 +15,15 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxrnn.cli import common
+from jaxrnn.cli import common, invocation
 
 LINE_EVERY = 15.0
 """Seconds between lines where the output isn't a terminal."""
+
+
+def define_flags() -> None:
+    common.define_run('Where the run lives; made if need be.', default='runs/default')
+    common.define_config()
 
 
 class Display:
@@ -74,12 +79,5 @@ def main(arguments: list[str]) -> int:
         return common.IRREPRODUCIBLE
     if diagnosis.symptom is None:
         return common.HEALTHY
-    console.print(f'next: python scripts/diagnose.py --run_dir={directory}')
+    console.print(invocation.following('diagnose', f'--run_dir={directory}'), highlight=False)
     return common.DIVERGED
-
-
-common.define_run('Where the run lives; made if need be.', default='runs/default')
-common.define_config()
-
-if __name__ == '__main__':
-    common.main(main, __doc__)

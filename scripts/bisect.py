@@ -1,0 +1,10 @@
+"""The command `jaxrnn bisect` from a checkout: python scripts/bisect.py --help."""
+
+import sys
+
+sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
+
+from jaxrnn import cli
+
+if __name__ == '__main__':
+    sys.exit(cli.run('bisect', sys.argv[1:]))
