@@ -16,10 +16,10 @@ Offer = tuple[str, str]
 """A word, and what it means."""
 
 _BASH = r"""_jaxrnn() {
-    local line
+    local line before=${COMP_WORDS[COMP_CWORD-1]} current=${COMP_WORDS[COMP_CWORD]}
     COMPREPLY=()
     while IFS=$'\t' read -r line _; do
-        [[ $COMP_WORDBREAKS == *=* && $line == --*=?* ]] && line=${line#*=}  # bash has parted the word there
+        [[ $before == = || $current == = ]] && line=${line#*=}  # bash parts words at =
         [[ $line ]] && COMPREPLY+=("$line")
     done < <("${1/#\~/$HOME}" --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
     if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]]; then compopt -o nospace; fi
@@ -27,11 +27,12 @@ _BASH = r"""_jaxrnn() {
 complete -o default -F _jaxrnn jaxrnn"""
 
 _ZSH = r"""_jaxrnn() {
-    local line
+    local line offer
     local -a whole open
     for line in "${(@f)$(${~words[1]} --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}"; do
-        [[ $line == *=$'\t'* ]] && open+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
-        [[ $line == *[^=]$'\t'* ]] && whole+=("${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}")
+        offer=${${line%%$'\t'*}//:/\\:}:${line#*$'\t'}
+        [[ $line == *=$'\t'* ]] && open+=("${offer%:}")
+        [[ $line == *[^=]$'\t'* ]] && whole+=("${offer%:}")
     done
     if (( $#whole + $#open == 0 )); then
         compset -P '*='

@@ -1,7 +1,9 @@
 """Gives the vectors of words, known or unknown, and their nearest neighbours.
 
-jaxrnn embed --run_dir=runs/first river rivers riverlike
-jaxrnn embed --run_dir=runs/first --export=vectors.txt river rivers
+    jaxrnn embed --run_dir=runs/first river rivers riverlike
+    jaxrnn embed --run_dir=runs/first --export=vectors.txt river rivers
+
+A word is known if it was learnt; of any other the network reads the letters.
 """
 
 import sys

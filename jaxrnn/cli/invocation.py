@@ -23,13 +23,12 @@ class Invocation(NamedTuple):
 def of(command: str) -> Invocation:
     """A command, to be called as this program was."""
     program = Path(sys.argv[0])
-    name = f'jaxrnn {command}'
-    if program.name == '__main__.py':
+    script, name = program.with_name(f'{command}.py'), f'jaxrnn {command}'
+    if program.suffix != '.py':
+        return Invocation(name, name, (sys.argv[0], command))
+    if program.name == '__main__.py' or not script.exists():
         return Invocation(name, f'python -m {name}', (sys.executable, '-m', 'jaxrnn', command))
-    if program.suffix == '.py':
-        script = str(program.with_name(f'{command}.py'))
-        return Invocation(f'{command}.py', f'python {shlex.quote(script)}', (sys.executable, script))
-    return Invocation(name, name, (sys.argv[0], command))
+    return Invocation(script.name, f'python {shlex.quote(str(script))}', (sys.executable, str(script)))
 
 
 def as_typed(text: str) -> str:
