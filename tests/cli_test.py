@@ -142,6 +142,7 @@ def test_scripts_are_the_same_commands():
 
 
 WAYS = {
+    './jaxrnn': ('jaxrnn diagnose', 'jaxrnn diagnose', ('./jaxrnn', 'diagnose')),
     '/usr/bin/jaxrnn': ('jaxrnn diagnose', 'jaxrnn diagnose', ('/usr/bin/jaxrnn', 'diagnose')),
     '/lib/jaxrnn/__main__.py': (
         'jaxrnn diagnose',

@@ -22,7 +22,7 @@ class Invocation(NamedTuple):
 
 def of(command: str) -> Invocation:
     """A command, to be called as this program was."""
-    program = Path(sys.argv[0])
+    program = Path(sys.argv[0] or 'jaxrnn')  # empty where Python is asked line by line
     script, name = program.with_name(f'{command}.py'), f'jaxrnn {command}'
     if program.suffix != '.py':
         return Invocation(name, name, (sys.argv[0], command))
