@@ -67,7 +67,7 @@ def test_it_answers_without_jax(arguments, code):
     assert returned == code and bool(out) == (code == 0), errors
     assert 'jaxrnn.cli.common' in imported and not {'jax', 'numpy'} & imported
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert seconds < 0.3  # of a processor, as others may be busy
+    assert seconds < 0.5  # of a processor, as others may be busy; a tenth is usual
 
 
 def test_help_lists_every_command(answer):
