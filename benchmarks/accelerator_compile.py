@@ -43,9 +43,9 @@ from rich.table import Table
 
 from benchmarks import peers
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.rnn import scan
 from jaxrnn.types import Array, Tree, UserError
-from scripts import common
 
 BATCH = 32
 

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import environment
+from jaxrnn.cli import common, demo
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.record import loop
 from jaxrnn.words import investigation
-from scripts import common, demo
 
 STEPS, STRIKES = 10_000, 9_350
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import detect, environment
+from jaxrnn.cli import common
 from jaxrnn.detect import rules
 from jaxrnn.types import Series
 from jaxrnn.words import config, train
 from jaxrnn.words.signals import ALARMS
-from scripts import common
 
 PRESETS = ('keras1', 'keras3', 'flax')
 

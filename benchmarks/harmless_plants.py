@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import detect, environment
+from jaxrnn.cli import common
+from jaxrnn.diagnosis import Symptom
 from jaxrnn.words import train
-from scripts import common
 
 PLANTS = {
     'none (gain 1.1)': {},
@@ -34,7 +35,7 @@ NETWORKS = (('gru', 32), ('gru', 64), ('lstm', 32), ('stacked', 32))
 RATES = (3e-3, 6e-3)
 
 
-def symptom_of(network: str, hidden: int, rate: float, seed: int, plant: dict) -> detect.Symptom | None:
+def symptom_of(network: str, hidden: int, rate: float, seed: int, plant: dict) -> Symptom | None:
     values = flags.FLAGS
     made = small.configuration(network, hidden=hidden, preset='keras1', seed=seed)
     program = train.make_program(made.changed(learning_rate=rate, **plant), small.dataset(values.pad_to))

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import detect, environment
+from jaxrnn.cli import common, demo
 from jaxrnn.record import telemetry
 from jaxrnn.words.signals import ALARMS
-from scripts import common, demo
 
 GRAVE = ('nonfinite', 'collapse', 'constant')
 """Symptoms that lose what was learnt; a spike recovers, or ends as one of these."""
@@ -38,7 +38,7 @@ LAST = 160
 def run(seed: int) -> dict:
     """Trains one seed; its gravest symptom, and the accuracy around it, of 16 steps each."""
     values = flags.FLAGS
-    script = str(Path(demo.__file__).with_name('train.py'))
+    script = str(Path(__file__).parent.parent / 'scripts' / 'train.py')
     more = [f'--max_steps={values.steps}', '--on_divergence=continue'] if values.steps else []
     more += shlex.split(values.flags)
     with tempfile.TemporaryDirectory() as directory:

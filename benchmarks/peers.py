@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from jaxrnn.cli import common
 from jaxrnn.types import UserError
-from scripts import common
 
 LETTERS, STEPS, SIZE = 27, 20, 100  # V, T, E: the embedded default
 RATE = 1e-3  # of Adam

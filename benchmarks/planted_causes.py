@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import environment, report
-from scripts import common
+from jaxrnn.cli import common
 
 
 def ask(cause: causes.Cause, seeds: int) -> dict:

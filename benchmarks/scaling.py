@@ -26,9 +26,9 @@ from rich.table import Table
 
 from benchmarks.peers import LETTERS
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.rnn import cells, scan
 from jaxrnn.types import Array, UserError
-from scripts import common
 
 CELLS = {'lstm': cells.lstm(cells.SIGMOID), 'gru': cells.gru_reset_after(cells.SIGMOID)}
 

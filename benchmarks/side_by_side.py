@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.types import BatchAt, Tree
 from jaxrnn.words import config
-from scripts import common
 
 WARM = 2
 """Rounds that aren't counted: the first compiles."""

@@ -29,10 +29,10 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.peers import RATE, STEPS, Case, cases, define_cases, examples, jax_step
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.optim import transforms
 from jaxrnn.rnn import scan
 from jaxrnn.types import Array, UserError
-from scripts import common
 
 PRODUCT = 2048  # side of the matrices that measure the machine
 

@@ -49,8 +49,8 @@ from benchmarks.peers import (
     jax_step,
     reorder,
 )
+from jaxrnn.cli import common
 from jaxrnn.types import UserError
-from scripts import common
 
 CHECKED, LONG_ENOUGH, TOLERANCE = 3, 0.2, 1e-4  # the last: of a loss, relative
 PRODUCT = 2048  # side of the matrices that measure the machine

@@ -15,9 +15,9 @@ import jax
 
 from benchmarks import side_by_side
 from benchmarks.random_words import dataset
+from jaxrnn.cli import common
 from jaxrnn.record import telemetry
 from jaxrnn.words import train
-from scripts import common
 
 
 def main(arguments: list[str]) -> int:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrnn import environment, trace
-from scripts import common
+from jaxrnn.cli import common
 
 TIME_STEP, EXAMPLE = 7, 11
 

@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.types import UserError
-from scripts import common
 
 CLEAR_EVERY = 40
 """Faults after which compiled programs are dropped: each takes mappings of memory, of which a process has 65,530."""

@@ -28,8 +28,8 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxrnn import environment
+from jaxrnn.cli import common
 from jaxrnn.types import UserError
-from scripts import common
 
 
 def checkify_alarms(step: healthy.Healthy) -> bool:

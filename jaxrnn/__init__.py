@@ -13,7 +13,8 @@ Rooms, each of which imports only those below it:
     detect      records -> symptoms
     optim       what optax lacks                record      a run: loop, records, checkpoints
     rnn         the fast recurrence             trace       a function evaluated equation by equation
-    types, environment, tree, diagnosis         ground
+    errors, types, environment, tree,           ground
+    diagnosis, package
 """
 
 import importlib

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxrnn.errors import UserError as UserError
+
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
 Tree = Any
@@ -76,18 +78,3 @@ class Signal(NamedTuple):
 
 Series = Mapping[str, np.ndarray]
 """Records of consecutive steps: name -> [S]."""
-
-
-class UserError(Exception):
-    """Something the user can put right; its text is one line.
-
-    It names the flag or file, what was found, what was expected, and what to do.
-
-    >>> raise UserError('--steps: -1 found, at least 0 expected')
-    Traceback (most recent call last):
-    ...
-    jaxrnn.types.UserError: --steps: -1 found, at least 0 expected
-    """
-
-    def __init__(self, message: str):
-        super().__init__(' '.join(message.split()))

@@ -1,50 +1,10 @@
-"""A network that learns real words and then breaks by itself; at which step, why, and what would have averted it.
-
-    python scripts/demo.py        (or: make demo)
-
-Trains word vectors on the Wikipedia articles that come with gensim, then the question's stacked network on its 256
-most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
-"""
+"""The command `jaxrnn demo` from a checkout: python scripts/demo.py --help."""
 
 import sys
 
 sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
 
-import shlex
-import subprocess
-import time
-
-from absl import flags
-
-from scripts import common
-
-# The question's network as Keras 1 made it, at a learning rate at which every seed tried so far collapsed: seeds 0 to 5
-# between steps 1,374 and 4,202, and with another order of summation seed 0 at 1,302 (benchmarks/natural_collapse.py;
-# AMD EPYC, two threads, jax 0.10.2).
-SETTING = (
-    '--network=stacked --hidden=128 --preset=keras1 --learning_rate=6e-3 --num_words=256 --pad_to=20'
-    ' --validation_share=0 --test_share=0 --max_steps=8000 --on_divergence=stop --signals'
-)
-
-
-def main(arguments: list[str]) -> int:
-    del arguments
-    directory = f'--run_dir={common.run_dir()}'
-    start = time.monotonic()
-    trained = _call('train', *SETTING.split(), f'--seed={flags.FLAGS.seed}', directory)
-    if trained not in (common.HEALTHY, common.DIVERGED):
-        return trained
-    found = _call('diagnose', directory)
-    print(f'\n{time.monotonic() - start:.0f} s in all')
-    return common.HEALTHY if found == common.DIVERGED else found
-
-
-def _call(name: str, *arguments: str) -> int:
-    print(f'\n$ python scripts/{name}.py {shlex.join(arguments)}', flush=True)
-    return subprocess.call([sys.executable, f'{sys.path[0] or "."}/scripts/{name}.py', *arguments])
-
+from jaxrnn import cli
 
 if __name__ == '__main__':
-    common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
-    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
-    common.main(main, __doc__)
+    sys.exit(cli.run('demo', sys.argv[1:]))

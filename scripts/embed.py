@@ -1,75 +1,10 @@
-"""Asks a trained network for the vectors of words, known or unknown, and for their nearest neighbours.
-
-python scripts/embed.py --run_dir=runs/first river rivers riverlike
-python scripts/embed.py --run_dir=runs/first --export=vectors.txt river rivers
-"""
+"""The command `jaxrnn embed` from a checkout: python scripts/embed.py --help."""
 
 import sys
 
 sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
 
-from absl import flags
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from scripts import common
-
-
-def main(arguments: list[str]) -> int:
-    from jaxrnn.types import UserError
-    from jaxrnn.words import data, run, train
-
-    if flags.FLAGS.neighbours < 1:
-        raise UserError(f'--neighbours: {flags.FLAGS.neighbours} found, at least 1 expected')
-    opened = run.open_run(common.run_dir())
-    dataset = opened.dataset
-    words = arguments or (list(dataset.words) if flags.FLAGS.export else [])
-    if not words:
-        raise UserError(
-            'no words found; name some after the flags, or --export a file of all that were learnt'
-        )
-    letters = data.encode(words, dataset.alphabet, dataset.letters.shape[0])
-    vectors = train.predict_words(opened.program.predict, run.newest_params(opened), letters)
-    if flags.FLAGS.export:
-        data.write_vectors(flags.FLAGS.export, words, vectors)
-        print(f'{len(words):,} vectors written to {flags.FLAGS.export} (word2vec text)', file=sys.stderr)
-    index, cosines = data.nearest(dataset.vectors, vectors, min(flags.FLAGS.neighbours, len(dataset.words)))
-    known = set(dataset.words)
-    found = [
-        {
-            'word': word,
-            'known': word in known,
-            'nearest': [
-                {'word': dataset.words[i], 'cosine': float(c)} for i, c in zip(places, near, strict=True)
-            ],
-            'vector': [float(x) for x in vector],
-        }
-        for word, places, near, vector in zip(words, index, cosines, vectors, strict=True)
-    ]
-    if flags.FLAGS.json:
-        common.print_json(found)
-    elif arguments:
-        Console(soft_wrap=True).print(_table(found), soft_wrap=False)
-    return common.HEALTHY
-
-
-def _table(found: list[dict]) -> Table:
-    table = Table('word', 'learnt', 'nearest by cosine', box=box.SIMPLE_HEAD, pad_edge=False)
-    for entry in found:
-        near = '  '.join(f'{near["word"]} {near["cosine"]:.2f}' for near in entry['nearest'])
-        table.add_row(entry['word'], 'yes' if entry['known'] else 'no', near)
-    return table
-
-
-common.define_run('The directory of the run.')
-common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
-common.define(
-    'embed',
-    'export',
-    '',
-    'Write the vectors to this file in word2vec text format; of all words if none is named.',
-)
+from jaxrnn import cli
 
 if __name__ == '__main__':
-    common.main(main, __doc__)
+    sys.exit(cli.run('embed', sys.argv[1:]))

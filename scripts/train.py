@@ -1,87 +1,10 @@
-"""Trains an LSTM or GRU that maps a word, letter by letter, to its vector.
-
-    python scripts/train.py --network=stacked --hidden=128 --run_dir=runs/first
-
-Leaves a run in --run_dir: config.json, flags.txt, data.npz, records.jsonl (one line a step), checkpoints/,
-evaluation.json, diagnosis.json. The same command again resumes it. Then scripts/diagnose.py says at
-which step it broke and why, and scripts/embed.py asks it for vectors.
-"""
+"""The command `jaxrnn train` from a checkout: python scripts/train.py --help."""
 
 import sys
 
 sys.path[0] = sys.path[0].removesuffix('scripts')  # else this folder's bisect.py hides Python's own
 
-import time
-
-from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from scripts import common
-
-LINE_EVERY = 15.0
-"""Seconds between lines where the output isn't a terminal."""
-
-
-class Display:
-    """A bar on a terminal, a line now and then elsewhere; on standard error, which leaves the result its place."""
-
-    def __init__(self, console: Console, total: int):
-        self.console, self.total = console, total
-        self.first: tuple[int, float] | None = None
-        self.spoke = time.monotonic()
-        self.progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.description}'),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task('compiling', total=total)
-
-    def __call__(self, row: dict) -> None:
-        step, now = row['step'], time.monotonic()
-        self.first = self.first or (step, now)
-        rate = (step - self.first[0]) / max(now - self.first[1], 1e-9)
-        seen = f'loss {row["loss"]:.3g} accuracy {row.get("accuracy", float("nan")):.2f} {rate:.1f} steps/s'
-        self.progress.update(self.task, completed=step + 1, description=seen)
-        if not self.console.is_terminal and now - self.spoke > LINE_EVERY:
-            self.spoke = now
-            self.console.print(f'step {step + 1:,} of {self.total:,}: {seen}', highlight=False)
-
-
-def main(arguments: list[str]) -> int:
-    from jaxrnn import report
-    from jaxrnn.types import UserError
-    from jaxrnn.words import run
-
-    if arguments:
-        raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
-    config, directory = common.config_from_flags(), common.run_dir()
-    common.keep_compiled()
-    console = Console(stderr=True, soft_wrap=True)
-    display = Display(console, config.loop.max_steps)
-    with display.progress:
-        trained = run.train_run(config, directory, say=console.print, on_row=display)
-    result, diagnosis = trained.result, trained.diagnosis
-    if flags.FLAGS.json:
-        common.print_json(diagnosis.to_json())
-    else:
-        console.print(report.render_training(diagnosis, trained.evaluation), soft_wrap=False)
-    if result.interrupted is not None:
-        console.print(f'saved at step {result.step:,}; run the same command again to resume')
-        return 128 + result.interrupted
-    if result.first_mismatch is not None:
-        return common.IRREPRODUCIBLE
-    if diagnosis.symptom is None:
-        return common.HEALTHY
-    console.print(f'next: python scripts/diagnose.py --run_dir={directory}')
-    return common.DIVERGED
-
-
-common.define_run('Where the run lives; made if need be.', default='runs/default')
-common.define_config()
+from jaxrnn import cli
 
 if __name__ == '__main__':
-    common.main(main, __doc__)
+    sys.exit(cli.run('train', sys.argv[1:]))

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOMS = {
-    'types': '',
+    'errors': '',
+    'types': 'errors',
     'package': '',
     'environment': '',
     'tree': 'types',
@@ -21,10 +22,12 @@ ROOMS = {
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
     'words': 'ground optim record detect trace bisect experiment rnn',
+    'cli': 'ground optim record detect trace bisect experiment rnn report words',
+    '__main__': 'cli',
 }
 """A room -> those that it may import."""
 
-GROUND = ('types', 'package', 'environment', 'tree', 'diagnosis')
+GROUND = ('errors', 'types', 'package', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from jaxrnn.types import UserError
+from jaxrnn.errors import UserError
 
 
 def option(

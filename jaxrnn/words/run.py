@@ -128,7 +128,7 @@ def read_config(paths: loop.Paths) -> Config:
     except OSError as error:
         raise UserError(
             f'--run_dir: {paths.root} holds no run (config.json: {error.strerror}); '
-            'name the directory that train.py was given'
+            'name the directory that training was given'
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({error})') from error

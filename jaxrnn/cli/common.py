@@ -1,17 +1,18 @@
-"""What the scripts share: flags made from the configuration, help, errors, exit codes."""
+"""What the commands share: flags made from the configuration, help, errors, exit codes."""
 
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from absl import app, flags
 
-from jaxrnn.types import UserError
+from jaxrnn.errors import UserError
 from jaxrnn.words import config
 
 HEALTHY, FAILED, MISUSE, DIVERGED, IRREPRODUCIBLE = 0, 1, 2, 3, 4
@@ -27,6 +28,8 @@ EXIT_CODES = """exit codes
 """
 
 _KINDS = {str: flags.ArgumentParser, int: flags.IntegerParser, float: flags.FloatParser}
+FLAGFILE = 'Read flags from a file, one a line; a run keeps its own in flags.txt.'
+
 _groups: list[tuple[str, list[str]]] = []
 
 
@@ -47,24 +50,27 @@ def define(group: str, name: str, default: Any, help: str, choices: tuple[str, .
 
 def define_config() -> None:
     """A flag for every option of the configuration."""
-    for group in dataclasses.fields(config.Config):
-        for field in dataclasses.fields(group.type):
-            define(group.name, field.name, field.default, field.metadata['help'], field.metadata['choices'])
+    for group, options in _groups_of_options().items():
+        for field in dataclasses.fields(options):
+            define(group, field.name, field.default, field.metadata['help'], field.metadata['choices'])
 
 
 def config_from_flags() -> config.Config:
     """The configuration that the flags say. Raises UserError for a value out of bounds."""
-    groups = {
-        group.name: group.type(
-            **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(group.type)}
-        )
-        for group in dataclasses.fields(config.Config)
+    groups: dict[str, Any] = {
+        group: options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(options)})
+        for group, options in _groups_of_options().items()
     }
     return config.Config(**groups)
 
 
+def _groups_of_options() -> dict[str, type[config.OptionGroup]]:
+    """Those of the configuration, by name."""
+    return {group.name: group.type for group in dataclasses.fields(config.Config)}  # type: ignore[misc]
+
+
 def define_run(help: str, default: str | None = None) -> None:
-    """The flags that every script has."""
+    """The flags that every command has."""
     define('run', 'run_dir', default or '', help)
     define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
     define(
@@ -133,27 +139,77 @@ def print_json(value: Any) -> None:
 
 
 def main(call: Callable[[list[str]], int], doc: str) -> NoReturn:
-    """Runs a script: parses flags, prints help, and turns a user's error into one line and exit code 2."""
-    if {'--help', '-help', '-h', '--helpfull'} & set(sys.argv[1:]):
-        print(_help(doc))
-        sys.exit(HEALTHY)
+    """Runs a program that isn't a command, as a benchmark."""
+    sys.exit(run(call, doc, os.path.basename(sys.argv[0]), sys.argv[1:]))
+
+
+def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[str]) -> int:
+    """Parses flags, prints help, and turns a user's error into one line and exit code 2.
+
+    Args:
+        call: what to run, of what stands after the flags; gives an exit code.
+        doc: what help says before it lists the flags.
+        name: of the program, as errors have it in front.
+        arguments: flags, and what stands after them.
+    """
+    if {'--help', '-help', '-h', '--helpfull'} & set(arguments):
+        show(_help(doc))
+        return HEALTHY
     try:
-        arguments = flags.FLAGS(sys.argv)
+        words = flags.FLAGS([name, *arguments])
         start()
-        code = call(arguments[1:])
+        return call(words[1:])
+    except flags.UnrecognizedFlagError as error:
+        near = nearest(f'--{error.flagname}', _words())
+        return refuse(name, f'--{error.flagname}: no such flag; {near or "see --help"}')
     except flags.Error as error:
-        _refuse(f'{error}'.strip().replace('\n', ' ') + '; see --help')
+        return refuse(name, f'{error}'.strip().replace('\n', ' ') + '; see --help')
     except UserError as error:
-        _refuse(str(error))
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = HEALTHY
-    sys.exit(code)
+        return refuse(name, str(error))
+    except BrokenPipeError:
+        _close_output()
+        return HEALTHY
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr)
-    sys.exit(MISUSE)
+def show(text: str) -> None:
+    """Prints a text, of which nobody need read all."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _close_output()
+
+
+def refuse(name: str, message: str) -> int:
+    """Says what a user got wrong; the exit code for it."""
+    print(f'{name}: {message}', file=sys.stderr)
+    return MISUSE
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Asks whether the most similar of the known words was meant; '' where none is."""
+    similar = difflib.get_close_matches(word, [*known], n=1)
+    return f'did you mean {similar[0]}?' if similar else ''
+
+
+def defined() -> list[flags.Flag]:
+    """Every flag of this program, in the order of its help."""
+    return [flags.FLAGS[name] for _, names in _groups for name in names]
+
+
+def _words() -> list[str]:
+    """Every way to begin a flag."""
+    negated = [f'--no{flag.name}' for flag in defined() if flag.boolean]
+    return [*(f'--{flag.name}' for flag in defined()), *negated, '--flagfile', '--help']
+
+
+def meaning(flag: flags.Flag) -> str:
+    """A flag's help."""
+    return re.sub(r'^<[^>]*>: ', '', flag.help or '')  # absl puts an enum's values there a second time
+
+
+def _close_output() -> None:
+    """Nobody reads any more, as behind `| head`; else Python complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help(doc: str) -> str:
@@ -166,7 +222,7 @@ def _help(doc: str) -> str:
     lines += [
         'files',
         '  --flagfile=PATH',
-        '      Read flags from a file, one a line; a run keeps its own in flags.txt.',
+        f'      {FLAGFILE}',
         '',
     ]
     return '\n'.join([*lines, EXIT_CODES.rstrip()])
@@ -180,5 +236,4 @@ def _flag_help(flag: flags.Flag) -> str:
         values = getattr(flag.parser, 'enum_values', None)
         usage = f'--{flag.name}={"|".join(values) if values else flag.flag_type().upper()}'
         default = 'none' if flag.default in ('', None) else flag.default
-    text = re.sub(r'^<[^>]*>: ', '', flag.help)  # absl puts an enum's values there a second time
-    return f'  {usage}\n      {text} (default: {default})'
+    return f'  {usage}\n      {meaning(flag)} (default: {default})'

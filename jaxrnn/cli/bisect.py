@@ -1,0 +1,48 @@
+"""Finds the exact step at which a run broke, and proves it by replaying the run bit for bit.
+
+    jaxrnn bisect --run_dir=runs/first
+    jaxrnn bisect --run_dir=runs/first --when='loss > 3 * median(loss, 200)'
+
+A rule for --when compares fields of the records (see the first line of records.jsonl; also step, all_finite) with
++ - * / **, and, or, not, and these functions: median, mean, max, min, std, spread (x, n) over the n steps before;
+smooth (x, n) over the n steps up to this one; prev (x, n); abs, log, sqrt, finite (x).
+"""
+
+from absl import flags
+from rich.console import Console
+
+from jaxrnn.cli import common, invocation
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define_detectors('bisect')
+    common.define(
+        'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
+    )
+
+
+def main(arguments: list[str]) -> int:
+    from jaxrnn import report
+    from jaxrnn.types import UserError
+    from jaxrnn.words import investigation
+
+    if arguments:
+        raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
+    directory, detectors = common.run_dir(), common.detectors()
+    common.keep_compiled()
+    bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
+    found = investigation.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    diagnosis, opened = found.diagnosis, found.opened
+    step = diagnosis.first_bad_step
+    if flags.FLAGS.json:
+        common.print_json(diagnosis.to_json())
+    else:
+        words = investigation.words_of(opened, step) if step is not None else ()
+        console = Console(soft_wrap=True)
+        console.print(report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False)
+        if step is not None:
+            console.print(invocation.following('diagnose', f'--run_dir={directory}'), highlight=False)
+    if diagnosis.replay.first_mismatch is not None:
+        return common.IRREPRODUCIBLE
+    return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

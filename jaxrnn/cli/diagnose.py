@@ -1,0 +1,68 @@
+"""Says what a run suffers from, since which step, why, and which flags avert it.
+
+    jaxrnn diagnose --run_dir=runs/first
+
+Bisects the run as jaxrnn bisect does, makes seven checks, and replays the steps before the symptom under one change
+at a time, beside a control without a change: what averts the symptom there is what it advises.
+"""
+
+import sys
+
+from absl import flags
+from rich.console import Console
+
+from jaxrnn.cli import common, invocation
+
+
+def define_flags() -> None:
+    common.define_run('The directory of the run.')
+    common.define_detectors('diagnose')
+    common.define(
+        'diagnose',
+        'fresh_runs',
+        0,
+        'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
+    )
+    common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
+
+
+def main(arguments: list[str]) -> int:
+    from jaxrnn import experiment, report
+    from jaxrnn.types import UserError
+    from jaxrnn.words import investigation
+
+    if arguments:
+        raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
+    directory, detectors = common.run_dir(), common.detectors()
+    common.keep_compiled()
+    budget = flags.FLAGS.budget_steps
+    if flags.FLAGS.fresh_runs < 0:
+        raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
+    if budget is not None and budget < 1:
+        raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
+    found = investigation.diagnose_run(
+        directory,
+        detectors,
+        budget=experiment.BUDGET if budget is None else budget,
+        fresh_runs=flags.FLAGS.fresh_runs,
+        good=flags.FLAGS.good,
+        bad=flags.FLAGS.bad,
+        say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
+    )
+    diagnosis, opened = found.diagnosis, found.bisected.opened
+    if flags.FLAGS.json:
+        common.print_json(diagnosis.to_json())
+    else:
+        step = diagnosis.first_bad_step
+        words = investigation.words_of(opened, step) if step is not None else ()
+        directory = directory.rstrip('/')
+        console = Console()
+        console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
+        if added := report.advised_flags(diagnosis):
+            following = invocation.following(
+                'train', f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
+            )
+            console.print(f'\n{following} {added}', soft_wrap=True, highlight=False)
+    if diagnosis.replay.first_mismatch is not None:
+        return common.IRREPRODUCIBLE
+    return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

@@ -1,0 +1,42 @@
+"""How the user called this program, so that what it tells the user to type is typed in the same way.
+
+There are three: `jaxrnn train`, `python -m jaxrnn train`, and from a checkout `python scripts/train.py`.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxrnn.cli.commands import COMMANDS
+
+
+class Invocation(NamedTuple):
+    """A command, called as this program was."""
+
+    name: str  # stands before an error: 'jaxrnn train', 'train.py'
+    typed: str  # 'jaxrnn train', 'python scripts/train.py'
+    argv: tuple[str, ...]  # starts it as a process
+
+
+def of(command: str) -> Invocation:
+    """A command, to be called as this program was."""
+    program = Path(sys.argv[0] or 'jaxrnn')  # empty where Python is asked line by line
+    script, name = program.with_name(f'{command}.py'), f'jaxrnn {command}'
+    if program.suffix != '.py':
+        return Invocation(name, name, (sys.argv[0], command))
+    if program.name == '__main__.py' or not script.exists():
+        return Invocation(name, f'python -m {name}', (sys.executable, '-m', 'jaxrnn', command))
+    return Invocation(script.name, f'python {shlex.quote(str(script))}', (sys.executable, str(script)))
+
+
+def as_typed(text: str) -> str:
+    """A text with every `jaxrnn COMMAND` in it as the user types it."""
+    commands = '|'.join(COMMANDS)
+    return re.sub(rf'\bjaxrnn ({commands})\b', lambda found: of(found[1]).typed, text)
+
+
+def following(command: str, *flags: str) -> str:
+    """The line that says what to do next."""
+    return f'next: {of(command).typed} {shlex.join(flags)}'
