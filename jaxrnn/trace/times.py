@@ -26,6 +26,10 @@ class Times:
 
     # While it is evaluated.
 
+    def add_sizes(self, path: str, shape: Sequence[int]) -> None:
+        """How long the axes of an argument are."""
+        self.sizes |= {f'{path}:{n}': size for n, size in enumerate(shape)}
+
     def run_over(self, equation: Any, names: set[str]) -> None:
         """A loop runs over axes of these names."""
         self.loops.setdefault(id(equation), (equation, set()))[1].update(names)
