@@ -41,7 +41,7 @@ class StepMeasurements(NamedTuple):
     """What was measured in one step."""
 
     record: dict[str, float]
-    sizes: list[Magnitude]
+    magnitudes: list[Magnitude]
     parameters: dict[str, Parameter]
     gradients: dict[str, jax.Array]  # path of the leaf -> array
 
@@ -54,21 +54,21 @@ class MeasuredStep:
         self._compiled = jax.jit(self._measure)
 
     @property
-    def observed(self) -> list[ProbePoint]:
-        """What is measured, in the order of the sizes; known after the first call."""
-        return self.step.frame.observed
+    def probe_points(self) -> list[ProbePoint]:
+        """What is measured, in the order of the magnitudes; known after the first call."""
+        return self.step.frame.probe_points
 
     def __call__(self, state: Tree, batch: Tree) -> StepMeasurements:
         """Does and measures one step. State and batch stay as they are."""
         leaves = jax.tree.leaves((state, batch))
-        record, sizes, parameters, gradients = self._compiled(leaves)
-        record, sizes, parameters = jax.device_get((record, sizes, parameters))
+        record, magnitudes, parameters, gradients = self._compiled(leaves)
+        record, magnitudes, parameters = jax.device_get((record, magnitudes, parameters))
         norms = {
             path: Parameter(float(norm), float(update), None if gradient is None else float(gradient))
             for path, (norm, update, gradient) in parameters.items()
         }
         return StepMeasurements(
-            {name: float(value) for name, value in record.items()}, sizes, norms, gradients
+            {name: float(value) for name, value in record.items()}, magnitudes, norms, gradients
         )
 
     def largest_arguments(self, state: Tree, batch: Tree) -> dict[str, float]:

@@ -17,7 +17,7 @@ from jaxrnn.trace.devices import Devices
 from jaxrnn.trace.equations import holds, inner, scan_counts
 from jaxrnn.trace.meaning import AxisMeaning
 from jaxrnn.trace.naming import Flow, flow_of
-from jaxrnn.trace.tracing import Argument, named_leaves, traced
+from jaxrnn.trace.tracing import named_leaves, traced
 from jaxrnn.trace.values import Bad, Node, Place, Tape, Value, constant, is_backward, read
 from jaxrnn.types import Step, Tree
 
@@ -52,7 +52,7 @@ class Frame:
     """What is known so far of one body, that of the step or of a loop."""
 
     def __init__(self) -> None:
-        self.observed: list[ProbePoint] = []
+        self.probe_points: list[ProbePoint] = []
         self.measured: list[Any] = []
         self.arrays: dict[Node, Any] = {}
         self.shapes: dict[Node, tuple[int, ...]] = {}  # in the loops within it, too
@@ -104,7 +104,9 @@ class TracedStep:
     ) -> Frame:
         """Traces the step for these leaves. Tape, arguments, outputs and frame are then those of this time."""
         self.tape, self.frame = Tape(), Frame()
-        self.arguments = [_value(leaf, array) for leaf, array in zip(self.leaves, arrays, strict=True)]
+        self.arguments = [
+            Value(array, leaf.axes, leaf.node(Bad())) for leaf, array in zip(self.leaves, arrays, strict=True)
+        ]
         pass_over = _Pass(self.tape, self.meaning, compute, measure, lift)
         self.outputs = pass_over.evaluate(
             self.closed.jaxpr, self.closed.consts, self.arguments, None, self.frame
@@ -124,10 +126,6 @@ class TracedStep:
                 found[kind] = number, Dimension(kind, tuple(factor.at(p) for p in range(factor.size)))
         ordered = sorted(found.values())
         return tuple(number for number, _ in ordered), tuple(dimension for _, dimension in ordered)
-
-
-def _value(leaf: Argument, array: Any) -> Value:
-    return Value(array, leaf.axes, leaf.node(Bad()))
 
 
 class _Pass:
@@ -235,7 +233,7 @@ class _Pass:
     def _take_in(self, loop: Frame, measured: Sequence[Any], over: Dimension, frame: Frame) -> None:
         frame.shapes |= loop.shapes
         frame.carried += loop.carried
-        frame.observed += [one._replace(dimensions=(over, *one.dimensions)) for one in loop.observed]
+        frame.probe_points += [one._replace(dimensions=(over, *one.dimensions)) for one in loop.probe_points]
         frame.measured += measured
 
     def _loop_dimension(self, over: Axis | None, length: int) -> Dimension:
@@ -251,7 +249,7 @@ class _Pass:
     def _observe(self, value: Value, frame: Frame, *, carried: bool = False) -> None:
         found = self.measure(value, carried)
         if found is not None:
-            frame.observed.append(ProbePoint(value.node, found.dimensions, carried, found.about))
+            frame.probe_points.append(ProbePoint(value.node, found.dimensions, carried, found.about))
             frame.measured.append(found.measured)
 
 

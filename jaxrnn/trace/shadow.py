@@ -71,6 +71,20 @@ def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree =
         step: `(state, batch) -> (state, record)`, a pure function.
         state, batch: what it is given.
         example_axes: as in `first_bad`.
+
+    Example:
+        The variance as the difference of two large numbers: nothing of it is left in float32.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxrnn import trace
+        >>> def step(weight, x):
+        ...     variance = jnp.mean((weight * x) ** 2) - jnp.mean(weight * x) ** 2
+        ...     return weight, {'loss': variance}
+        >>> report = trace.lost_precision(step, jnp.float32(1), jnp.array([1000.0, 1000.1, 1000.2]))
+        >>> report.lost.op, report.lost.pass_
+        ('sub', 'forward')
+        >>> report.outputs['record/loss'] > 1, report.lost.of_operands < 1e-6  # relative errors
+        (True, True)
     """
     traced = TracedStep(step, state, batch, example_axes=example_axes)
     shadow = _Shadow(traced)
@@ -212,12 +226,12 @@ def _first(traced: TracedStep, errors: Sequence[np.ndarray], ends: Sequence[Node
     if not ends:
         return None
     frame = traced.frame
-    of = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if not one.carried}
+    of = {one.node: error for one, error in zip(frame.probe_points, errors, strict=True) if not one.carried}
     begun = _at_the_beginning(frame, errors)
     bad = {node for node, error in of.items() if np.max(error) >= LOST}
     reaching = ancestors(ends, lambda node: node in bad or node not in of)
     flow = traced.flow()
-    for one, error in zip(frame.observed, errors, strict=True):
+    for one, error in zip(frame.probe_points, errors, strict=True):
         if one.carried or one.node not in reaching or np.max(error) < LOST:
             continue
         before = [_of_operand(parent, of, begun) for parent in one.node.parents]
@@ -238,7 +252,7 @@ def _drowned(traced: TracedStep, ends: Sequence[Node]) -> PrecisionLoss | None:
 
 def _at_the_beginning(frame: Frame, errors: Sequence[np.ndarray]) -> dict[Node, np.ndarray]:
     """Errors of what each iteration of a loop begins with: those that the iteration before it ended with."""
-    ended = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if one.carried}
+    ended = {one.node: error for one, error in zip(frame.probe_points, errors, strict=True) if one.carried}
     found = {}
     for carried in frame.carried:
         if carried.end not in ended:
