@@ -50,17 +50,28 @@ def first_bad(
 
     Returns:
         The finding, and what was bad but harmless.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxrnn import trace
+        >>> def loss_of(weight, inputs):
+        ...     return jnp.sum(jnp.log(weight * inputs))
+        >>> finding = trace.first_bad(loss_of, jnp.float32(2), jnp.array([1.0, 0.0, 3.0])).finding
+        >>> finding.op, finding.kind, finding.pass_, finding.examples
+        ('log', 'division by zero', 'forward', (1,))
+        >>> finding.results[0].infinities
+        1
     """
-    function_traced = traced(function, arguments, names, example_axes)
-    evaluation = Evaluation(function_traced.examples)
-    values = [evaluation.argument(argument) for argument in function_traced.arguments]
-    outputs = evaluation.evaluate_closed(function_traced.closed, values, None)
+    traced_function = traced(function, arguments, names, example_axes)
+    evaluation = Evaluation(traced_function.examples)
+    values = [evaluation.argument(argument) for argument in traced_function.arguments]
+    outputs = evaluation.evaluate_closed(traced_function.closed, values, None)
     return report(
         evaluation.tape,
         evaluation.judge.born,
         [value.node for value in outputs],
         evaluation.meaning.times,
-        function_traced.examples,
+        traced_function.examples,
     )
 
 
