@@ -89,9 +89,8 @@ class Evaluation:
         self.tape = Tape()
 
     def argument(self, argument: Argument) -> Value:
-        with np.errstate(
-            over='ignore', invalid='ignore'
-        ):  # what float32 can't hold is reported, not warned of
+        # What float32 can't hold is in the report, so NumPy need not warn of it.
+        with np.errstate(over='ignore', invalid='ignore'):
             array = argument.leaf if isinstance(argument.leaf, jax.Array) else jnp.asarray(argument.leaf)
         self.devices.add_mesh_of(array)
         self.meaning.times.add_sizes(argument.path, array.shape)
