@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxrnn.trace import axes, evaluate
+from jaxrnn.trace import axes
+from jaxrnn.trace.devices import Devices
+from jaxrnn.trace.meaning import AxisMeaning
 
 SHAPE = (4, 6, 2)
 
@@ -46,11 +48,15 @@ FORGETS = {'gathered': {-1}, 'the last of a scan': {0}, 'branched': {0}}
 """Axes whose places are lost, since they depend on values."""
 
 
+def through(closed, ins, late=True):
+    return AxisMeaning(Devices()).through(closed.jaxpr, ins, late)
+
+
 def check(move, forgets=frozenset()):
     sources = [jnp.broadcast_to(jnp.arange(n).reshape([-1 if k == axis else 1 for k in range(3)]), SHAPE)
                for axis, n in enumerate(SHAPE)]  # fmt: skip
     closed = jax.make_jaxpr(move)(sources[0])
-    (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', SHAPE)], True)
+    (found,) = through(closed, [axes.named('x', SHAPE)])
     moved = [np.asarray(move(source)) for source in sources]
     assert found.shape == moved[0].shape
     for index in np.ndindex(*found.shape):
@@ -95,7 +101,7 @@ def test_products_keep_what_is_not_summed_over():
         return jnp.einsum('tbi,ij->bjt', x, w)
 
     closed = jax.make_jaxpr(product)(jnp.zeros(SHAPE), jnp.zeros((2, 5)))
-    (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', SHAPE), axes.unknown((2, 5))], True)
+    (found,) = through(closed, [axes.named('x', SHAPE), axes.unknown((2, 5))])
     assert found.places((3, 4, 2)) == {'x:0': 2, 'x:1': 3}
 
 
@@ -104,7 +110,7 @@ def test_a_lookup_has_the_axes_of_its_indices():
         return jnp.take(table, letters, axis=0)
 
     closed = jax.make_jaxpr(look_up)(jnp.zeros((4, 6), int), jnp.zeros((27, 3)))
-    (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', (4, 6)), axes.unknown((27, 3))], True)
+    (found,) = through(closed, [axes.named('x', (4, 6)), axes.unknown((27, 3))])
     assert found.places((3, 5, 1)) == {'x:0': 3, 'x:1': 5}
 
 
@@ -116,7 +122,7 @@ def test_two_values_of_one_time():
 
     closed = jax.make_jaxpr(later)(jnp.zeros(SHAPE))
     for late, place in ((True, 3), (False, 2)):
-        (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', SHAPE)], late)
+        (found,) = through(closed, [axes.named('x', SHAPE)], late)
         assert found.places((0, 0))['x:0'] == place
 
 
@@ -128,7 +134,7 @@ def test_an_operation_that_nobody_knows_has_no_names():
 def test_a_place_that_meets_the_whole_axis():
     """x - x[3] is of each time, x[3] - x[2] of one."""
     closed = jax.make_jaxpr(lambda x: x - jnp.broadcast_to(x[3], x.shape))(jnp.zeros(SHAPE))
-    (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', SHAPE)], True)
+    (found,) = through(closed, [axes.named('x', SHAPE)])
     assert found.places((1, 0, 0))['x:0'] == 1
 
 
@@ -136,7 +142,7 @@ def test_a_place_within_a_place():
     """Of time in chunks, one is taken, and a step of it: in either order."""
     for take in (lambda x: x.reshape(2, 3, 4)[1, 2], lambda x: x.reshape(2, 3, 4)[:, 2][1]):
         closed = jax.make_jaxpr(take)(jnp.zeros((6, 4)))
-        (found,) = evaluate.Run().through(closed.jaxpr, [axes.named('x', (6, 4))], True)
+        (found,) = through(closed, [axes.named('x', (6, 4))])
         assert found.places((0,)) == {'x:0': 5, 'x:1': 0}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import trace
-from jaxrnn.trace import births, evaluate
+from jaxrnn.trace import births
 
 SOME = list(healthy.STEPS)[::8]
 BESIDE = healthy.faults_beside(healthy.STEPS)
@@ -22,9 +22,9 @@ def test_there_are_more_than_a_hundred():
 
 @pytest.mark.parametrize('name', SOME)
 def test_no_false_alarm(name):
-    unhealthy, story = healthy.told(healthy.STEPS[name])
+    unhealthy, report = healthy.told(healthy.STEPS[name])
     assert unhealthy == []
-    assert story.finding is None
+    assert report.finding is None
 
 
 @pytest.mark.parametrize(
@@ -60,39 +60,38 @@ def without_its_mask(around):
 
 @pytest.mark.parametrize('name', ['nan_in_padding of plain', 'padded_scan'])
 def test_an_alarm_where_the_mask_is_missing(name):
-    unhealthy, story = healthy.told(healthy.Healthy(without_its_mask(healthy.STEPS[name].subject)))
+    unhealthy, report = healthy.told(healthy.Healthy(without_its_mask(healthy.STEPS[name].subject)))
     assert unhealthy != []
-    assert (story.finding.kind, story.finding.source) == ('input', 'batch/letters')
+    assert (report.finding.kind, report.finding.source) == ('input', 'batch/letters')
 
 
 @pytest.mark.parametrize('name', ['softmax_of_masked', 'drawn_by_gumbel'])
 def test_an_alarm_where_all_is_masked(name, monkeypatch):
     """-inf - (-inf)."""
     monkeypatch.setattr(healthy, 'kept', lambda x: healthy.position(x) < 0)
-    unhealthy, story = healthy.told(
+    unhealthy, report = healthy.told(
         healthy.Healthy(faulty.SUBJECTS['plain'], (('dense', getattr(healthy, name)),))
     )
     assert unhealthy != []
-    assert story.finding.kind == 'infinities'
+    assert report.finding.kind == 'infinities'
 
 
 def test_an_alarm_where_nans_are_not_replaced():
-    unhealthy, story = healthy.told(healthy.Healthy(faulty.SUBJECTS['plain'], (('loss', _spoilt),)))
+    unhealthy, report = healthy.told(healthy.Healthy(faulty.SUBJECTS['plain'], (('loss', _spoilt),)))
     assert unhealthy != []
-    assert story.finding.kind == trace.WRITTEN
+    assert report.finding.kind == trace.WRITTEN
 
 
 def _spoilt(x, hit):
     return jnp.where(hit > 0, jnp.nan, x)
 
 
-def test_a_mask_would_be_told_if_it_were_not_meant(monkeypatch):
+def test_a_mask_would_be_reported_if_it_were_not_intended(monkeypatch):
     step = healthy.Healthy(faulty.SUBJECTS['plain'], (('dense', healthy.softmax_of_masked),))
     assert healthy.told(step)[1].harmless == ()
-    for module in (births, evaluate):
-        monkeypatch.setattr(module, 'is_meant', lambda operand: False)
+    monkeypatch.setattr(births, 'is_intended', lambda operand: False)
     harmless = healthy.told(step)[1].harmless
-    assert {told.op for told in harmless} == {'convert_element_type'}
+    assert {finding.op for finding in harmless} == {'convert_element_type'}
 
 
 def test_outputs_that_are_not_finite_are_seen():

@@ -1,5 +1,6 @@
-"""What a trace says of functions whose fault is known."""
+"""What a trace reports of functions whose fault is known."""
 
+import doctest
 import inspect
 
 import faulty
@@ -19,19 +20,28 @@ def line_of(function, mark='# here'):
     return start + next(n for n, line in enumerate(lines) if mark in line)
 
 
-story = trace.first_bad
+first_bad = trace.first_bad
 
 
 def found(function, *arguments, **options):
-    finding = story(function, *arguments, **options).finding
+    finding = first_bad(function, *arguments, **options).finding
     assert finding is not None
     file, _, line = finding.source.rpartition(':')
     assert file == __file__, finding
     return finding, int(line)
 
 
+@pytest.mark.parametrize(
+    'function', [trace.first_bad, trace.compare, trace.lost_precision], ids=lambda f: f.__name__
+)
+def test_the_example_in_the_docstring(function):
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
 def test_a_healthy_function_has_no_finding():
-    assert story(lambda w, x: jnp.sum(jnp.tanh(x @ w)), np.ones((4, 2), np.float32), X)[:2] == (None, ())
+    assert first_bad(lambda w, x: jnp.sum(jnp.tanh(x @ w)), np.ones((4, 2), np.float32), X)[:2] == (None, ())
 
 
 def test_an_overflow_is_named_before_the_nan_that_it_turns_into():
@@ -137,8 +147,8 @@ def test_what_reduces_several_arrays_is_no_call():
         lambda w, x: (step(w, x)[0][0], {'loss': w}), (np.float32(1), X), (np.float32(2), X)
     )
     assert change.scores['loss'] == (1, 1, 2)
-    told = trace.lost_precision(lambda w, x: (step(w, x)[0][0], {'loss': w}), np.float32(1), X)
-    assert told.lost is None and 'reduce' not in told.restarted
+    report = trace.lost_precision(lambda w, x: (step(w, x)[0][0], {'loss': w}), np.float32(1), X)
+    assert report.lost is None and 'reduce' not in report.restarted
 
 
 def test_the_call_is_named_where_a_library_function_was_traced_before():
@@ -159,9 +169,9 @@ def test_a_discarded_nan_is_harmless():
         safe = jnp.where(x > 1, jnp.log(x - 1), 0.0)
         return jnp.sum(safe * w)
 
-    told = story(step, np.float32(1), X)
-    assert told.finding is None
-    assert told.harmless[0].op == 'log' and told.harmless[0].harmless
+    report = first_bad(step, np.float32(1), X)
+    assert report.finding is None
+    assert report.harmless[0].op == 'log' and report.harmless[0].harmless
 
 
 def test_a_gradient_that_leaks_through_a_where():
@@ -179,8 +189,8 @@ def test_a_gradient_that_leaks_through_a_where():
 def test_a_bad_argument_is_named_by_its_path():
     batch = {'x': X.copy()}
     batch['x'][2, 1] = np.nan
-    told = story(lambda w, batch: jnp.sum(batch['x'] * w), np.float32(1), batch).finding
-    assert (told.kind, told.pass_, told.op, told.source, told.examples) == (
+    finding = first_bad(lambda w, batch: jnp.sum(batch['x'] * w), np.float32(1), batch).finding
+    assert (finding.kind, finding.pass_, finding.op, finding.source, finding.examples) == (
         'input',
         'data',
         'input',
@@ -188,8 +198,8 @@ def test_a_bad_argument_is_named_by_its_path():
         (2,),
     )
     weights = {'a': np.ones(4, np.float32), 'b': np.array([1, np.inf], np.float32)}
-    told = story(lambda w, x: jnp.sum(x[0] * w['a']) * w['b'][1], weights, X).finding
-    assert (told.source, told.layer) == ('state/b', 'state/b')
+    finding = first_bad(lambda w, x: jnp.sum(x[0] * w['a']) * w['b'][1], weights, X).finding
+    assert (finding.source, finding.layer) == ('state/b', 'state/b')
 
 
 def mask_like_attention(w, x):
@@ -228,16 +238,16 @@ def test_no_false_alarm(function):
     x = X.copy()
     x[0] = 0.9
     step = jax.value_and_grad(lambda w, x: jnp.sum(function(w, x) ** 2))
-    assert story(step, np.float32(1), x).finding is None
+    assert first_bad(step, np.float32(1), x).finding is None
 
 
 def test_a_row_that_is_masked_whole():
-    """-inf is meant, -inf - (-inf) isn't."""
+    """-inf is intended, -inf - (-inf) isn't."""
     finding, line = found(mask_like_attention, np.float32(1), X - 1)
     assert (finding.kind, line) == ('infinities', line_of(mask_like_attention, 'softmax'))
 
 
-# Values that are bad, are meant or masked, and stand beside a fault. Their own bad elements come first.
+# Values that are bad, are intended or masked, and are beside a fault. Their own bad elements come first.
 
 VALID = np.array([[True, True, True], [True, True, False], [True, False, False]])  # [T, B]
 PADDED = np.where(VALID[..., None], np.ones((3, 3, 4), np.float32), np.float32(np.nan))
@@ -292,7 +302,7 @@ def test_what_is_masked_is_not_blamed(function, differentiated):
     assert (finding.kind, line) == ('invalid argument', line_of(function))
 
 
-def test_an_infinity_of_the_state_that_stays_as_it_was_is_meant():
+def test_an_infinity_of_the_state_that_stays_as_it_was_is_intended():
     """The best loss so far, before there is one."""
 
     def step(state, x):
@@ -302,10 +312,12 @@ def test_an_infinity_of_the_state_that_stays_as_it_was_is_meant():
 
     finding, line = found(step, (np.float32(-1), np.float32(np.inf)), X)
     assert (finding.op, line) == ('log', line_of(step))
-    told = story(lambda state, x: (state[0] * jnp.sum(x), state[1]), (np.float32(1), np.float32(np.inf)), X)
-    assert told.finding is None and [finding.source for finding in told.harmless] == ['state/1']
-    told = story(lambda state, x: state[0] + state[1], (np.float32(1), np.float32(np.inf)), X)
-    assert told.finding is not None
+    report = first_bad(
+        lambda state, x: (state[0] * jnp.sum(x), state[1]), (np.float32(1), np.float32(np.inf)), X
+    )
+    assert report.finding is None and [finding.source for finding in report.harmless] == ['state/1']
+    report = first_bad(lambda state, x: state[0] + state[1], (np.float32(1), np.float32(np.inf)), X)
+    assert report.finding is not None
 
 
 @pytest.mark.parametrize('moved', [jnp.transpose, jnp.flip, lambda x: x @ x, lambda x: jnp.cumsum(x, 0)])
@@ -338,7 +350,7 @@ def test_arguments_stay_as_they_are():
     """Whatever is donated elsewhere, a trace consumes nothing."""
     w = jnp.ones((4, 2))
     step = jax.jit(lambda w, x: jnp.log(-w) + x.sum(), donate_argnums=0)
-    story(step, w, X)
+    first_bad(step, w, X)
     assert not w.is_deleted()
 
 
@@ -430,7 +442,7 @@ def test_the_time_step_of_a_gradient(loop, time_step, monkeypatch):
         return jax.grad(lambda w: jnp.sum(loop(jnp.ones((3, 4)), w * xs)))(w)
 
     monkeypatch.setitem(globals(), 'cell', cell)
-    finding = story(step, np.float32(1), np.maximum(sequences(time_step), 0), example_axes=0).finding
+    finding = first_bad(step, np.float32(1), np.maximum(sequences(time_step), 0), example_axes=0).finding
     assert (finding.pass_, finding.time_step, finding.examples) == ('backward', time_step, (1,))
 
 
@@ -474,8 +486,8 @@ def in_a_loop_over_no_data(w, xs):
     ids=lambda f: f.__name__,
 )
 def test_what_is_of_no_time_step(function):
-    told = [story(function, np.float32(1), sequences(t), example_axes=0).finding for t in range(6)]
-    assert {(one.op, one.time_step) for one in told if one is not None} == {('sqrt', None)}
+    findings = [first_bad(function, np.float32(1), sequences(t), example_axes=0).finding for t in range(6)]
+    assert {(one.op, one.time_step) for one in findings if one is not None} == {('sqrt', None)}
 
 
 def test_a_loop_over_examples_is_not_over_time():
@@ -505,7 +517,7 @@ def test_a_loop_is_opened_only_where_another_value_goes_bad():
         return lax.scan(lambda carry, x: (carry + jnp.log(x * w), None), 0.0, xs)[0]
 
     def equations(number):
-        return story(
+        return first_bad(
             step, np.float32(1), np.where(np.arange(50) == number, -1, 1).astype(np.float32)
         ).equations
 
@@ -561,7 +573,7 @@ def test_the_layer_is_the_nearest_array_not_a_count():
 
     state = {'step': np.int32(0), 'w': {'inner': np.float32([[1]]), 'outer': np.ones(4, np.float32)}}
     state['w']['inner'] = np.ones((1, 4), np.float32)
-    finding = story(step, state, X).finding
+    finding = first_bad(step, state, X).finding
     assert finding.layer.startswith('state/w')
 
 
@@ -578,7 +590,7 @@ def test_examples_that_a_sum_has_no_more():
 
 
 def test_numbers_that_float32_cannot_hold_are_bad_arguments():
-    finding = story(lambda w, x: jnp.sum(w * x), np.float32(1), np.float64([[1, 2], [1e39, 3]])).finding
+    finding = first_bad(lambda w, x: jnp.sum(w * x), np.float32(1), np.float64([[1, 2], [1e39, 3]])).finding
     assert (finding.op, finding.source, finding.examples) == ('input', 'batch', (1,))
 
 
@@ -592,8 +604,8 @@ def test_planted(fault):
 
 
 def test_the_sample_has_each_kind_network_and_place():
-    told = {name for fault in faulty.sample() for name in fault}
-    assert told == {*faulty.SUBJECTS, *faulty.KINDS, *faulty.PLACES}
+    found = {name for fault in faulty.sample() for name in fault}
+    assert found == {*faulty.SUBJECTS, *faulty.KINDS, *faulty.PLACES}
 
 
 def test_each_time_step_and_example_has_its_turn():

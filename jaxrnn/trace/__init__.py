@@ -1,23 +1,39 @@
-"""A function evaluated equation by equation: which one's result first goes bad, and where in it.
+"""A function evaluated equation by equation: which one's result goes bad first, and where in it.
 
-JAX's own tools stop at a loop, and name neither the iteration nor the example. Here the jaxpr of any function is
-evaluated with its real arguments. An equation that holds others (a loop, a call, a branch) is computed whole, and
-opened only where something bad comes out of it: of a loop only the iterations in which another of its values goes
-bad. Each value knows from which equations it came, and what its axes mean (`axes`). At the end the bad outputs
-are followed back to where the first bad value was born; what was bad but reached no output is harmless.
+JAX's own tools stop at a loop. They name neither the iteration nor the example. Here the jaxpr of any function is
+evaluated with its real arguments. An equation that holds others (a loop, a call, a branch) is computed whole. It is
+opened only if something bad comes out of it, and of a loop only those iterations in which another of its values goes
+bad. For each value it is known from which equations it came, and what its axes mean. At the end the bad outputs are
+followed back to where the first bad value was born. What was bad but reached no output is harmless.
 
-A step in which all is finite is compared with an earlier one instead: every equation's size in both. Computed in
-float64 beside itself, it shows where digits are lost.
+A step whose values are all finite can be compared with an earlier one: how large each equation's result is in both.
+Or it is computed in float64, too: then it shows where digits are lost.
 
-The one module that reads jaxprs, through `jax.extend.core` alone. A file each:
+No other package reads jaxprs, and this one reads them through `jax.extend.core` alone. Its files, from the ground up:
 
-findings    what a trace tells            values      values and where they came from
-equations   what is inside of one         births      what was born bad, and of what kind
-naming      pass, layer, line of code     evaluate    the evaluation
-retrace     a step compiled once more, with what is noticed of each value
-probe       a step that measures itself   change      what a finite step did otherwise than an earlier one
-shadow      a step in float64 beside itself
-sharded     values that differ by device      times       which time step a value is of
+What every file knows:
+    findings    the report of a trace, and the kinds of findings
+    axes        what the axes of a value mean, from one equation to the next
+    values      values and where they came from: nodes, and the tape that holds them
+    equations   what is inside an equation, and one equation as a function
+    devices     on which devices an equation is computed, inside a shard_map and outside
+
+`first_bad`, the first NaN or infinity:
+    tracing     the function as a jaxpr, its arguments, and which axes run over examples
+    evaluate    the evaluation: equation by equation; loops, calls and branches are opened
+    meaning     what axes mean, followed through a whole jaxpr
+    sharded     what axes mean inside a shard_map
+    times       which axis is time, and which time step a value belongs to
+    births      rules: which elements were born bad, and of what kind
+    judging     those rules applied to each result of an evaluation
+    naming      pass, layer, line of code, and the equations that led there
+    reporting   from all that was born bad to the first of it that reached an output
+
+`compare` and `lost_precision`, a step whose values are finite:
+    retrace     a step compiled once more, which also returns measurements of its values
+    measure     how large each value is
+    comparison  how a step differs from an earlier one
+    shadow      a step computed in float64, too
 """
 
 from jaxrnn.trace.comparison import (

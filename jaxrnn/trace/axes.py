@@ -1,8 +1,8 @@
 """What the axes of an intermediate value mean: which runs over the examples of the batch, which over time.
 
-A batch's axes are given names, and the names are followed through the equations of a jaxpr, through transposes,
-reshapes, slices, products and gathers. So an element of any array can be said to belong to an example and to a
-time step, although no equation says so.
+A batch's axes are given names. The names are followed through the equations of a jaxpr: through transposes, reshapes,
+slices, products and gathers. So it is known to which example and to which time step an element of any array belongs,
+although no equation says so. This module has the rules for single equations, `meaning` follows whole jaxprs.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Factor(NamedTuple):
-    """A named axis, or a part of one: its place p stands for start + stride p in the axis of that name."""
+    """A named axis, or a part of one: place p here is place start + stride p of the axis of that name."""
 
     name: str  # '' where nothing is known
     size: int
@@ -19,6 +19,7 @@ class Factor(NamedTuple):
     start: int = 0
 
     def at(self, place: int) -> int:
+        """The place in the axis of that name."""
         return self.start + self.stride * place
 
 
@@ -27,7 +28,7 @@ Axis = tuple[Factor, ...]
 
 
 class Shard(NamedTuple):
-    """A named axis that is divided among devices: that at c on the mesh's axis has the places from stride c on."""
+    """A named axis that is divided among devices: device c along the mesh's axis has the places from stride c on."""
 
     name: str
     axis: int  # of the mesh
@@ -35,10 +36,12 @@ class Shard(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """Of one value. Where its array leads with the mesh's axes, those have no entry in `axes`."""
+    """The axes of one value. If its array has leading axes for the mesh's, these have no entry in `axes`."""
 
     axes: tuple[Axis, ...]
-    fixed: tuple[tuple[str, int], ...] = ()  # name -> place, where the value is of one place, as x[3] is
+    fixed: tuple[
+        tuple[str, int], ...
+    ] = ()  # name -> place, where the value belongs to one place, as x[3] does
     shards: tuple[Shard, ...] = ()
 
     @property
@@ -64,7 +67,7 @@ class Axes(NamedTuple):
 
 
 def unknown(shape: Sequence[int]) -> Axes:
-    """Axes that mean nothing."""
+    """Axes of which nothing is known."""
     return Axes(tuple(_nameless(size) for size in shape))
 
 
@@ -83,8 +86,8 @@ def follow(
         params: of the equation.
         ins: axes of the operands.
         shapes: of the results.
-        late: which place holds where operands are of several places of one axis: the largest, as for a
-            forward pass, which computes h_3 of h_2 and x_3, or the smallest, as for a backward pass.
+        late: which place a result has whose operands have different places of one axis. True: the largest, as in a
+            forward pass, which computes h_3 from h_2 and x_3. False: the smallest, as in a backward pass.
 
     Returns:
         Axes for each result; nameless where the primitive isn't known.
@@ -100,7 +103,7 @@ def follow(
         try:
             made = rule(params, list(ins), tuple(shapes[0]))
         except (IndexError, KeyError, TypeError, ValueError, AttributeError):
-            made = None  # a parameter that another version of JAX names otherwise: nothing is known
+            made = None  # a parameter has another name in this version of JAX: nothing is known
     if made is None:
         made = _elementwise(params, list(ins), tuple(shapes[0]))
     if name != 'squeeze':  # which fixes the place in what it drops
@@ -114,13 +117,13 @@ def follow(
 
 
 def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
-    """What an operand fixes of a result: not the place in an axis that another operand brings whole, as in x - x[3]."""
+    """Which places an operand fixes in a result. Not in an axis that another operand has whole, as in x - x[3]."""
     whole = made.names() - operand.names()
     return tuple(item for item in operand.fixed if item[0] not in whole)
 
 
 def _sharded(made: Axes, ins: Sequence[Axes]) -> Axes:
-    """With each name divided among devices as in the first operand that has it."""
+    """The result's axes, with each name divided among devices as in the first operand that has it."""
     shards: list[Shard] = []
     if any(operand.shards for operand in ins):
         for name in sorted({*made.names(), *dict(made.fixed)}):
@@ -140,7 +143,7 @@ def fix(parts: Sequence[tuple[tuple[str, int], ...]], late: bool = True) -> tupl
 
 
 def along(axes: Axes, place: int | None = None) -> Axes:
-    """Of x[place], where `axes` are those of x; `place` unknown: of any."""
+    """Axes of x[place], where `axes` are those of x. Without a place, those of any."""
     first, rest = axes.axes[0], axes.axes[1:]
     if place is None:
         return axes._replace(axes=rest)
@@ -148,12 +151,12 @@ def along(axes: Axes, place: int | None = None) -> Axes:
 
 
 def unfixed(axes: Axes, names: Set[str]) -> Axes:
-    """Of any place of the axes of these names."""
+    """The same axes, with no place fixed in the axes of these names."""
     return axes._replace(fixed=tuple(item for item in axes.fixed if item[0] not in names))
 
 
 def stacked(axes: Axes, over: Axis) -> Axes:
-    """Of values stacked along a new first axis. Of a loop over chunks, the place within the chunk stays."""
+    """Axes of values stacked along a new first axis. In a loop over chunks, the place within the chunk stays."""
     stride = {factor.name: factor.stride for factor in over}
     kept = tuple((name, place) for name, place in axes.fixed if 0 <= place < stride.get(name, place + 1))
     fixed = kept if max(stride.values()) > 1 else unfixed(axes, stride.keys()).fixed
@@ -162,7 +165,7 @@ def stacked(axes: Axes, over: Axis) -> Axes:
 
 def _fixed_too(axes: Axes, axis: Axis, place: int) -> tuple[tuple[str, int], ...]:
     """What is fixed when an axis is left at a place."""
-    # Of an axis in two parts, one is fixed after the other.
+    # An axis may be in two parts, of which one is fixed after the other.
     return tuple(sorted(Axes((axis,), axes.fixed).places([place]).items()))
 
 
@@ -178,7 +181,7 @@ def _is_named(axis: Axis) -> bool:
 
 
 def _without_halves(made: Axes, ins: Sequence[Axes]) -> Axes:
-    """Without the names of axes that were split and of which a part was lost: the rest would name a wrong place."""
+    """Without the names of axes that were split and have lost a part: what is left of them would name wrong places."""
     lost = set()
     for operand in ins:
         for name in operand.names():
@@ -197,7 +200,7 @@ def _parts(axes: Axes, name: str) -> int:
 
 
 def _elementwise(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """Operands of the result's shape say what its axes are; of two names for an axis the first."""
+    """Operands of the result's shape have its axes. Where two give an axis different names, the first counts."""
     axes = list(unknown(shape).axes)
     for operand in ins:
         if operand.shape == shape:
@@ -218,7 +221,7 @@ def _broadcast(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _reshape(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes | None:
-    """Factors dealt out anew, divided where a boundary falls within one."""
+    """The same factors in the new axes; a factor is divided if it has to fill two of them."""
     left = [factor for axis in ins[0].axes for factor in axis if factor.size != 1]
     axes = []
     for size in shape:
@@ -270,7 +273,7 @@ def _slice(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _dynamic_slice(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """`starts`, if given among the parameters, are the values of the start indices."""
+    """The parameter `starts`, if there is one, has the values of the start indices."""
     starts = params.get('starts')
     axes = []
     for n, (axis, size) in enumerate(zip(ins[0].axes, shape, strict=True)):
@@ -301,7 +304,7 @@ def _reduce(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _reduce_several(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """Of lax.reduce: operands first, then what each starts with."""
+    """lax.reduce, which is given its operands first, then the value that each starts with."""
     return _reduce({'axes': params['dimensions']}, ins, shape)
 
 
@@ -351,7 +354,7 @@ def _unstack(params: dict, axes: Axes, shapes: Sequence[Sequence[int]]) -> list[
 
 
 def _joined(ins: list[Axes], of_all: list[Axis], size: int) -> Axis:
-    """Of x[0], x[1], … put back together, or of slices that lie one after the other."""
+    """The axis of x[0], x[1], … put together again, or of slices of x that follow one another."""
     if len(ins) == 1:
         return of_all[0]
     if all(len(axis) == 1 and axis[0].name for axis in of_all):
@@ -389,7 +392,7 @@ def _pad(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _gather(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """Windows keep the operand's axes where they take them whole; the rest are those of the indices."""
+    """A window has those of the operand's axes that it takes whole. The other axes are those of the indices."""
     numbers, sizes = params['dimension_numbers'], params['slice_sizes']
     operand, indices = ins[0], ins[1]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -405,7 +408,7 @@ def _gather(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _as_first(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """Of the operand that is written into; where that means nothing, of what is written."""
+    """The axes of the operand that is written into; where nothing is known of one, that of what is written."""
     axes = list(ins[0].axes)
     if len(ins) > 1 and ins[1].shape == ins[0].shape:
         axes = [old if _is_named(old) else new for old, new in zip(axes, ins[1].axes, strict=True)]
@@ -424,7 +427,7 @@ def _nothing(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 _FIX = ('squeeze', 'concatenate', 'stack')
-"""Whose rules say what is fixed."""
+"""Primitives whose rules say themselves which places are fixed."""
 
 _SEVERAL = {'split': _split, 'unstack': _unstack}
 

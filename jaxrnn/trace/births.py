@@ -1,4 +1,7 @@
-"""Which elements of a result were born bad, and of what kind."""
+"""Which elements of a result were born bad, and of what kind.
+
+An element is born bad if it isn't finite though the operands that it was computed from are. Else it is inherited.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,18 +11,32 @@ import numpy as np
 
 from jaxrnn.trace.axes import unfixed
 from jaxrnn.trace.equations import inner
-from jaxrnn.trace.values import Origin, Value, inherited, is_float, look
+from jaxrnn.trace.findings import LEAK, WRITTEN
+from jaxrnn.trace.values import Origin, Value, badness, inherited, is_float
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
 
 
+def born(equation: Any, operands: Sequence[Value], result: Value) -> tuple[np.ndarray, str] | None:
+    """Which elements of a bad result were born bad, and of what kind; None if all were inherited."""
+    array = np.asarray(result.array)
+    new = new_elements(equation, operands, array)
+    if new is None or not new.any():
+        written = result.node.bad.nan and any(is_intended(operand) for operand in operands)
+        return (np.isnan(array), WRITTEN) if written else None
+    kind = kind_of(equation, operands, array, new)
+    may_leak = kind in ('infinities', 'invalid argument') and result.node.is_backward()
+    return new, LEAK if may_leak and discarded(equation, operands, new) else kind
+
+
 def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) -> np.ndarray | None:
-    """Which elements are bad without an operand's being bad there, or NaN where operands were only infinite."""
+    """Which elements are bad where no operand is bad, or NaN where operands are only infinite; None if that can't be
+    known, as the operands are bad and their elements don't correspond to the result's."""
     bad, nan = ~np.isfinite(array), np.isnan(array)
-    struck = [operand for operand in operands if operand.node.bad or is_meant(operand)]
+    suspects = [operand for operand in operands if operand.node.bad or is_intended(operand)]
     if equation.primitive.name in MOVERS:
-        return None if struck else bad
-    if not struck:
+        return None if suspects else bad
+    if not suspects:
         return bad
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
     if elementwise(equation, floats, array):
@@ -60,11 +77,11 @@ MOVERS = frozenset(
         *('all_gather', 'all_gather_invariant'),
     )
 )
-"""What they give was given to them; a narrower type is the one way in which something may go bad."""
+"""Primitives that only move or choose elements. Nothing goes bad in them, except where their type is narrower."""
 
 
 def elementwise(equation: Any, operands: Sequence[np.ndarray], result: np.ndarray) -> bool:
-    """Whether each element of the result is of the operands' elements at its place, and there is one of each."""
+    """Whether each element of the result is computed from the operands' elements at the same place alone."""
     if equation.primitive.name not in ELEMENTWISE:
         return False
     try:
@@ -101,13 +118,13 @@ ELEMENTWISE = frozenset(
         *('device_put', 'reshard', 'sharding_constraint', 'pvary', 'pcast'),
     )
 )
-"""Primitives that compute element by element. A matrix product of square matrices has their shape and is none."""
+"""Primitives that compute element by element. A shape is not enough to know: a product of square matrices keeps it."""
 
 
 def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Origin, ...]:
-    """Which operands made a result bad: as `inherited`, but element by element where it is computed so, and of a select
-    what it selects."""
-    anyhow = inherited([operand.node for operand in operands], look(array))
+    """Which operands made a result bad: as `inherited`, but element by element where it is computed so. Of a select
+    only what it selects counts."""
+    anyhow = inherited([operand.node for operand in operands], badness(array))
     floats = [operand for operand in operands if is_float(operand.array)]
     values = [np.asarray(operand.array) for operand in floats]
     if not elementwise(equation, values, array):
@@ -132,14 +149,15 @@ def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple
     return tuple(found)
 
 
-def is_meant(operand: Value) -> bool:
-    """Whether somebody wrote down an infinity or a NaN."""
+def is_intended(operand: Value) -> bool:
+    """Whether it is an infinity or a NaN that was put in on purpose: a literal, a constant or an argument."""
     return not operand.node.parents and bool(
-        look(np.asarray(operand.array)) if is_float(operand.array) else False
+        badness(np.asarray(operand.array)) if is_float(operand.array) else False
     )
 
 
 def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np.ndarray) -> str:
+    """One of KINDS, by the operands where new elements went bad."""
     name = equation.primitive.name
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
     alike = elementwise(equation, floats, array)
@@ -158,7 +176,7 @@ def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np
 
 
 def discarded(equation: Any, operands: Sequence[Value], new: np.ndarray) -> bool:
-    """Whether a cotangent is zero there, and a where may have put it there, a few equations before."""
+    """Whether a cotangent is zero at the new elements, and a `where` a few equations before may have made it zero."""
     for operand in operands:
         if not operand.node.is_backward():
             continue
@@ -184,21 +202,21 @@ def _selects(equation: Any) -> bool:
 
 
 def largest(values: Sequence[Value], examples: set[str]) -> list[dict[str, int]]:
-    """Where the largest elements of the operands stand, for a result that has no examples any more: all that are at
-    least half as large as the largest, since of two alike neither alone is the cause."""
+    """Places of the operands' largest elements, for a result that has no examples any more. These are all that are at
+    least half as large as the largest: of two that are nearly equal, neither alone is the cause."""
     axes = [unfixed(value.axes, dict(value.axes.fixed).keys() - examples) for value in values]
-    told = [
+    with_examples = [
         (value, meaning)
         for value, meaning in zip(values, axes, strict=True)
         if (meaning.names() | dict(meaning.fixed).keys()) & examples and is_float(value.array)
     ]
-    sizes = [np.abs(np.asarray(value.array, np.float64)) for value, _ in told]
+    sizes = [np.abs(np.asarray(value.array, np.float64)) for value, _ in with_examples]
     for size in sizes:
         size[np.isnan(size)] = np.inf
     best = max((size.max() for size in sizes if size.size), default=0.0)
     return [
         meaning.places([int(n) for n in index])
-        for (_, meaning), size in zip(told, sizes, strict=True)
+        for (_, meaning), size in zip(with_examples, sizes, strict=True)
         for index in np.argwhere(size >= best / 2)[:MOST_PLACES]
     ]
 

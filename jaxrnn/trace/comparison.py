@@ -1,9 +1,9 @@
-"""A step that is finite but bad, held against an earlier one: what changed, and where most of it lies.
+"""A step that is finite but bad, compared with an earlier one: what changed, and where most of the change is.
 
-Three steps are measured (`probe`): the earlier state on its own batch, the earlier state on the later batch, and the
-later step itself. The second parts what the batch brought from what the state brought. Then parameters, gates, time
-steps, operations and examples are ranked by their share. An example's loss and gradient are those of the same
-compiled step on a batch that holds this example alone, as often as the batch is large.
+Three steps are measured (`measure`): the earlier state on its own batch, the earlier state on the later batch, and the
+later state on the later batch. From the second it is known how much of the change is due to the batch, and how much to
+the state. Then parameters, gates, time steps, operations and examples are ranked by their share. An example's loss and
+gradient are those of the same compiled step on a batch that repeats this one example.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from jaxrnn.trace.values import Node
 from jaxrnn.types import Step, Tree
 
 ABSURD = 1e6
-"""Times the same operation's largest element in the earlier step, from where on a result is called absurd. Gradients in
-training leap by up to 1,000 (Huang et al. 2025, arXiv 2501.06842), and their squares, of which Adam's v is made, by the
-square of it."""
+"""A result is absurd if its largest element is so many times that of the same operation in the earlier step. Gradients
+in training grow up to 1,000 times from one step to the next (Huang et al. 2025, arXiv 2501.06842). Adam's v is computed
+from their squares, which grow by the square of it."""
 
 MOST_MEASURED = 64
-"""Examples whose own loss and gradient are computed; of a larger batch those that stand out most."""
+"""At most so many examples have their loss and gradient computed: in a larger batch those with the largest values."""
 
 
 class Pair(NamedTuple):
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     gradient: Pair | None  # Euclidean norms
     update: Pair
     parameter: Pair
-    share: float  # in the change of the squared gradient norm, else of the squared update norm
+    share: float  # of the change of the squared gradient norm; without a gradient, of the squared update norm
 
     @property
     def relative_step(self) -> Pair:
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
 
 
 class Saturation(NamedTuple):
-    """A squashing function in the forward pass."""
+    """How far a squashing function in the forward pass is saturated."""
 
     layer: str  # with the gate's own scope, where it has one
     op: str
@@ -62,12 +62,12 @@ class Saturation(NamedTuple):
 
 
 class TimeStepGradient(NamedTuple):
-    """A time step of one layer's backward pass."""
+    """The gradient at one time step of one layer's backward pass."""
 
     layer: str
     time_step: int
-    gradient: Pair  # Euclidean norm of the cotangents that reach it from later ones
-    share: float  # in the change of the squared norms over this layer's time steps
+    gradient: Pair  # Euclidean norm of the cotangents that come from later time steps
+    share: float  # of the change of the squared norms over this layer's time steps
 
 
 class Example(NamedTuple):
@@ -75,12 +75,12 @@ class Example(NamedTuple):
 
     place: int
     loss: Pair
-    share: float  # in the change of the loss
-    gradient: float  # share in the squared norm of the batch's gradient; NaN where no gradient was found
+    share: float  # of the change of the loss
+    gradient: float  # share of the squared norm of the batch's gradient; NaN where no gradient was found
 
 
 class Leap(NamedTuple):
-    """An operation, or an argument, whose result grew."""
+    """An operation whose result grew, or an argument that did."""
 
     pass_: str
     op: str  # 'input' for an argument
@@ -97,17 +97,19 @@ class Leap(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What a step did otherwise than an earlier one. Each list is in the order of the share, the largest first."""
+    """How a step differs from an earlier one. Each list is in the order of the share, the largest first."""
 
-    scores: dict[str, tuple[float, float, float]]  # record: before; the later batch on the earlier state; now
-    by_batch: bool  # whether the later batch, not the later state, brought most of the change in loss
+    scores: dict[
+        str, tuple[float, float, float]
+    ]  # record -> before; the later batch on the earlier state; now
+    by_batch: bool  # whether most of the change in loss is due to the later batch, not to the later state
     layers: tuple[Layer, ...]
     gates: tuple[Saturation, ...]
     time_steps: tuple[TimeStepGradient, ...]
     examples: tuple[Example, ...]
     additive: bool  # whether the batch's loss is the mean of its examples'
-    leaps: tuple[Leap, ...]  # in the order of their size
-    absurd: Leap | None  # the first in the order of evaluation that is ABSURD
+    leaps: tuple[Leap, ...]  # the largest ratio first
+    absurd: Leap | None  # the first in the order of evaluation whose ratio is at least ABSURD
 
 
 def compare(
@@ -118,39 +120,53 @@ def compare(
     example_axes: Tree = None,
     loss: str = 'loss',
 ) -> Comparison:
-    """Says what `step(*now)` does otherwise than `step(*before)`, and where.
+    """Finds how `step(*now)` differs from `step(*before)`, and where.
 
     Args:
         step: `(state, batch) -> (state, record)`, a pure function.
-        before: state and batch of a step that was in order.
+        before: state and batch of a healthy step.
         now: state and batch of the step in question, of the same shapes.
         example_axes: as in `first_bad`.
         loss: name of the record that is to be explained.
 
     Raises:
         ValueError: the two steps' arguments differ in structure or shape.
+
+    Example:
+        Of four targets, one is far away in the later batch.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxrnn import trace
+        >>> def loss_of(weight, targets):
+        ...     return jnp.mean((weight - targets) ** 2)
+        >>> def step(weight, targets):
+        ...     loss, gradient = jax.value_and_grad(loss_of)(weight, targets)
+        ...     return weight - 0.1 * gradient, {'loss': loss}
+        >>> weight, before, now = jnp.float32(1), jnp.zeros(4), jnp.array([0.0, 0.0, 30.0, 0.0])
+        >>> comparison = trace.compare(step, (weight, before), (weight, now))
+        >>> comparison.by_batch
+        True
+        >>> comparison.examples[0].place, comparison.examples[0].loss
+        (2, Pair(before=1.0, now=841.0))
     """
     shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
     if shapes[0] != shapes[1]:
         raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
-    probe = MeasuredStep(step, *now, example_axes=example_axes)
-    first, crossed, last = probe(*before), probe(before[0], now[1]), probe(*now)
+    measured_step = MeasuredStep(step, *now, example_axes=example_axes)
+    first, crossed, last = measured_step(*before), measured_step(before[0], now[1]), measured_step(*now)
     scores = {n: (first.record[n], crossed.record[n], last.record[n]) for n in last.record}
     by_batch = _is_by_batch(scores.get(loss))
     basis = first if by_batch else crossed
-    names = _Names(probe)
-    leading = probe.leading_on()
-    leaps = [
-        *_leaps_of_arguments(probe, before, now),
-        *_leaps(probe, names, leading, (first,) if by_batch else (first, crossed), last),
-    ]
-    examples, additive = _examples(probe, before[0], now, last, scores, by_batch, loss)
+    names = _Names(measured_step)
+    leaps = _leaps_of_arguments(measured_step, before, now)
+    leaps += _leaps(measured_step, names, (first,) if by_batch else (first, crossed), last)
+    examples, additive = _examples(measured_step, before[0], now, last, scores, by_batch, loss)
     return Comparison(
         scores=scores,
         by_batch=by_batch,
         layers=_layers(basis, last),
-        gates=_gates(probe, names, basis, last),
-        time_steps=_time_steps(probe, names, basis, last),
+        gates=_gates(measured_step, names, basis, last),
+        time_steps=_time_steps(measured_step, names, basis, last),
         examples=examples,
         additive=additive,
         leaps=tuple(sorted(leaps, key=lambda leap: -leap.ratio)),
@@ -166,10 +182,10 @@ def _is_by_batch(scores: tuple[float, float, float] | None) -> bool:
 
 
 class _Names:
-    """Pass, layer and line of what was observed."""
+    """Pass, layer and line of code of each node."""
 
-    def __init__(self, probe: MeasuredStep):
-        self.flow = probe.flow()
+    def __init__(self, measured_step: MeasuredStep):
+        self.flow = measured_step.flow()
         self.cache: dict[Node, tuple[str, str, str]] = {}
 
     def __call__(self, node: Node) -> tuple[str, str, str]:
@@ -200,10 +216,10 @@ def _layers(before: StepMeasurements, now: StepMeasurements) -> tuple[Layer, ...
 
 
 def _gates(
-    probe: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
+    measured_step: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
 ) -> tuple[Saturation, ...]:
     made = []
-    for one, old, new in zip(probe.observed, before.sizes, now.sizes, strict=True):
+    for one, old, new in zip(measured_step.probe_points, before.magnitudes, now.magnitudes, strict=True):
         if not one.about or names(one.node)[0] != 'forward':
             continue
         assert old.saturated is not None and new.saturated is not None
@@ -218,7 +234,7 @@ def _gates(
 
 
 def _numbered(gates: Sequence[Saturation]) -> list[Saturation]:
-    """Several of one layer and operation, which no scope tells apart, by their order."""
+    """Gates of the same layer and operation are numbered, as they have no scopes that differ."""
     counts: dict[tuple[str, str], int] = {}
     seen: dict[tuple[str, str], int] = {}
     for gate in gates:
@@ -232,16 +248,16 @@ def _numbered(gates: Sequence[Saturation]) -> list[Saturation]:
 
 
 def _time_steps(
-    probe: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
+    measured_step: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
 ) -> tuple[TimeStepGradient, ...]:
     squares: dict[tuple[str, int], np.ndarray] = {}
-    for one, old, new in zip(probe.observed, before.sizes, now.sizes, strict=True):
+    for one, old, new in zip(measured_step.probe_points, before.magnitudes, now.magnitudes, strict=True):
         kinds = [dimension.kind for dimension in one.dimensions]
-        # A loop also carries the sums that become the weights' gradients; they have no examples.
+        # A loop also carries sums that become the gradients of weights. These have no axis of examples.
         if not one.carried or kinds[:1] != [TIME] or EXAMPLE not in kinds or names(one.node)[0] != 'backward':
             continue
         assert old.norm is not None and new.norm is not None
-        largest = np.finfo(np.float32).max  # an infinite norm has a size as well
+        largest = np.finfo(np.float32).max  # so that an infinite norm can be compared, too
         pair = [np.square(np.minimum(norm, largest, dtype=np.float64)) for norm in (old.norm, new.norm)]
         of_both = [square.sum(axis=tuple(range(1, square.ndim))) for square in pair]
         layer = _without_gate(names(one.node)[1])
@@ -263,13 +279,15 @@ def _time_steps(
 
 
 def _without_gate(layer: str) -> str:
-    """The carries of a layer may come out of different gates."""
+    """The layer of a gate: what a layer carries may come out of different gates."""
     outer, _, last = layer.rpartition('/')
     return outer if last.endswith(('gate', 'candidate')) else layer
 
 
-def _leaps_of_arguments(probe: MeasuredStep, before: tuple[Tree, Tree], now: tuple[Tree, Tree]) -> list[Leap]:
-    old, new = probe.largest_arguments(*before), probe.largest_arguments(*now)
+def _leaps_of_arguments(
+    measured_step: MeasuredStep, before: tuple[Tree, Tree], now: tuple[Tree, Tree]
+) -> list[Leap]:
+    old, new = measured_step.largest_arguments(*before), measured_step.largest_arguments(*now)
     return [
         Leap('data' if is_data(path) else '', 'input', path, '', path, Pair(old[path], largest), None, ())
         for path, largest in new.items()
@@ -278,16 +296,15 @@ def _leaps_of_arguments(probe: MeasuredStep, before: tuple[Tree, Tree], now: tup
 
 
 def _leaps(
-    probe: MeasuredStep,
+    measured_step: MeasuredStep,
     names: _Names,
-    leading: set[Node],
     before: Sequence[StepMeasurements],
     now: StepMeasurements,
 ) -> list[Leap]:
-    """Operations in the order of evaluation; only what grew, was not 0 before, and leads to the next state."""
-    made = []
-    for number, (one, size) in enumerate(zip(probe.observed, now.sizes, strict=True)):
-        old = max(float(np.max(m.sizes[number].largest)) for m in before)
+    """Operations in the order of evaluation whose result grew, was not 0 before, and is needed for the next state."""
+    made, leading = [], measured_step.leading_on()
+    for number, (one, size) in enumerate(zip(measured_step.probe_points, now.magnitudes, strict=True)):
+        old = max(float(np.max(m.magnitudes[number].largest)) for m in before)
         new = float(np.max(size.largest))
         if one.carried or one.node not in leading or not 0 < old < new:
             continue
@@ -298,7 +315,7 @@ def _leaps(
 
 
 def _places(one: ProbePoint, size: Magnitude) -> tuple[int | None, tuple[int, ...]]:
-    """The time step of a result's largest element, and the examples that have one half as large."""
+    """The time step of a result's largest element, and the examples that have an element at least half as large."""
     time_step: int | None = None
     examples: tuple[int, ...] = ()
     for axis, dimension in enumerate(one.dimensions):
@@ -312,7 +329,7 @@ def _places(one: ProbePoint, size: Magnitude) -> tuple[int | None, tuple[int, ..
 
 
 def _examples(
-    probe: MeasuredStep,
+    measured_step: MeasuredStep,
     earlier: Tree,
     now: tuple[Tree, Tree],
     last: StepMeasurements,
@@ -321,17 +338,17 @@ def _examples(
     loss: str,
 ) -> tuple[tuple[Example, ...], bool]:
     state, batch = now
-    count = probe.examples
+    count = measured_step.examples
     if not count or loss not in scores:
         return (), True
-    chosen = _outstanding(probe, last, count)
+    chosen = _outstanding(measured_step, last, count)
     before, after, along = {}, {}, {}
     for place in chosen:
-        alone = probe.only(batch, place)
-        single = probe(state, alone)
+        alone = measured_step.only(batch, place)
+        single = measured_step(state, alone)
         after[place] = single.record[loss]
         along[place] = float(_inner(single.gradients, last.gradients)) if last.gradients else float('nan')
-        before[place] = scores[loss][0] if by_batch else probe(earlier, alone).record[loss]
+        before[place] = scores[loss][0] if by_batch else measured_step(earlier, alone).record[loss]
     change = sum(abs(after[p] - before[p]) for p in chosen) or 1
     whole = sum(along.values()) if len(chosen) == count else count * sum(n**2 for n in _norms(last))
     made = [
@@ -347,12 +364,13 @@ def _norms(measured: StepMeasurements) -> list[float]:
     return [p.gradient for p in measured.parameters.values() if p.gradient is not None]
 
 
-def _outstanding(probe: MeasuredStep, now: StepMeasurements, count: int) -> list[int]:
-    """All examples, or those of the largest values where the forward pass last has examples."""
+def _outstanding(measured_step: MeasuredStep, now: StepMeasurements, count: int) -> list[int]:
+    """All examples. Of too many, those with the largest values in the last result of the forward pass that has one
+    value for each example."""
     if count <= MOST_MEASURED:
         return list(range(count))
     found = list(range(count))
-    for one, size in zip(probe.observed, now.sizes, strict=True):
+    for one, size in zip(measured_step.probe_points, now.magnitudes, strict=True):
         if [d.kind for d in one.dimensions] == [EXAMPLE] and not one.node.is_backward():
             ranked = np.argsort(-size.largest, kind='stable')
             found = [one.dimensions[0].places[int(n)] for n in ranked]

@@ -1,4 +1,4 @@
-"""Equations of a jaxpr: what is inside of one, and one as a function."""
+"""Equations of a jaxpr: what is inside one, and one equation as a function."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ OPENED = ('scan', 'while', 'cond', 'shard_map')
 
 
 def holds(equation: Any) -> str:
-    """What is inside of an equation: one of OPENED, 'call', or nothing."""
+    """What kind of inside an equation has: one of OPENED, or 'call'; '' if it has none."""
     name = equation.primitive.name
     return name if name in OPENED else 'call' if inner(equation) is not None else ''
 
@@ -24,7 +24,7 @@ def name_of(equation: Any) -> str:
 
 
 def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The one jaxpr of a call, whose arguments and results are the equation's own."""
+    """Jaxpr and constants of a call, whose arguments and results are the equation's own; None for anything else."""
     if equation.primitive.name in (*OPENED, 'pallas_call'):
         return None
     held = [value for value in equation.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
@@ -33,7 +33,7 @@ def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
     jaxpr, consts = (
         (held[0].jaxpr, held[0].consts) if isinstance(held[0], core.ClosedJaxpr) else (held[0], ())
     )
-    # Else it is what a reduction or a scatter does to two numbers, again and again.
+    # Else it is the function of two numbers by which a reduction or a scatter combines many.
     same = _shapes(jaxpr.invars) == _shapes(equation.invars) and _shapes(jaxpr.outvars) == _shapes(
         equation.outvars
     )
@@ -41,7 +41,7 @@ def inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
 
 
 REDUCERS = ('reduce', 'reduce_window', 'scatter', 'select_and_scatter')
-"""Primitives whose jaxpr is of two numbers; of numbers alone it would look like that of a call."""
+"""Primitives whose jaxpr combines two numbers. If they are given scalars, that looks like the jaxpr of a call."""
 
 
 def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -49,9 +49,9 @@ def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 def alone(equation: Any) -> Callable[..., list[Any]]:
-    """An equation as a function of its operands that aren't written down."""
+    """An equation as a function of its operands that are no literals."""
     if equation.primitive.name not in OPENED and (held := inner(equation)) is not None:
-        # Compiled by itself, a call doesn't consume what it was to be donated.
+        # Compiled anew, a call donates none of its operands, so they can still be read.
         called = core.jaxpr_as_fun(core.ClosedJaxpr(*held))
         if not is_short(held[0]):
             called = jax.jit(called)
@@ -67,7 +67,7 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
     about = _about()('trace', 'one equation', ('',) * len(operands), ('',) * len(results))
     jaxpr = core.Jaxpr((), operands, results, [equation.replace(outvars=results)], equation.effects, about)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
-    if equation.primitive.name == 'shard_map':  # which runs operation by operation otherwise
+    if equation.primitive.name == 'shard_map':  # else it would run operation by operation
         function = jax.jit(function)
     places = [equation.invars.index(variable) for variable in operands]
     given = [n for n, v in enumerate(equation.invars) if not isinstance(v, core.Literal)]
@@ -80,10 +80,11 @@ def alone(equation: Any) -> Callable[..., list[Any]]:
 
 
 SHORT = 16
-"""Equations that are done one by one sooner than they are compiled."""
+"""So many equations are evaluated one by one sooner than they are compiled."""
 
 
 def is_short(jaxpr: Any) -> bool:
+    """Whether it has at most SHORT equations and no loop, in each call that it holds, too."""
     held = [inner(equation) for equation in jaxpr.eqns if holds(equation) == 'call']
     return (
         len(jaxpr.eqns) <= SHORT
@@ -93,7 +94,7 @@ def is_short(jaxpr: Any) -> bool:
 
 
 def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """Equation number -> variables that nobody reads after it."""
+    """Equation number -> variables that are not read after it."""
     last: dict[Any, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         for variable in (*equation.invars, *equation.outvars):

@@ -1,16 +1,16 @@
-"""What a trace tells."""
+"""What a trace reports."""
 
 from typing import NamedTuple
 
 MOST_EXAMPLES = 16
-"""Examples named of one finding."""
+"""At most so many examples are named in one finding."""
 
 CHAIN = 8
-"""Equations told of the way to a finding."""
+"""At most so many equations are named that led to a finding."""
 
 
 class Range(NamedTuple):
-    """What an array holds."""
+    """Summary of an array."""
 
     name: str  # where it came from: an argument's path, or a primitive
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Range(NamedTuple):
 
 
 class Link(NamedTuple):
-    """An equation on the way to a finding."""
+    """An equation that led to a finding."""
 
     op: str
     source: str
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
     op: str  # the primitive; 'input' where an argument was bad
     source: str  # file:line of the user's code, else of jaxrnn's
     code: str  # that line
-    library: str  # file:line within a library, where the operation stands in one
+    library: str  # file:line within a library, if the operation is in one
     layer: str  # named scopes, else the nearest parameter's path
     iterations: tuple[int, ...]  # of each loop around it, the outermost first
     time_step: int | None
@@ -44,11 +44,11 @@ class Finding(NamedTuple):
     elements: int  # elements born bad
     operands: tuple[Range, ...]
     results: tuple[Range, ...]
-    chain: tuple[Link, ...]  # what led there, the latest first
+    chain: tuple[Link, ...]  # the equations that led there, the latest first
     harmless: bool = False  # whether it reached no output
     devices: tuple[
         dict[str, int], ...
-    ] = ()  # in a shard_map: their places on the mesh's axes, the first MOST_EXAMPLES
+    ] = ()  # in a shard_map: where it was, by mesh axis; the first MOST_EXAMPLES
 
 
 LEAK, WRITTEN = 'gradient through where', 'written down'

@@ -1,6 +1,6 @@
-"""A train step that also says how large everything in it is: each equation's result, by time step and example.
+"""A train step that also measures how large everything in it is: each equation's result, by time step and example.
 
-So a healthy-looking step can be compared with another, equation by equation.
+So a step that looks healthy can be compared with another, equation by equation.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxrnn.trace.naming import Flow
-from jaxrnn.trace.retrace import Frame, Measurement, ProbePoint, TracedStep, is_clip, is_data, is_record
+from jaxrnn.trace.retrace import Frame, Measurement, ProbePoint, TracedStep, is_clip, is_record
 from jaxrnn.trace.values import Node, Value, ancestors, is_float, outwards
 from jaxrnn.types import Step, Tree
 
@@ -25,8 +25,8 @@ class Magnitude(NamedTuple):
     """How large a result is."""
 
     largest: np.ndarray  # absolute value, by dimension
-    norm: np.ndarray | None  # Euclidean, of what loops carry, by dimension
-    saturated: np.ndarray | None  # share of elements, of what saturates, by the dimensions of loops
+    norm: np.ndarray | None  # Euclidean, by dimension; only of what loops carry
+    saturated: np.ndarray | None  # share of elements, by the dimensions of loops; only of squashing functions
 
 
 class Parameter(NamedTuple):
@@ -34,50 +34,50 @@ class Parameter(NamedTuple):
 
     norm: float
     update: float
-    gradient: float | None  # None where it can't be told which value is the gradient
+    gradient: float | None  # None where it isn't known which value is the gradient
 
 
 class StepMeasurements(NamedTuple):
-    """What one step gave."""
+    """What was measured in one step."""
 
     record: dict[str, float]
-    sizes: list[Magnitude]
+    magnitudes: list[Magnitude]
     parameters: dict[str, Parameter]
     gradients: dict[str, jax.Array]  # path of the leaf -> array
 
 
 class MeasuredStep:
-    """A train step that measures itself. Arguments as in `TracedStep`."""
+    """A train step that also returns its measurements. Arguments as in `TracedStep`."""
 
     def __init__(self, step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None):
         self.step = TracedStep(step, state, batch, example_axes=example_axes)
         self._compiled = jax.jit(self._measure)
 
     @property
-    def observed(self) -> list[ProbePoint]:
-        """What is measured, in the order of the sizes; known after the first call."""
-        return self.step.frame.observed
+    def probe_points(self) -> list[ProbePoint]:
+        """What is measured, in the order of the magnitudes; known after the first call."""
+        return self.step.frame.probe_points
 
     def __call__(self, state: Tree, batch: Tree) -> StepMeasurements:
-        """Measures one step. State and batch stay as they are."""
+        """Does and measures one step. State and batch stay as they are."""
         leaves = jax.tree.leaves((state, batch))
-        record, sizes, parameters, gradients = self._compiled(leaves)
-        record, sizes, parameters = jax.device_get((record, sizes, parameters))
-        told = {
+        record, magnitudes, parameters, gradients = self._compiled(leaves)
+        record, magnitudes, parameters = jax.device_get((record, magnitudes, parameters))
+        norms = {
             path: Parameter(float(norm), float(update), None if gradient is None else float(gradient))
             for path, (norm, update, gradient) in parameters.items()
         }
         return StepMeasurements(
-            {name: float(value) for name, value in record.items()}, sizes, told, gradients
+            {name: float(value) for name, value in record.items()}, magnitudes, norms, gradients
         )
 
     def largest_arguments(self, state: Tree, batch: Tree) -> dict[str, float]:
         """Largest absolute value of each floating-point leaf, by path."""
-        leaves = zip(self.step.leaves, jax.tree.leaves((state, batch)), strict=True)
+        arrays = zip(self.step.leaves, jax.tree.leaves((state, batch)), strict=True)
         return {
-            path: float(jnp.max(jnp.abs(leaf)))
-            for (path, _), leaf in leaves
-            if is_float(leaf) and np.size(leaf)
+            leaf.path: float(jnp.max(jnp.abs(array)))
+            for leaf, array in arrays
+            if is_float(array) and np.size(array)
         }
 
     @property
@@ -96,27 +96,27 @@ class MeasuredStep:
         return jax.tree.unflatten(structure, made)
 
     def _example_axes(self) -> list[tuple[Any, int | None]]:
-        """Of the batch's leaves."""
-        examples = self.step.run.examples
-        data = [(path, leaf) for path, leaf in self.step.leaves if is_data(path)]
+        """Each leaf of the batch, and which of its axes runs over the examples."""
+        examples = self.step.examples
         return [
-            (leaf, next((n for n in range(np.ndim(leaf)) if f'{path}:{n}' in examples), None))
-            for path, leaf in data
+            (array, next((n for n in range(np.ndim(array)) if f'{path}:{n}' in examples), None))
+            for path, array, is_data in self.step.leaves
+            if is_data
         ]
 
     def leading_on(self) -> set[Node]:
-        """The nodes of which the next state is made, and not a record alone."""
+        """The nodes that the next state is computed from; not those that only a record needs."""
         outputs = zip(self.step.out_paths, self.step.outputs, strict=True)
         return ancestors([value.node for path, value in outputs if not is_record(path)], lambda node: True)
 
     def flow(self) -> Flow:
-        """Which nodes lead where, as `pass_of` wants them."""
+        """Which nodes lead where, as `pass_of` needs it."""
         return self.step.flow()
 
-    # Traced.
+    # While it is traced.
 
     def _measure(self, leaves: Sequence[Any]) -> tuple[dict, list, dict, dict]:
-        frame = self.step.trace(leaves, self._compute, self._notice)
+        frame = self.step.trace(leaves, self._compute, self._measurement)
         after = dict(zip(self.step.out_paths, self.step.outputs, strict=True))
         record = {
             path.removeprefix('record').lstrip('/') or 'loss': jnp.asarray(value.array, jnp.float32)
@@ -129,9 +129,9 @@ class MeasuredStep:
     def _compute(self, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
         pairs = zip(equation.invars, operands, strict=True)
         given = [array for variable, array in pairs if not isinstance(variable, core.Literal)]
-        return self.step.run.alone(equation)(*given)
+        return self.step.devices.function_of(equation)(*given)
 
-    def _notice(self, value: Value, carried: bool) -> Measurement | None:
+    def _measurement(self, value: Value, carried: bool) -> Measurement | None:
         if not is_float(value.array) or not np.size(value.array):
             return None
         saturates = '' if carried else _saturates(value.node)
@@ -140,25 +140,25 @@ class MeasuredStep:
 
     def _parameters(self, after: dict[str, Value], frame: Frame) -> tuple[dict, dict]:
         """Norms of the leaves that the loss reads, and their gradients, by path."""
-        told, gradients = {}, {}
-        reading = _read_by_the_loss(self.step.run.nodes)
-        for (path, _), old in zip(self.step.leaves, self.step.arguments, strict=True):
+        norms, gradients = {}, {}
+        reading = _read_by_the_loss(self.step.tape.nodes)
+        for (path, *_), old in zip(self.step.leaves, self.step.arguments, strict=True):
             new = after.get(path)
             if new is None or old.node not in reading or not is_float(old.array):
                 continue
             gradient = _gradient(new.node, frame)
             update = _norm(jnp.asarray(new.array) - old.array)
-            told[path] = (_norm(old.array), update, None if gradient is None else _norm(gradient))
+            norms[path] = (_norm(old.array), update, None if gradient is None else _norm(gradient))
             if gradient is not None:
                 gradients[path] = gradient
-        return told, gradients
+        return norms, gradients
 
 
 def _size(value: Value, kept: tuple[int, ...], saturates: str, carried: bool) -> Any:
     factors = [factor.size for axis in value.axes.axes for factor in axis]
     gone = tuple(n for n in range(len(factors)) if n not in kept)
     x = jnp.abs(value.array).astype(jnp.float32).reshape(factors)
-    # Every reduction takes its time to compile, and there are some for each equation: no more than are needed.
+    # Each reduction takes time to compile, and each equation has several: so no more than are needed.
     largest = jnp.max(x, axis=gone)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=gone)) if carried else None
     saturated = None
@@ -179,7 +179,7 @@ def _saturates(node: Node) -> str:
 
 
 def _read_by_the_loss(nodes: Sequence[Node]) -> set[Node]:
-    """Arguments that what is differentiated reads."""
+    """Arguments of the model that what is differentiated reads."""
     found = ancestors([node for node in nodes if _is_differentiated(node)], lambda node: True)
     return {node for node in found if node.equation is None and node.is_model}
 
@@ -190,7 +190,8 @@ def _is_differentiated(node: Node) -> bool:
 
 
 def _gradient(output: Node, frame: Frame) -> Any:
-    """The first value of a backward pass that is met on the way back from an output through values of its shape."""
+    """The gradient that a new parameter was computed from: the first value of a backward pass that is met on the way
+    back from the parameter, through values of its shape."""
     for node in _alike(output, frame.shapes):
         if node in frame.arrays and (node.is_backward() or _sums_gradients(node, frame)):
             return frame.arrays[node]
@@ -198,14 +199,14 @@ def _gradient(output: Node, frame: Frame) -> Any:
 
 
 def _sums_gradients(node: Node, frame: Frame) -> bool:
-    """Whether it comes out of a loop in which gradients of parts of a batch are added up."""
+    """Whether it comes out of a loop that adds up the gradients of parts of a batch."""
     if node.equation is None or node.equation.primitive.name != 'scan':
         return False
     return any(within.is_backward() for within in _alike(node.parents[0], frame.shapes))
 
 
 def _alike(node: Node, shapes: Mapping[Node, tuple[int, ...]]) -> Iterator[Node]:
-    """A node, and those before it of its shape, the nearest first."""
+    """A node, and the nodes before it that have its shape, the nearest first."""
     if node not in shapes:
         return
     shape = shapes[node]

@@ -1,4 +1,4 @@
-"""Names of what happened: pass, layer, line of code, and what led there."""
+"""Names for what happened: the pass, the layer, the line of code, and the equations that led there."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from jaxrnn.trace.values import Node, Place, ancestors, outwards, stack
 
 
 class Flow(NamedTuple):
-    """Which nodes lead where."""
+    """Which nodes lead where; `pass_of` needs it."""
 
     primal: set[Node]  # to what the function itself needs, not its derivative alone
     backward: set[Node]  # to a backward pass
@@ -28,10 +28,10 @@ class Flow(NamedTuple):
 
 
 def flow_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> Flow:
-    """Of all nodes, in the order in which they were made.
+    """The flow of all nodes, which are in the order of evaluation.
 
-    Primal are those from which a way leads to an output, or to a value that nobody uses, and meets no equation of a
-    backward pass.
+    A node is primal if a way leads from it to an output, or to a value that nothing uses, and that way meets no
+    equation of a backward pass.
     """
     used = {parent for node in nodes for parent in node.parents}
     backward = {node for node in nodes if node.is_backward()}
@@ -50,6 +50,7 @@ def flow_of(nodes: Sequence[Node], outputs: Sequence[Node]) -> Flow:
 
 
 def pass_of(node: Node, flow: Flow) -> str:
+    """`data`, `forward`, `backward` or `update`."""
     if node.equation is None:
         return 'data'
     if node.is_backward():
@@ -59,7 +60,7 @@ def pass_of(node: Node, flow: Flow) -> str:
         return 'data'
     if 'jvp(' in stack(node.equation, node.place):
         return 'forward' if node in flow.primal else 'backward'
-    # A learning rate depends on no gradient, but is met by one.
+    # A learning rate depends on no gradient, but is multiplied with one.
     follows = any(parent.is_backward() for parent in before)
     return 'update' if follows or (node in flow.update and node not in flow.backward) else 'forward'
 
@@ -101,8 +102,8 @@ def _split(stack: str) -> list[str]:
 
 
 def layer_of(node: Node, in_pass: str) -> str:
-    """The named scopes of an equation, else the path of the nearest parameter; of an update, which has its parameter's
-    shape, of the nearest that has it."""
+    """The named scopes of an equation; where it has none, the path of the nearest parameter. An update has the shape of
+    its parameter, so there it is the nearest parameter of that shape."""
     if node.equation is not None and (scopes := _scopes(stack(node.equation, node.place))):
         return '/'.join(scopes)
     found = sorted(_parameters(node), key=lambda pair: (not pair[1].shape, pair[0], pair[1].input))
@@ -113,7 +114,7 @@ def layer_of(node: Node, in_pass: str) -> str:
 
 
 def _parameters(node: Node) -> Iterator[tuple[int, Node]]:
-    """Arguments of the model that a value was computed of, and how many equations before."""
+    """Arguments of the model that a value was computed from, and how many equations before."""
     seen, level, distance = {node}, [node], 0
     while level:
         yield from ((distance, one) for one in level if one.is_model)
@@ -125,12 +126,12 @@ def _parameters(node: Node) -> Iterator[tuple[int, Node]]:
 _LIBRARIES = tuple(
     os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ('stdlib', 'purelib', 'platlib')
 )
-_CALLER = str(Path(__file__).with_name('evaluate.py'))
+_CALLER = str(Path(__file__).with_name('tracing.py'))  # which calls make_jaxpr
 _OURS = str(Path(__file__).parent.parent) + os.sep
 
 
 def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
-    """The user's line, and the library's if the operation stands in one."""
+    """The line of the user's code, and that of a library if the operation is in one."""
     ours = library = ''
     around = (equation, *(outer.equation for outer in outwards(place)))
     for at in around:
@@ -144,16 +145,16 @@ def source_of(equation: Any, place: Place | None) -> tuple[str, str]:
 
 
 MARK, MARK_AND, SLASH = '@', '|', chr(0x2215)
-"""Of the scopes that hold lines of code; slashes part scopes."""
+"""Of the scopes that hold lines of code. There a slash would part two scopes, so SLASH is written for it."""
 
 WHOSE = ('ours', 'library', 'user')
 
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """While it lasts, every equation is put into a scope that names its line, where Python itself stands in one.
+    """While it lasts, every equation is put into a scope that names the line of code that Python is at.
 
-    JAX names the line of the call for all that a backward pass written by hand (custom_vjp) does.
+    JAX itself does not know that line inside a backward pass that is written by hand (custom_vjp). It names the call.
     """
     bind = core.Primitive.bind
 
@@ -172,8 +173,8 @@ def marked() -> Iterator[None]:
 
 
 def _line_of(frame: Any) -> str | None:
-    """The innermost line of the user's, of ours and of another library's code, as a mark; None where JAX alone is at
-    work, as in a rule of differentiation."""
+    """The innermost lines of the user's code, of ours and of another library's, as a mark. None where there is only
+    JAX, as in a rule of differentiation."""
     found = dict.fromkeys(WHOSE, '')
     while frame is not None:
         file = frame.f_code.co_filename
@@ -203,7 +204,7 @@ _DERIVING = tuple(os.path.join('interpreters', name) for name in ('ad.py', 'part
 
 
 def _mark(equation: Any) -> Iterator[tuple[str, str]]:
-    """What `marked` wrote down, as `_frames`."""
+    """The lines that `marked` wrote into an equation's scopes, as `_frames`."""
     marks = re.findall(f'{MARK}([^/()]+)', str(equation.source_info.name_stack))
     for whose, named in zip(WHOSE, marks[-1].split(MARK_AND) if marks else (), strict=False):
         if named:
@@ -211,8 +212,8 @@ def _mark(equation: Any) -> Iterator[tuple[str, str]]:
 
 
 def _frames(equation: Any) -> Iterator[tuple[str, str]]:
-    """Lines and whose they are, the innermost first, up to the call that traced the jaxpr: what called that is of
-    the first call of all, not of this one, since jit traces a function once."""
+    """Lines and whose they are, the innermost first, up to the call that traced the jaxpr. The frames around that call
+    may be those of an earlier one, since jit traces a function once."""
     traceback = equation.source_info.traceback
     for frame in [] if traceback is None else traceback.frames:
         if frame.file_name == _CALLER:
@@ -223,7 +224,7 @@ def _frames(equation: Any) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _frames_end() -> bool:
-    """Whether this version of JAX ends the frames of an inner jaxpr at the function that was traced."""
+    """Whether in this version of JAX the frames of an inner jaxpr end at the function that was traced."""
     inner = jax.jit(lambda x: -x)
     (outer,) = jax.make_jaxpr(lambda x: inner(x))(0.0).jaxpr.eqns
     (equation,) = outer.params['jaxpr'].eqns
@@ -231,6 +232,7 @@ def _frames_end() -> bool:
 
 
 def code_at(source: str) -> str:
+    """The text of a line of code."""
     file, _, line = source.rpartition(':')
     try:
         return Path(file).read_text().splitlines()[int(line) - 1].strip()
@@ -239,14 +241,15 @@ def code_at(source: str) -> str:
 
 
 def chain(node: Node) -> tuple[Link, ...]:
-    """What was computed just before, the latest first; what only moved values is left out."""
+    """What was computed just before, the latest first. Equations that only move values are left out."""
     before = ancestors([node], lambda parent: parent.equation is not None and node.order - parent.order < 64)
-    told = sorted((n for n in before if n is not node and n.equation is not None), key=lambda n: -n.order)
-    computed = [n for n in told if n.equation.primitive.name not in MOVERS]
+    ordered = sorted((n for n in before if n is not node and n.equation is not None), key=lambda n: -n.order)
+    computed = [n for n in ordered if n.equation.primitive.name not in MOVERS]
     return tuple(Link(name_of(n.equation), source_of(n.equation, n.place)[0]) for n in computed[:CHAIN])
 
 
 def origin(node: Node) -> str:
+    """Where an operand came from: the path of an argument, a literal, or a primitive."""
     if node.input:
         return node.input
     return name_of(node.equation) if node.equation is not None else 'constant'

@@ -1,8 +1,8 @@
-"""A step computed twice, as it is and in float64: the first operation that loses its digits.
+"""A step computed twice, as it is and in float64: the first operation whose result loses its digits.
 
-Each equation is given both the step's own operands and float64 ones, which were computed in float64 from the same
-arguments. Rounding errors are small nearly everywhere; where two large numbers cancel, what is left may be nothing but
-them.
+Each equation is computed from the step's own operands, and once more from float64 operands. These were computed in
+float64 from the same arguments. Rounding errors are small nearly everywhere. But where two large numbers cancel, they
+may be all that is left.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from jax.extend import core
 
 from jaxrnn.trace.findings import MOST_EXAMPLES
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
-from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Measurement, ProbePoint, TracedStep, is_data, is_record
+from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Measurement, ProbePoint, TracedStep, is_record
 from jaxrnn.trace.values import Node, Value, ancestors, is_float, is_key
 from jaxrnn.types import Step, Tree
 
 LOST = 0.1
-"""Error of a result over its largest element, from where on its digits count as lost."""
+"""From this error on, over a result's largest element, its digits count as lost."""
 
 MOVED = 8
-"""Operands looked at of what joins many."""
+"""Of an operation that joins many operands, so many are looked at."""
 
 SOUND = 0.01
-"""Error up to which operands are not to blame. Between the two lie a bfloat16's, of 0.004."""
+"""Up to this error operands are not to blame. A bfloat16's rounding error, 0.004, is below it."""
 
 
 class TwoPrecisions(NamedTuple):
@@ -38,7 +38,7 @@ class TwoPrecisions(NamedTuple):
 
 
 class PrecisionLoss(NamedTuple):
-    """An operation whose operands are sound, and whose result isn't."""
+    """An operation whose operands are still right, but whose result has lost its digits."""
 
     pass_: str
     op: str
@@ -52,39 +52,53 @@ class PrecisionLoss(NamedTuple):
 
 
 class PrecisionReport(NamedTuple):
-    """What float64 says of a step."""
+    """How a step's values differ from those in float64."""
 
-    lost: PrecisionLoss | None  # the first that reaches an output in which digits are lost
+    lost: PrecisionLoss | None  # the first that reaches an output whose digits are lost
     outputs: dict[str, float]  # error of each record and of each leaf's update, by path
     restarted: tuple[
         str, ...
-    ]  # operations whose float64 was taken from the step itself, as they take no other
+    ]  # operations that don't work in float64; from their own results on, float64 started anew
 
 
 def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree = None) -> PrecisionReport:
     """Computes a step as it is and in float64, and names the first operation that loses its digits.
 
-    A loop that counts (`while_loop`) and a branch (`cond`) are computed as they are, and float64 goes on from their
-    results. What isn't finite is left to `first_bad`.
+    A loop that counts (`while_loop`) and a branch (`cond`) are computed as they are. Float64 goes on from their
+    results. Values that aren't finite are left out: `first_bad` is for them.
 
     Args:
         step: `(state, batch) -> (state, record)`, a pure function.
         state, batch: what it is given.
         example_axes: as in `first_bad`.
+
+    Example:
+        The variance as the difference of two large numbers: nothing of it is left in float32.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxrnn import trace
+        >>> def step(weight, x):
+        ...     variance = jnp.mean((weight * x) ** 2) - jnp.mean(weight * x) ** 2
+        ...     return weight, {'loss': variance}
+        >>> report = trace.lost_precision(step, jnp.float32(1), jnp.array([1000.0, 1000.1, 1000.2]))
+        >>> report.lost.op, report.lost.pass_
+        ('sub', 'forward')
+        >>> report.outputs['record/loss'] > 1, report.lost.of_operands < 1e-6  # relative errors
+        (True, True)
     """
     traced = TracedStep(step, state, batch, example_axes=example_axes)
     shadow = _Shadow(traced)
     with jax.enable_x64(True):
         errors, outputs = jax.jit(shadow.measure)(jax.tree.leaves((state, batch)))
         errors, outputs = jax.device_get((errors, outputs))
-    told = {path: float(error) for path, error in zip(shadow.paths, outputs, strict=True)}
+    of_outputs = {path: float(error) for path, error in zip(shadow.paths, outputs, strict=True)}
     ends = [node for node, error in zip(shadow.ends, outputs, strict=True) if error >= LOST]
     lost = _first(traced, errors, ends) or _drowned(traced, ends)
-    return PrecisionReport(lost, told, tuple(sorted(shadow.restarted)))
+    return PrecisionReport(lost, of_outputs, tuple(sorted(shadow.restarted)))
 
 
 class _Shadow:
-    """What is computed and noticed."""
+    """What is computed for each equation, and measured of each result."""
 
     def __init__(self, traced: TracedStep):
         self.traced = traced
@@ -93,12 +107,12 @@ class _Shadow:
         self.ends: list[Node] = []
 
     def measure(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Errors of all that is observed, and of the outputs."""
-        frame = self.traced.trace([_both(leaf) for leaf in leaves], self.compute, self.notice, _both)
+        """Errors at all probe points, and of the outputs."""
+        frame = self.traced.trace([_both(leaf) for leaf in leaves], self.compute, self.measurement, _both)
         before = {
-            path: value
-            for (path, _), value in zip(self.traced.leaves, self.traced.arguments, strict=True)
-            if not is_data(path)
+            leaf.path: value
+            for leaf, value in zip(self.traced.leaves, self.traced.arguments, strict=True)
+            if not leaf.is_data
         }
         errors: list[Any] = []
         self.paths, self.ends = [], []
@@ -123,7 +137,7 @@ class _Shadow:
             for variable, both in zip(equation.invars, pairs, strict=True)
             if not isinstance(variable, core.Literal)
         ]
-        own = self.traced.run.alone(equation)(*given)
+        own = self.traced.devices.function_of(equation)(*given)
         if not any(is_float(array) for array in own):
             return [TwoPrecisions(array, array) for array in own]
         wide = self._in_float64(equation, [both.wide for both in pairs])
@@ -136,7 +150,7 @@ class _Shadow:
         ]
 
     def _in_float64(self, equation: Any, operands: Sequence[Any]) -> Sequence[Any] | None:
-        """An equation's results of float64 operands, None if it takes no such."""
+        """An equation's results from float64 operands; None if it doesn't take them."""
         if equation.primitive.name == 'reduce_precision':
             return operands[:1]
         try:
@@ -148,10 +162,10 @@ class _Shadow:
 
             jax.jit(run).lower(*(jax.typeof(jnp.asarray(operand)) for operand in operands))
             return run(*operands)
-        except Exception:  # whatever a primitive says of a type that it wasn't traced for
+        except Exception:  # whatever a primitive raises for a type that it wasn't traced for
             return None
 
-    def notice(self, value: Value, carried: bool) -> Measurement | None:
+    def measurement(self, value: Value, carried: bool) -> Measurement | None:
         array = _both(value.array)
         if not is_float(array.own) or not np.size(array.own):
             return None
@@ -181,7 +195,7 @@ def _widened(name: str, value: Any) -> Any:
     # From jax 0.11 on the two classes are one.
     if isinstance(value, core.ClosedJaxpr) and not isinstance(value, core.Jaxpr) and not value.consts:
         return core.ClosedJaxpr(_widened(name, value.jaxpr), ())
-    if isinstance(value, core.Jaxpr):  # the sum of two scalars, as a scatter has it
+    if isinstance(value, core.Jaxpr):  # for instance the sum of two scalars that a scatter holds
         avals: list[Any] = [variable.aval for variable in value.invars]
         wide = [jax.ShapeDtypeStruct(aval.shape, _wide(aval.dtype)) for aval in avals]
         return jax.make_jaxpr(lambda *arrays: _reduced(value, arrays))(*wide).jaxpr
@@ -208,16 +222,16 @@ def _error(array: TwoPrecisions, gone: Any) -> Any:
 
 
 def _first(traced: TracedStep, errors: Sequence[np.ndarray], ends: Sequence[Node]) -> PrecisionLoss | None:
-    """Of those that reach the outputs whose digits are lost, through values whose digits are."""
+    """The first operation that loses digits and reaches an output that has lost them, through values that have, too."""
     if not ends:
         return None
     frame = traced.frame
-    of = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if not one.carried}
+    of = {one.node: error for one, error in zip(frame.probe_points, errors, strict=True) if not one.carried}
     begun = _at_the_beginning(frame, errors)
     bad = {node for node, error in of.items() if np.max(error) >= LOST}
     reaching = ancestors(ends, lambda node: node in bad or node not in of)
     flow = traced.flow()
-    for one, error in zip(frame.observed, errors, strict=True):
+    for one, error in zip(frame.probe_points, errors, strict=True):
         if one.carried or one.node not in reaching or np.max(error) < LOST:
             continue
         before = [_of_operand(parent, of, begun) for parent in one.node.parents]
@@ -228,7 +242,7 @@ def _first(traced: TracedStep, errors: Sequence[np.ndarray], ends: Sequence[Node
 
 
 def _drowned(traced: TracedStep, ends: Sequence[Node]) -> PrecisionLoss | None:
-    """An update that is lost where it is added, too small beside the parameter, though no result is wrong by much."""
+    """An update that is lost where it is added, too small beside its parameter, though no result is wrong by much."""
     node = next((node for node in ends if node.equation is not None), None)
     if node is None:
         return None
@@ -237,8 +251,8 @@ def _drowned(traced: TracedStep, ends: Sequence[Node]) -> PrecisionLoss | None:
 
 
 def _at_the_beginning(frame: Frame, errors: Sequence[np.ndarray]) -> dict[Node, np.ndarray]:
-    """Of what each iteration of a loop begins with: that of the one before it."""
-    ended = {one.node: error for one, error in zip(frame.observed, errors, strict=True) if one.carried}
+    """Errors of what each iteration of a loop begins with: those that the iteration before it ended with."""
+    ended = {one.node: error for one, error in zip(frame.probe_points, errors, strict=True) if one.carried}
     found = {}
     for carried in frame.carried:
         if carried.end not in ended:
@@ -254,7 +268,7 @@ def _at_the_beginning(frame: Frame, errors: Sequence[np.ndarray]) -> dict[Node, 
 
 
 def _of_operand(node: Node, of: dict[Node, np.ndarray], begun: dict[Node, np.ndarray]) -> np.ndarray:
-    """Error of an operand; of what only moves values, that of what it moved."""
+    """Error of an operand. An operation that only moves values has the error of what it moved."""
     if node in begun or node in of:
         return begun[node] if node in begun else of[node]
     before = [_of_operand(parent, of, begun) for parent in node.parents[:MOVED]]
@@ -262,7 +276,7 @@ def _of_operand(node: Node, of: dict[Node, np.ndarray], begun: dict[Node, np.nda
 
 
 def _all_sound(error: np.ndarray, before: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Where a result is lost though its operands are sound, in iterations of the loops around it; None if nowhere."""
+    """Where a result has lost its digits though its operands are right; None if nowhere. By its dimensions."""
     alike = [b if b.shape == error.shape else np.full(error.shape, np.max(b, initial=0)) for b in before]
     where = error >= LOST
     for b in alike:

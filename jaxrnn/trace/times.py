@@ -1,7 +1,8 @@
 """Which time step a value is of.
 
-Time is the axis of the data that a loop runs over: `scan`, or a loop that takes one place of it an iteration. Where no
-loop runs over any, an unrolled loop leaves its mark: the same line of code computes with each place of the axis.
+Time is the axis of the data that a loop runs over: a `scan`, or a loop that takes one place of it in each iteration. If
+no loop runs over any axis, an unrolled loop can still be recognised: the same line of code computes with each place of
+the axis.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jaxrnn.trace.values import Node, Place, outwards
 
 
 class Times:
-    """What is noticed of loops while a function is evaluated."""
+    """Which axes the loops of a function run over, and from that the time steps of values."""
 
     def __init__(self) -> None:
         self.loops: dict[int, tuple[Any, set[str]]] = {}  # by the identity of the equation, which is kept
@@ -26,12 +27,16 @@ class Times:
 
     # While it is evaluated.
 
+    def add_sizes(self, path: str, shape: Sequence[int]) -> None:
+        """How long the axes of an argument are."""
+        self.sizes |= {f'{path}:{n}': size for n, size in enumerate(shape)}
+
     def run_over(self, equation: Any, names: set[str]) -> None:
-        """A loop runs over axes of these names."""
+        """Notes that a loop runs over axes of these names."""
         self.loops.setdefault(id(equation), (equation, set()))[1].update(names)
 
     def take(self, place: Place | None, whole: Axes, taken: Axes) -> None:
-        """One place of an axis is taken, in a loop perhaps."""
+        """Notes that an equation takes one place of an axis. If it does so in a loop, the loop runs over this axis."""
         loop = next((outer for outer in outwards(place) if outer.iteration is not None), None)
         if loop is None:
             return
@@ -40,7 +45,7 @@ class Times:
                 self.run_over(loop.equation, {before[0].name})
 
     def see(self, equation: Any, made: Sequence[Axes]) -> None:
-        """What the axes of an equation's results are."""
+        """Notes the axes of an equation's results."""
         for name, place in (item for axes in made for item in axes.fixed):
             self.places.setdefault(id(equation), (equation, defaultdict(set)))[1][name].add(place)
 
@@ -54,7 +59,7 @@ class Times:
         return self.loops[id(equation)][1] if id(equation) in self.loops else set()
 
     def of(self, node: Node, examples: set[str]) -> int | None:
-        """The first time step of what was born bad at a node, None if it is of none."""
+        """The first time step of what was born bad at a node; None if it belongs to no time step."""
         assert node.birth is not None
         around = [place for place in outwards(node.place) if place.iteration is not None]
         for place in around:  # the innermost loop over time
@@ -73,16 +78,16 @@ class Times:
         return min((at[name] for at in node.birth.places for name in names & at.keys()), default=None)
 
     def _unrolled(self) -> set[str]:
-        """Names of axes at each place of which the same code computes something."""
+        """Names of axes of which the same code computes with every place."""
         found = set()
         for (primitive, *_), at in self.by_code.items():
-            if primitive in MOVERS:  # taken apart, to be put together otherwise perhaps
+            if primitive in MOVERS:  # which may only take an array apart
                 continue
             found |= {name for name, places in at.items() if len(places) == self.sizes[name] > 1}
         return found
 
     def _is_repeated(self, node: Node, name: str) -> bool:
-        """Whether the code is an iteration's: it, and each call around it, is met at several places of the axis."""
+        """Whether code is repeated over an axis: it and each call around it compute with several places of the axis."""
         around = [node.equation, *(place.equation for place in outwards(node.place))]
         codes = [code_of(equation) for equation in around if equation is not None]
         met = [self.by_code[code].get(name, set()) for code in codes if code in self.by_code]
@@ -98,8 +103,8 @@ class Times:
 
 
 def code_of(equation: Any) -> Any:
-    """An equation's primitive and every call in Python that led to it, each to the instruction: the two squares of one
-    line are two codes, the iterations of a loop are one."""
+    """An equation's primitive, and the Python instruction of every call that led to it. So two squares in one line are
+    two codes, and the iterations of a Python loop are one."""
     traceback = equation.source_info.traceback
     if traceback is None:
         return equation.primitive.name, id(equation)

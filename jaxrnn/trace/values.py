@@ -1,4 +1,4 @@
-"""Values and where they came from: what is kept of each while a function is evaluated."""
+"""Values and where they came from: what is kept of each while a function is evaluated or traced."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
+from jaxrnn.trace import axes
 from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.findings import Range
 
 
 class Bad(NamedTuple):
+    """What an array holds that isn't finite. False if it holds nothing of it."""
+
     nan: bool = False
     infinite: bool = False
 
@@ -19,12 +23,12 @@ class Bad(NamedTuple):
         return self.nan or self.infinite
 
     def also(self, other: 'Bad') -> bool:
-        """Whether other has what this has not."""
+        """Whether `other` has a NaN or an infinity where this has none."""
         return (other.nan and not self.nan) or (other.infinite and not self.infinite)
 
 
 class Place(NamedTuple):
-    """Where in the program an equation stands: what it is inside of."""
+    """Where in the program an equation is: the call or the loop that holds it, and where that is."""
 
     equation: Any
     iteration: int | None
@@ -55,25 +59,25 @@ class Node:
         self.bad = bad
         self.causes = inherited(parents, bad)
         self.birth: Birth | None = None
-        self.input = ''  # path of an argument, or what was written down
-        self.is_model = False  # whether it is an argument that isn't data
-        self.shape: tuple[int, ...] = ()  # of a model's array of weights; a count of steps is none
+        self.input = ''  # path of an argument, or a literal's text
+        self.is_model = False  # whether it is an argument, and not data
+        self.shape: tuple[int, ...] = ()  # of an array of the model's weights; () for a count of steps
 
     def is_backward(self) -> bool:
         return self.equation is not None and is_backward(self.equation, self.place)
 
 
 class Origin(NamedTuple):
-    """What made a value's NaNs, or its infinities, for which this is kept apart: a mask of -inf makes no NaN."""
+    """One reason why a value is bad. NaNs and infinities have reasons of their own: a mask of -inf makes no NaN."""
 
-    of_nan: bool
-    node: Node
-    is_nan: bool
+    of_nan: bool  # whether it is a reason for the value's NaNs, or for its infinities
+    node: Node  # the operand that is to blame
+    is_nan: bool  # whether with its NaNs, or with its infinities
 
 
 def inherited(parents: Sequence[Node], bad: Bad) -> tuple[Origin, ...]:
-    """Causes where nothing is known but that parents are bad: a NaN comes of NaNs, an infinity of infinities, unless
-    there are none."""
+    """Origins where nothing is known but that parents are bad: NaNs come from NaNs, and infinities from infinities. If
+    there are none of the same sort, they come from the other."""
     nans = [parent for parent in parents if parent.bad.nan]
     infinite = [parent for parent in parents if parent.bad.infinite]
     causes = []
@@ -85,11 +89,11 @@ def inherited(parents: Sequence[Node], bad: Bad) -> tuple[Origin, ...]:
 
 
 class Birth(NamedTuple):
-    """Bad elements of a result whose operands were not bad there."""
+    """The bad elements of a result whose operands were not bad there."""
 
     kind: str
     places: tuple[dict[str, int], ...]  # axis name -> place, of the first elements
-    along: frozenset[str]  # names of the axes that the array has, not of those it is one place of
+    along: frozenset[str]  # names of the axes that the array has; not of those of which it is one place
     examples: tuple[int, ...]
     elements: int
     operands: tuple[Range, ...]
@@ -98,12 +102,42 @@ class Birth(NamedTuple):
 
 
 class Value(NamedTuple):
+    """An array, what its axes mean, and how it was made."""
+
     array: Any
     axes: Axes
     node: Node
 
 
-def look(array: Any) -> Bad:
+class Tape:
+    """The nodes of all equations, in the order of evaluation."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.equations = 0  # evaluated so far; the order of the nodes
+
+    def add(self, equation: Any, place: Place | None, parents: tuple[Node, ...], bad: Bad) -> Node:
+        """The node of a result of the equation at hand."""
+        self.nodes.append(Node(self.equations, equation, place, parents, bad))
+        return self.nodes[-1]
+
+
+def read(values: dict[Any, Value], variable: Any) -> Value:
+    """The value of an equation's operand, which may be a literal. A literal is never bad: its author intended it."""
+    if not isinstance(variable, core.Literal):
+        return values[variable]
+    node = Node(0, None, None, (), Bad())
+    node.input = f'{variable.val}'
+    return Value(variable.val, axes.unknown(np.shape(variable.val)), node)
+
+
+def constant(array: Any) -> Value:
+    """The value of a jaxpr's constant, which is never bad, as a literal."""
+    return Value(array, axes.unknown(np.shape(array)), Node(0, None, None, (), Bad()))
+
+
+def badness(array: Any) -> Bad:
+    """What it holds that isn't finite; nothing for integers and keys."""
     if not is_float(array):
         return Bad()
     host = np.asarray(array)
