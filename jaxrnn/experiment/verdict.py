@@ -26,7 +26,7 @@ EFFECT = 10
 another compilation, move it about as far as a nudge."""
 
 
-class Judge(NamedTuple):
+class SymptomJudge(NamedTuple):
     """Judges records against one symptom of a run."""
 
     symptom: Symptom
@@ -71,7 +71,7 @@ class Judge(NamedTuple):
         return DELAYED if found.step > self.symptom.step else WORSE
 
 
-def judge_of(symptom: Symptom, detectors: Sequence[Detector], window: Window) -> Judge:
+def judge_of(symptom: Symptom, detectors: Sequence[Detector], window: Window) -> SymptomJudge:
     """The judge of a symptom.
 
     Args:
@@ -84,7 +84,7 @@ def judge_of(symptom: Symptom, detectors: Sequence[Detector], window: Window) ->
     # What is less grave may still show, as a small spike where a collapse was averted.
     graver = [detector for detector in detectors[:place] if detector.kind != symptom.kind]
     counted = (nonfinite, *(d for d in (*graver, own) if d.kind != nonfinite.kind))
-    return Judge(symptom, own, counted, window)
+    return SymptomJudge(symptom, own, counted, window)
 
 
 def final_loss(rows: Sequence[Row]) -> float:

@@ -34,6 +34,11 @@ What every file knows:
     measure     how large each value is
     comparison  how a step differs from an earlier one
     shadow      a step computed in float64, too
+
+>>> import jax.numpy as jnp
+>>> report = trace.first_bad(lambda x: jnp.sqrt(jnp.log(x)), jnp.array([1.0, 0.5, 2.0]), names=['x'])
+>>> report.finding.op, report.finding.kind, report.finding.elements
+('sqrt', 'invalid argument', 1)
 """
 
 from jaxrnn.trace.comparison import (
