@@ -19,7 +19,25 @@ def test_examples(name, tmp_path, monkeypatch, capsys):
     assert promised and capsys.readouterr().out.split() == promised.split()
 
 
+PAGES = [
+    ROOT / 'README.md',
+    ROOT / 'BUILD.md',
+    ROOT / 'benchmarks' / 'README.md',
+    *(ROOT / 'docs').rglob('*.md'),
+]
+
+
 def test_links_lead_somewhere():
-    for path in [ROOT / 'README.md', ROOT / 'BUILD.md', *(ROOT / 'docs').rglob('*.md')]:
+    for path in PAGES:
         for link in re.findall(r'\]\(([^)#]+)\)', path.read_text(encoding='utf-8')):
             assert link.startswith('https://') or (path.parent / link).exists(), f'{path.name}: {link}'
+
+
+def test_files_and_names_in_them_are_there():
+    """`jaxrnn/a.py` is a file, and `NAME` in `jaxrnn/a.py` is in it."""
+    for path in PAGES:
+        text = ' '.join(path.read_text(encoding='utf-8').split())
+        for name in re.findall(r'`((?:jaxrnn|tests|benchmarks|scripts|examples)/[\w/]+\.py)`', text):
+            assert (ROOT / name).exists(), f'{path.name}: {name}'
+        for name, file in re.findall(r'`(\w+)` (?:in|of) `([\w/]+\.py)`', text):
+            assert re.search(rf'\b{name}\b', (ROOT / file).read_text(encoding='utf-8')), f'{name} in {file}'

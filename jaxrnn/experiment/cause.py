@@ -54,7 +54,7 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
     """The cause that the pattern of outcomes names; of kind 'none' where it is undecided.
 
     Args:
-        report: of `Experiments.run`.
+        report: of `explain.run`.
         by_batch: whether the symptom is the batch's doing rather than the state's, if that is known: what isn't
             finite was born in the data, or an ordinary state, too, fares badly on the batch.
     """
