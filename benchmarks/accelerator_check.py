@@ -469,8 +469,13 @@ def throughput(size: Size, network: str) -> Iterator[Row]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         row = json.loads(line)
-        wrong = 'losses' in row.get('left_out', '') and row['implementation'].startswith('jaxrnn')
-        yield {**row, 'right': None if 'left_out' in row and not wrong else not wrong}
+        why = row.get('left_out', '')
+        if not row['implementation'].startswith('jaxrnn') or not why:
+            yield {**row, 'right': None if why else True}
+        elif why.startswith('refused, losses'):
+            yield {**row, 'right': False}
+        else:
+            yield {**row, 'error': why}
     if process.wait() not in (common.HEALTHY, common.FAILED):  # the latter: some were left out
         yield {'error': f'step_throughput.py: exit code {process.returncode}'}
 
@@ -751,8 +756,8 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
 PARTS = {
     'parity': Part(parity, 20, 110, _say_parity),
     'replay': Part(replay, 30, 170, _say_replay),
-    'trace': Part(trace, 15, 60, _say_trace),
-    'bisect': Part(bisect, 20, 60, _say_bisect, DETERMINISTIC),
+    'trace': Part(trace, 15, 80, _say_trace),
+    'bisect': Part(bisect, 20, 80, _say_bisect, DETERMINISTIC),
     'throughput': Part(functools.partial(throughput, network='lstm'), 60, 210, _say_throughput),
     'launches': Part(launches, 30, 100, _say_launches),
     'throughput-gru': Part(
@@ -962,7 +967,8 @@ def main(arguments: list[str]) -> int:
     if values.minutes <= 0:
         raise UserError(f'--minutes: {values.minutes} found, a positive number expected')
     deadline = time.monotonic() + 60 * values.minutes
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     directory = Path(values.out)
     try:
         directory.mkdir(parents=True, exist_ok=True)

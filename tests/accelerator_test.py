@@ -1,6 +1,7 @@
 """The train step, compiled for a GPU and a TPU that aren't here; the check for a machine with a GPU, rehearsed."""
 
 import functools
+import gzip
 import importlib
 import json
 import os
@@ -130,6 +131,34 @@ def test_results_are_of_one_machine(module, tmp_path):
 )
 def test_a_part_is_judged_by_its_rows(module, rows, timed_out, status):
     assert module.judge(rows, timed_out) == status
+
+
+def test_kernels_are_read_off_a_profile(module, tmp_path):
+    """As XLA writes it on a GPU: a process for the device, whose streams are threads beside lines of another kind."""
+    names = [('process_name', 1, None, '/device:GPU:0'), ('process_name', 2, None, '/host:CPU')]
+    names += [('thread_name', 1, 7, 'Stream #7(Compute,MemcpyD2D)'), ('thread_name', 1, 8, 'XLA Ops')]
+    events = [
+        {'ph': 'M', 'name': name, 'pid': process, 'tid': thread, 'args': {'name': called}}
+        for name, process, thread, called in names
+    ]
+    ran = [
+        (1, 7, 'fusion_3'),
+        (1, 7, 'sm90_gemm'),
+        (1, 7, 'MemcpyD2D'),
+        (1, 8, 'fusion.3'),
+        (2, 9, 'cuLaunchKernel'),
+    ]
+    events += [
+        {'ph': 'X', 'name': name, 'pid': process, 'tid': thread, 'ts': 1, 'dur': 200}
+        for process, thread, name in module.PROFILED * ran
+    ]
+    folder = tmp_path / 'plugins/profile/now'
+    folder.mkdir(parents=True)
+    with gzip.open(folder / 'host.trace.json.gz', 'wt') as file:
+        json.dump({'traceEvents': events}, file)
+    found = module.profiled(str(tmp_path))
+    assert (found['kernels'], found['copies'], found['busy_ms']) == (2, 1, 0.6)
+    assert found['calls'] == {'cuLaunchKernel': 1}
 
 
 @pytest.mark.parametrize('option', ['--only=speed', '--minutes=0'])
