@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test check format clean
+.PHONY: demo test check accelerator-check format clean
 
 $(VENV)/run: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -26,6 +26,10 @@ check: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# For a machine with a GPU, in eight minutes: .venv needs jax's plugin for it, as by `pip install 'jax[cuda13]'`.
+accelerator-check: $(VENV)/run
+	$(RUN) benchmarks/accelerator_check.py
 
 format: $(VENV)/test
 	$(RUN) -m ruff format .

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parent.parent)
 
+import concurrent.futures
 import functools
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ from jaxrnn.cli import common
 from jaxrnn.types import UserError
 
 CHECKED, LONG_ENOUGH, TOLERANCE = 3, 0.2, 1e-4  # the last: of a loss, relative
-PRODUCT = 2048  # side of the matrices that measure the machine
+SIDES = {'cpu': 2048}  # of the matrices that measure the machine
+LARGE_SIDE = 8192  # elsewhere: an accelerator is done with the smaller before the host has asked for the next
 
 ON_TORCH = ('torch', 'keras-torch')
 VERSIONED = ('jaxrnn', 'jax', 'jaxlib', 'flax', 'optax', 'dm-haiku', 'equinox', 'keras', 'torch', 'numpy')
@@ -218,17 +220,18 @@ class Worker:
         if self.name in ON_TORCH:
             import torch
 
-            return {
-                'device': 'cuda' if torch.cuda.is_available() else 'cpu',
-                'threads': torch.get_num_threads(),
-            }
+            device = 'cuda' if torch.cuda.is_available() else 'cpu'
+            return {'platform': device, 'device': device, 'threads': torch.get_num_threads()}
         import jax
 
         from jaxrnn import environment
 
         if self.name == 'cudnn' and jax.default_backend() != 'gpu':
             return {'missing': 'no GPU'}
-        return {'device': jax.devices()[0].device_kind, 'threads': environment.threads(),
+        if self.name == 'cudnn' and importlib.util.find_spec('jax.experimental.rnn') is None:
+            return {'missing': 'this jax has no jax.experimental.rnn'}
+        device = jax.devices()[0]
+        return {'platform': device.platform, 'device': device.device_kind, 'threads': environment.threads(),
                 'machine': environment.describe()}  # fmt: skip
 
     def prepare(self, **case: Any) -> dict[str, Any]:
@@ -271,11 +274,15 @@ class Worker:
             start = time.perf_counter()
             product()
             best = min(best, time.perf_counter() - start)
-        return {'rate': 2e-9 * PRODUCT**3 / best}
+        return {'rate': 2e-9 * self._side**3 / best}
+
+    @functools.cached_property
+    def _side(self) -> int:
+        return SIDES.get(self.start()['platform'], LARGE_SIDE)
 
     @functools.cached_property
     def _product(self) -> Callable[[], None]:
-        square = np.random.default_rng(2).normal(size=(PRODUCT, PRODUCT)).astype(np.float32)
+        square = np.random.default_rng(2).normal(size=(self._side, self._side)).astype(np.float32)
         if self.name in ON_TORCH:
             import torch
 
@@ -344,19 +351,28 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def leave_out(why: str, **what: Any) -> None:
+    """Says which rows there won't be; under --json in a line of its own, too."""
+    say(f'{" ".join(str(part) for part in what.values())}: {why}')
+    if flags.FLAGS.json:
+        common.print_json({**what, 'left_out': why})
+
+
 def start_peers(names: list[str], threads: int) -> Iterator[Peer]:
-    """Starts those that are installed."""
+    """Starts those that are installed, all at once."""
+    started = []
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            say(f'{name}: skipped, {PACKAGES[name]} is not installed')
-            continue
-        if name == 'keras-torch' and importlib.util.find_spec('torch') is None:
-            say(f'{name}: skipped, torch is not installed')
-            continue
-        peer = Peer(name, threads)
+        package = (
+            'torch' if name == 'keras-torch' and importlib.util.find_spec('torch') is None else PACKAGES[name]
+        )
+        if importlib.util.find_spec(package) is None:
+            leave_out(f'skipped, {package} is not installed', implementation=name)
+        else:
+            started.append(Peer(name, threads))
+    for peer in started:
         peer.about = peer.ask('start')
         if reason := peer.about.get('missing') or peer.about.get('error'):
-            say(f'{name}: skipped, {reason}')
+            leave_out(f'skipped, {reason}', implementation=peer.name)
             peer.stop()
         else:
             yield peer
@@ -373,24 +389,40 @@ def same_function(name: str, network: str) -> bool:
 def prepare(peers: list[Peer], oracle: Peer, case: Case) -> dict[Peer, dict[str, Any]]:
     """Compiles the case everywhere, one process after the other; returns those whose losses are right."""
     right = {}
-    expected = functools.cache(
-        lambda biases, keras: oracle.ask('losses', biases=biases, keras=keras, **case._asdict())
-    )
-    for peer in peers:
-        if peer.name == 'cudnn' and case.network == 'gru':
-            continue
-        made = peer.ask('prepare', **case._asdict())
-        wanted = expected(biases_of(peer.name, case.network), peer.name.startswith('keras'))
-        row = f'{peer.name} {case.network} {case.batch}'
-        if problem := made.get('error') or wanted.get('error'):
-            say(f'{row}: refused\n{problem}')
-        elif not np.allclose(made['losses'], wanted['losses'], rtol=TOLERANCE, atol=0):
-            say(f'{row}: refused, losses {made["losses"]} found, {wanted["losses"]} expected')
-        else:
-            right[peer] = made
-            continue
-        peer.ask('drop')
+    peers = [peer for peer in peers if has(peer, case)]
+    with concurrent.futures.ThreadPoolExecutor(1) as waiting:
+        expected = {
+            (biases, keras): waiting.submit(
+                oracle.ask, 'losses', biases=biases, keras=keras, **case._asdict()
+            )
+            for biases, keras in dict.fromkeys(variant(peer, case) for peer in peers)
+        }
+        if any(
+            peer.about['platform'] == 'cpu' for peer in peers
+        ):  # no compilation beside another computation
+            concurrent.futures.wait(expected.values())
+        for peer in peers:
+            made = peer.ask('prepare', **case._asdict())
+            wanted = expected[variant(peer, case)].result()
+            row = {'implementation': peer.name, 'network': case.network, 'batch': case.batch}
+            if problem := made.get('error') or wanted.get('error'):
+                leave_out(f'refused\n{problem}', **row)
+            elif not np.allclose(made['losses'], wanted['losses'], rtol=TOLERANCE, atol=0):
+                leave_out(f'refused, losses {made["losses"]} found, {wanted["losses"]} expected', **row)
+            else:
+                right[peer] = made
+                continue
+            peer.ask('drop')
     return right
+
+
+def has(peer: Peer, case: Case) -> bool:
+    return peer.name != 'cudnn' or case.network != 'gru'
+
+
+def variant(peer: Peer, case: Case) -> tuple[str, bool]:
+    """Which form of the equations a peer's losses are those of: recurrent biases, Keras' Adam."""
+    return biases_of(peer.name, case.network), peer.name.startswith('keras')
 
 
 def measure(peers: list[Peer], meters: list[Peer], rounds: int) -> tuple[dict[str, list], dict[str, list]]:
@@ -521,35 +553,38 @@ def main(arguments: list[str]) -> int:
     oracle = Peer('equations', values.threads)
     oracle.about = oracle.ask('start')
     peers = list(start_peers(names, values.threads))
+    rows: list[dict[str, Any]] = []
     try:
-        rows, expected = compare(peers, oracle, wanted, values.rounds)
+        for found in compare(peers, oracle, wanted, values.rounds):
+            rows += found
+            if values.json:
+                for row in found:
+                    common.print_json(row)
     finally:
         for peer in (*peers, oracle):
             peer.stop()
     show(rows, values.json)
     if values.plot:
         plot(rows, values.plot)
-    if values.json:
-        for row in rows:
-            common.print_json(row)
+    expected = sum(has(peer, case) for peer in peers for case in wanted)
     return common.HEALTHY if len(rows) == expected else common.FAILED
 
 
-def compare(peers: list[Peer], oracle: Peer, wanted: list[Case], rounds: int) -> tuple[list[dict], int]:
-    """The rows of all cases, and how many there should be."""
+def compare(
+    peers: list[Peer], oracle: Peer, wanted: Sequence[Case], rounds: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case."""
     groups = [[p for p in peers if (p.name in ON_TORCH) is on_torch] for on_torch in (False, True)]
     meters = [group[0] for group in groups if group]
-    everywhere, rows, expected = surroundings(peers, oracle), [], 0
+    everywhere = surroundings(peers, oracle)
     for case in wanted:
         say(f'{case.network}, batch {case.batch}')
-        expected += sum(peer.name != 'cudnn' or case.network != 'gru' for peer in peers)
         right = prepare(peers, oracle, case)
         if right:
             found = rows_of(case, right, *measure(list(right), meters, rounds))
-            rows += [{**row, **everywhere} for row in found]
+            yield [{**row, **everywhere} for row in found]
         for peer in right:
             peer.ask('drop')
-    return rows, expected
 
 
 define_cases()
@@ -558,7 +593,7 @@ common.define('run', 'rounds', 15, 'Measurements of each.')
 common.define('run', 'threads', 0, 'Processors to use; 0: all.')
 common.define('run', 'keep_memory', False, 'Let every process keep freed memory, as the scripts do.')
 common.define('run', 'plot', '', 'Draw the comparison into this file.')
-common.define('run', 'json', False, 'Print each row as a line of JSON on standard output.')
+common.define('run', 'json', False, 'Print each row as a line of JSON on standard output, when it is there.')
 common.define('run', 'worker', '', 'Used by the benchmark itself: serve this implementation.')
 
 if __name__ == '__main__':

@@ -12,6 +12,8 @@ import re
 
 import jax
 
+import jaxrnn
+
 VERSIONED = ('jaxrnn', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 """Packages whose versions a result states."""
 
@@ -21,9 +23,16 @@ BITS = ('jax', 'jaxlib', 'flax', 'optax', 'jaxrnn')
 
 def versions() -> dict[str, str]:
     """Package -> version, Python's among them."""
-    return {'python': platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in VERSIONED
-    }
+    return {'python': platform.python_version()} | {name: _version(name) for name in VERSIONED}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != 'jaxrnn':
+            raise
+        return jaxrnn.__version__  # a checkout that isn't installed
 
 
 def describe() -> dict[str, str]:
