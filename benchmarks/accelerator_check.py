@@ -45,8 +45,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
+from jaxrnn.cli import common
 from jaxrnn.types import Tree, UserError
-from scripts import common
 
 Row = Mapping[str, Any]
 """What a part found: `right` says whether it is as it must be, None or absent where that isn't asked; `error` that it
