@@ -845,14 +845,14 @@ def test_word2vec_is_reproducible_bit_for_bit(tmp_path, corpus_file):
     corpus_file.write_text(SENTENCES * 2000)  # enough for several of gensim's jobs
     here, _ = trained(corpus_file, tmp_path / 'cache')
     code = (
-        'import sys; from jaxrnn import config, data;'
+        'import sys; from jaxrnn.words import config, data;'
         'options = config.Data(corpus=sys.argv[1], word2vec_size=4, word2vec_epochs=2, word2vec_min_count=1);'
         "assert 'gensim' not in sys.modules;"
         'print(data.load(options, 0, sys.argv[2]).digest)'
     )
     there = subprocess.run(
         [sys.executable, '-c', code, str(corpus_file), str(tmp_path / 'another')],
-        env=os.environ | {'PYTHONHASHSEED': '123', 'PYTHONPATH': str(Path(data.__file__).parents[2])},
+        env=os.environ | {'PYTHONHASHSEED': '123', 'PYTHONPATH': str(Path(data.__file__).parents[3])},
         capture_output=True,
         text=True,
         check=True,

@@ -62,13 +62,6 @@ def test_an_older_run_records_what_it_did(runs):
         assert trained.result.first_mismatch is None and again == opened.records
 
 
-def test_a_run_with_every_option_goes_on(runs):
-    opened = run.open_run(runs / 'options')
-    longer = opened.config.changed(max_steps=22)
-    trained = run.train_run(longer, runs / 'options')
-    assert trained.result.resumed_from == 20 and trained.result.step == 22
-
-
 def test_an_older_run_is_diagnosed_as_it_was(runs):
     expected = json.loads((runs / 'expected-diagnosis.json').read_text())
     opened = run.open_run(runs / 'run')

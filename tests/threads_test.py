@@ -22,7 +22,8 @@ what, network, threads, hidden, steps, directory = sys.argv[1:]
 steps = int(steps)
 environment.use_threads(int(threads))
 import jax, small
-from jaxrnn import checkpoint, loop, replay, telemetry
+from jaxrnn.bisect import replay
+from jaxrnn.record import checkpoint, loop, telemetry
 program = small.program(network, hidden=int(hidden), batch_size=32)
 if what == 'train':
     options = loop.LoopOptions(max_steps=steps, checkpoint_every=100)
