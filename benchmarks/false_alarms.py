@@ -22,7 +22,7 @@ from rich.table import Table
 
 from jaxrnn import detect, environment
 from jaxrnn.cli import common
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
 from jaxrnn.types import Series
 from jaxrnn.words import config, train
 from jaxrnn.words.signals import ALARMS
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     for what, table in (('detector', detect.DETECTORS), ('alarm', ALARMS)):
         for each in table:
             held = [
-                rules.holds(each.rule, columns)
+                rule_language.holds(each.rule, columns)
                 for columns in runs.values()
                 if detect.applicable(columns, [each])
             ]

@@ -69,7 +69,7 @@ class Signal(NamedTuple):
     # 'highest' or 'lowest' over the tensors, or the layers; 'farthest' from 1; 'last' of the layers; 'whole': of all
     # tensors as one
     worst: str
-    alarm: str  # in the language of `detect.rules`; '' where the number is to be read beside others
+    alarm: str  # in the language of `detect.rule_language`; '' where the number is to be read beside others
     means: str
     source: str
     cost: str

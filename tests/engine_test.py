@@ -17,6 +17,7 @@ from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
 from jaxrnn.experiment.explain import explain, run
+from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import (
     AVERTED,
     UNCHANGED,
@@ -30,6 +31,7 @@ from jaxrnn.experiment.strategies import FARTHER, bad_batches
 from jaxrnn.experiment.window import AFTER, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.types import Staged
+from jaxrnn.words import remedies
 
 RATE, FIRST, STEPS = 1.1, 1e-8, 320
 SYMPTOM = math.floor(math.log(1 / FIRST) / math.log(RATE)) + 1  # the first step that starts above 1
@@ -78,8 +80,14 @@ def experiments(subject, *, detectors=(LARGE,), budget=2000):
     return on(subject, found.symptom, detectors, budget=budget)
 
 
+def mechanism(name):
+    """As a network's owner would define it, or one's own; none of no name."""
+    return remedies.MECHANISMS.get(name, Mechanism(name)) if name else None
+
+
 def change(name, step, points_to='model', removes='', initial=False, **more):
-    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removes, initial=initial)
+    removed = mechanism(removes)
+    return Change(name, points_to, lambda: Changed(step, no_batch, **more), removes=removed, initial=initial)
 
 
 def test_outcomes(subject):
@@ -160,7 +168,7 @@ def test_nothing_averts(subject):
 def outcomes(*made):
     """(name, points to, removes, verdict) -> what experiments told, in that order."""
     found = [
-        Outcome(Change(name, points_to, lambda: None, removes=removes), verdict, None, 0.1, 200)
+        Outcome(Change(name, points_to, lambda: None, removes=mechanism(removes)), verdict, None, 0.1, 200)
         for name, points_to, removes, verdict in made
     ]
     window, control = (
@@ -279,7 +287,9 @@ def bearing(name, rate, removes=''):
 
     def at(times):
         made = change(f'{name} x {times}', growing(rate * times), 'optimiser')
-        return made._replace(key=rate * times, stressed=at if times == 1 else None, removes=removes)
+        return made._replace(
+            key=rate * times, stressed=at if times == 1 else None, removes=mechanism(removes)
+        )
 
     return at(1)
 
@@ -337,7 +347,7 @@ def test_a_margin_that_leads_back_to_the_run_as_it_was(tmp_path):
 def test_no_margin_is_asked_of_what_takes_the_mechanism_away_for_good(tmp_path):
     """Nor of what does not avert, nor beyond the budget."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    for_good = change('for good', growing(0.9))._replace(removes='wear')
+    for_good = change('for good', growing(0.9))._replace(removes=mechanism('wear'))
     worse = change('worse', growing(2.0))._replace(stressed=lambda times: 1 / 0)
     told = run(experiments(subject), [for_good, bearing('slower', 0.2), worse])
     assert [(o.change.name, o.margin) for o in told.outcomes] == [
@@ -596,15 +606,15 @@ def test_what_did_nothing_refutes_nothing(tmp_path):
     def clipped(at):
         return lambda x, batch: (jnp.minimum(x * jnp.float32(RATE), at), {'loss': x})
 
-    def mechanism(*more):
+    def named_with(*more):
         still = change('still', growing(1.0), removes='outlying gradients')
         told = run(experiments(subject), [still, *more])
         return told, cause_of(told, by_batch=False)
 
-    told, named = mechanism(change('clipped at 100', clipped(100.0), removes='outlying gradients'))
+    told, named = named_with(change('clipped at 100', clipped(100.0), removes='outlying gradients'))
     assert named.why.startswith('outlying gradients')
     assert {o.change.name: o.acted for o in told.outcomes} == {'still': True, 'clipped at 100': False}
-    told, named = mechanism(change('faster', growing(1.101), removes='outlying gradients'))
+    told, named = named_with(change('faster', growing(1.101), removes='outlying gradients'))
     assert all(o.acted for o in told.outcomes) and not named.why.startswith('outlying gradients')
 
 

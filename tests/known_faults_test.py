@@ -12,10 +12,11 @@ import small
 
 import jaxrnn
 from jaxrnn import detect
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.optim import curvature, signals, transforms
 from jaxrnn.words import config, optimisers, train
+from jaxrnn.words.remedies import MECHANISMS
 from jaxrnn.words.signals import ALARMS
 
 
@@ -171,7 +172,10 @@ def diagnosed(loss_of, params, directory, *, before, sharpness: float, steps: in
             return {**state, 'opt_state': opt_state}
 
         return Change(
-            name, 'optimiser', lambda: Changed(step_of(after)[0], no_batch, convert), removes=removes
+            name,
+            'optimiser',
+            lambda: Changed(step_of(after)[0], no_batch, convert),
+            removes=MECHANISMS.get(removes),
         )
 
     step, init = step_of(before)
@@ -227,5 +231,5 @@ def test_healthy_runs_are_hardly_warned_of():
         assert detect.symptoms(columns) == []
         usable = detect.applicable(columns, ALARMS)
         assert len(usable) == 13
-        shares.append(np.mean(np.logical_or.reduce([rules.holds(w.rule, columns) for w in usable])))
+        shares.append(np.mean(np.logical_or.reduce([rule_language.holds(w.rule, columns) for w in usable])))
     assert config.Training().signals is False and np.mean(shares) < 0.02

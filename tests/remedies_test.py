@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import small
 
-from jaxrnn.detect import rules
-from jaxrnn.experiment import cause
+from jaxrnn.detect import rule_language
 from jaxrnn.rnn import cells
 from jaxrnn.words import config, remedies, train
 from jaxrnn.words.signals import SIGNALS
@@ -30,7 +29,7 @@ def by_name(name):
 def test_names_are_told_apart():
     every = [each.name for each in remedies.REMEDIES]
     assert len(set(every)) == len(every)
-    assert {each.removes for each in remedies.REMEDIES} <= {'', *cause.MECHANISMS}
+    assert {each.removes for each in remedies.REMEDIES} <= {'', *remedies.MECHANISMS}
     assert {each.points_to for each in remedies.REMEDIES} <= {'data', 'model', 'optimiser', 'precision'}
     assert [each.name for each in remedies.applicable(CONFIG)] == NAMES
 
@@ -84,7 +83,7 @@ def test_what_the_records_suggest_is_tried_first():
     assert first_of_the_start({}) == 'sigmoid gates' != first_of_the_start(padding[0])
     for each in remedies.REMEDIES:
         if each.suggested:
-            fields = rules.parse(each.suggested).fields - {'step'}
+            fields = rule_language.parse(each.suggested).fields - {'step'}
             assert fields <= {signal.name for signal in SIGNALS}
 
 

@@ -10,7 +10,7 @@ import pytest
 import small
 from tolerance import assert_close
 
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
 from jaxrnn.optim import signals, transforms
 from jaxrnn.rnn.signals import OF_LAYERS
 from jaxrnn.types import UserError
@@ -180,7 +180,7 @@ def test_a_flat_record_of_the_table():
     assert all(value.shape == () and value.dtype == jnp.float32 for value in record.values())
     for signal in SIGNALS:
         if signal.alarm:
-            assert signal.name in rules.parse(signal.alarm).fields
+            assert signal.name in rule_language.parse(signal.alarm).fields
 
 
 def test_float64():

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrnn import detect, environment
-from jaxrnn.detect import Detector, rules
+from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
 from jaxrnn.record import loop, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
-from jaxrnn.types import BatchAt, Step, Tree, UserError
+from jaxrnn.types import BatchAt, Series, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
@@ -187,11 +187,9 @@ def _from_records(
     return None
 
 
-def _first_between(
-    detector: Detector, columns: rules.Series, good: int | None, bad: int | None
-) -> Symptom | None:
+def _first_between(detector: Detector, columns: Series, good: int | None, bad: int | None) -> Symptom | None:
     """The first step after `good`, up to `bad`, at which a rule holds."""
-    steps = columns[rules.STEP][rules.holds(detector.rule, columns)]
+    steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
     low, high = -1 if good is None else good, np.inf if bad is None else bad
     steps = steps[(steps > low) & (steps <= high)]
     return Symptom(detector.kind, int(steps[0])) if steps.size else None
@@ -252,7 +250,7 @@ def _where_holds(replayer: Replayer, detector: Detector, start: int, stop: int) 
     """The steps of start … stop - 1 at which a rule holds, with the history that it needs replayed too."""
     history = max(start - detector.rule.lookback, replayer.subject.checkpoints.steps()[0])
     columns = telemetry.series(replayer.replay(history, stop))
-    steps = columns[rules.STEP][rules.holds(detector.rule, columns)]
+    steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
     return steps[steps >= start]
 
 

@@ -1,7 +1,7 @@
 """Records -> symptoms, and when they began.
 
-rules        the language of rules: `loss > 3 * median(loss, 200)`
-detectors    named rules, and the alarms that go on before a symptom
+detectors       the named rules (collapse, spike, …), and the alarms that go on before a symptom
+rule_language   what a rule is: `loss > 3 * median(loss, 200)`
 """
 
 from jaxrnn.detect.detectors import (

@@ -1,7 +1,7 @@
 """Records -> symptoms, by rules over the records alone.
 
-A detector is a named rule in the language of `rules`: what the user could have typed after --when. A new one
-is one entry of DETECTORS.
+A detector is a named rule (`rule_language`), such as that for a collapse: what the user could have typed after --when.
+A new one is one entry of DETECTORS.
 """
 
 import itertools
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrnn.detect import rules
-from jaxrnn.detect.rules import Rule
+from jaxrnn.detect import rule_language
+from jaxrnn.detect.rule_language import Rule
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.optim import signals
 from jaxrnn.record.telemetry import Row, series
@@ -29,7 +29,7 @@ class Detector(NamedTuple):
 
 
 def _detector(kind: str, rule: str, means: str, lasting: str = '') -> Detector:
-    return Detector(kind, rules.parse(rule), means, rules.parse(lasting) if lasting else None)
+    return Detector(kind, rule_language.parse(rule), means, rule_language.parse(lasting) if lasting else None)
 
 
 STALLED = 'median(loss, 400) > .99 * prev(median(loss, 400), 800) and smooth(cosine, 200) < .5'
@@ -99,7 +99,7 @@ def custom(rule: str) -> Detector:
 
 def applicable(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Detector]:
     """Those whose fields the records have: somebody's own step need not have an accuracy."""
-    known = columns.keys() | {rules.ALL_FINITE}
+    known = columns.keys() | {rule_language.ALL_FINITE}
     return [detector for detector in detectors if detector.rule.fields <= known]
 
 
@@ -110,7 +110,7 @@ def first(detector: Detector, columns: Series) -> Symptom | None:
 
 def first_since(detector: Detector, columns: Series, since: int) -> Symptom | None:
     """The first step, `since` or later, at which a detector's rule holds."""
-    steps = columns[rules.STEP][rules.holds(detector.rule, columns)]
+    steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
     steps = steps[steps >= since]
     return Symptom(detector.kind, int(steps[0])) if steps.size else None
 
@@ -154,7 +154,7 @@ def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALA
     """
     if not columns:
         return []
-    before = columns[rules.STEP] < symptom.step
+    before = columns[rule_language.STEP] < symptom.step
     columns = {name: values[before] for name, values in columns.items()}
     found = ((w.kind, _went_on(w.rule, columns)) for w in applicable(columns, warnings))
     return [Alarm(name, step) for name, step in found if step is not None]
@@ -163,12 +163,12 @@ def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALA
 def _went_on(rule: Rule, columns: Series) -> int | None:
     """The first step of the stretch, with short breaks, in which a rule holds at the records' end."""
     known = np.logical_and.reduce([np.isfinite(columns[field]) for field in rule.fields])
-    places = np.flatnonzero(rules.holds(rule, columns)[known])
+    places = np.flatnonzero(rule_language.holds(rule, columns)[known])
     if not places.size or known.sum() - places[-1] - 1 > HYSTERESIS:
         return None
     breaks = np.flatnonzero(np.diff(places) - 1 > HYSTERESIS)
     start = places[breaks[-1] + 1] if breaks.size else places[0]
-    return int(columns[rules.STEP][known][start])
+    return int(columns[rule_language.STEP][known][start])
 
 
 def began(detector: Detector, columns: Series, symptom: Symptom) -> int:
@@ -176,8 +176,8 @@ def began(detector: Detector, columns: Series, symptom: Symptom) -> int:
     itself for one that doesn't wait, and without records of it."""
     if detector.lasting is None or not columns or not detector.lasting.fields <= columns.keys():
         return symptom.step
-    until = columns[rules.STEP] <= symptom.step
-    steps, held = columns[rules.STEP][until], rules.holds(detector.lasting, columns)[until]
+    until = columns[rule_language.STEP] <= symptom.step
+    steps, held = columns[rule_language.STEP][until], rule_language.holds(detector.lasting, columns)[until]
     broken = np.flatnonzero(~held)
     first = broken[-1] + 1 if broken.size else 0
     return int(steps[first]) if first < steps.size else symptom.step
@@ -199,7 +199,7 @@ class Watch:
         """Takes the next row; returns the symptoms that began since the last look, gravest first."""
         self._rows.append(row)
         bad = not all(value for name, value in row.items() if name.startswith('finite_'))
-        step = row[rules.STEP]
+        step = row[rule_language.STEP]
         due = [d for d in self._detectors if bad or not (step + 1) % _pace(d, self._every)]
         if not due:
             return []

@@ -5,6 +5,7 @@ changes      changes that anybody's run can be given        replays   steps repl
 engine       experiments on one symptom, within a budget    verdict   what replayed records say
 strategies   what to try next                               cause     what the outcomes say together
 explain      from a bisect's diagnosis to the cause         cache     outcomes kept with a run
+mechanisms   what makes a run break, by name
 """
 
 import os
@@ -16,6 +17,7 @@ from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.experiment.changes import in_order
 from jaxrnn.experiment.engine import BUDGET, Experiments
 from jaxrnn.experiment.explain import explain
+from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import Change, Changed, ExperimentReport
 from jaxrnn.experiment.window import Window, window_of
 from jaxrnn.types import BatchAt, Step, Tree
@@ -26,6 +28,7 @@ __all__ = [
     'Changed',
     'ExperimentReport',
     'Experiments',
+    'Mechanism',
     'Window',
     'diagnose',
     'explain',

@@ -5,26 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrnn.diagnosis import Cause
+from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, ExperimentReport, Outcome
-
-MECHANISMS = {
-    'low precision': 'rounding takes digits that training needs',
-    'missing bias correction': 'means that start at zero make the first steps too long',
-    'excessive recurrent gain': 'the recurrent weights start several times larger than any library has them',
-    'vanishing steps': 'steps are too short to learn anything more',
-    'second-moment decay': "Adam's v decays in quiet steps until the next ones are too long",
-    'outrun second moment': 'gradients grow faster than v, their squared mean, follows',
-    'outlying gradients': 'single gradients far above the others throw the weights off',
-    'shut gates': 'hard gates pass no gradient where they are shut',
-    'short memory': 'gates forget a word before it ends',
-    'recurrent gain': 'the recurrent weights amplify the state from step to step',
-    'padding': 'what follows the last letter overwrites the state',
-}
-"""What makes a run break, the narrowest first: what takes one of these away hardly touches those after it. A change
-that makes all steps shorter takes away none in particular."""
-
-WIDE = ('shut gates', 'short memory', 'recurrent gain', 'padding')
-"""Of another network: not named where shorter steps avert the symptom, too, since they change less."""
 
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
@@ -40,7 +22,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
 
     def rank(outcome: Outcome) -> tuple[int, bool, int, bool, float]:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
-        takes_away = bool(mechanism) and outcome.change.removes == mechanism
+        takes_away = mechanism is not None and outcome.change.removes == mechanism
         # What takes the mechanism away for good has no edge to keep away from.
         margin = (
             MARGINS[-1] if takes_away and outcome.change.stressed is None else outcome.margin or MARGINS[0]
@@ -73,12 +55,11 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
     mechanism = mechanism_of(outcomes, evidence)
     best, *others = averting
     kind = next(
-        (o.change.points_to for o in evidence if mechanism and o.change.removes == mechanism),
+        (o.change.points_to for o in evidence if mechanism is not None and o.change.removes == mechanism),
         best.change.points_to,
     )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
-    means = f' ({MECHANISMS[mechanism]})' if mechanism in MECHANISMS else ''
-    named = f'{mechanism}{means}: ' if mechanism else ''
+    named = '' if mechanism is None else f'{_named(mechanism)}: '
     return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
 
 
@@ -92,15 +73,21 @@ def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     return of_data or averting if by_batch else averting
 
 
-def mechanism_of(outcomes: Sequence[Outcome], evidence: Sequence[Outcome]) -> str:
+def mechanism_of(outcomes: Sequence[Outcome], evidence: Sequence[Outcome]) -> Mechanism | None:
     """The narrowest mechanism that a change in evidence takes away, and that no change takes away without averting the
-    symptom; '' where there is none, or where it is a wide one and a change that takes away none averts it, too."""
+    symptom; None where there is none, or where it is a wide one and a change that takes away none averts it, too."""
     refuted = {o.change.removes for o in outcomes if o.verdict != AVERTED and o.acted}
-    if any(o.change.removes == '' for o in evidence):
-        refuted |= set(WIDE)
-    left = dict.fromkeys(o.change.removes for o in evidence if o.change.removes not in {'', *refuted})
-    order = [*MECHANISMS, *left]
-    return min(left, key=order.index, default='')
+    narrow_only = any(o.change.removes is None for o in evidence)
+    left = [
+        mechanism
+        for mechanism in dict.fromkeys(o.change.removes for o in evidence)
+        if mechanism is not None and mechanism not in refuted and not (narrow_only and mechanism.wide)
+    ]
+    return min(left, key=lambda mechanism: mechanism.breadth, default=None)
+
+
+def _named(mechanism: Mechanism) -> str:
+    return f'{mechanism.name} ({mechanism.means})' if mechanism.means else mechanism.name
 
 
 def _why_undecided(report: ExperimentReport) -> str:

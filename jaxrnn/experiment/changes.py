@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn.bisect.replay import Subject
+from jaxrnn.experiment.mechanisms import LOW_PRECISION
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.experiment.window import Window
 from jaxrnn.record import loop
@@ -66,7 +67,7 @@ def in_float64(subject: Subject) -> Change:
     return Change(
         'float64', 'precision',
         lambda: Changed(step_of(subject), lambda step: _widened(subject.batch_at(step)), _widened, wide=True),
-        means='numbers keep twice their digits', removes='low precision', identity='float64',
+        means='numbers keep twice their digits', removes=LOW_PRECISION, identity='float64',
     )  # fmt: skip
 
 

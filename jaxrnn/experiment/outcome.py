@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.window import Window
 from jaxrnn.types import BatchAt, Step, Tree
 
@@ -47,9 +48,7 @@ class Change(NamedTuple):
     make: Callable[[], Changed]
     flags: str = ''  # by which training has it
     means: str = ''  # why it may help, for a person
-    removes: str = (
-        ''  # the mechanism that it takes away, of cause.MECHANISMS or one's own; '' where it would help any
-    )
+    removes: Mechanism | None = None  # the mechanism that it takes away; None where it would help against any
     key: Hashable = None  # what it makes of the run, if known: changes of equal keys are replayed once
     # Whether it acts on what a run starts from, so that it's replayed from the run's first step.
     initial: bool = False

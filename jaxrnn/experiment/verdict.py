@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrnn import detect
-from jaxrnn.detect import Detector, rules
+from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.changes import NUDGE
 from jaxrnn.experiment.outcome import AVERTED, DELAYED, UNCHANGED, WORSE
@@ -54,7 +54,7 @@ class SymptomJudge(NamedTuple):
         if found is not None or not self.window.lasting:
             return found
         assert self.own.lasting is not None
-        holds = rules.holds(self.own.lasting, _columns(rows))[-1]
+        holds = rule_language.holds(self.own.lasting, _columns(rows))[-1]
         return Symptom(self.own.kind, rows[-1]['step']) if holds else None
 
     def verdict(self, found: Symptom | None) -> str:
@@ -112,7 +112,7 @@ def is_spike(row: Row, before: Sequence[Row]) -> bool:
         row: of the step, under any number.
         before: records of the run before it.
     """
-    if not rules.all_finite(telemetry.series([row]))[0]:
+    if not rule_language.all_finite(telemetry.series([row]))[0]:
         return True
     spike = detect.by_name('spike')
     near = [old for old in before if 0 < row['step'] - old['step'] <= spike.rule.lookback]
@@ -135,7 +135,7 @@ def outstanding(rows: Sequence[Row]) -> list[int]:
     if not ratios:
         return []
     order = np.argsort(-np.max(ratios, axis=0), kind='stable')
-    return [int(step) for step in columns[rules.STEP][order]]
+    return [int(step) for step in columns[rule_language.STEP][order]]
 
 
 def _columns(rows: Sequence[Row]) -> Series:

@@ -7,7 +7,7 @@ For any loop whose optimiser is Adam, optax's or ours, inside its compiled step:
 with parameters and state after the step. The moments before it are not read, though two signals are about them: a step
 whose buffers are donated overwrites them, and to read them would cost it a copy (docs/decisions/0009-signals.md).
 
-All numbers are finite where the step's are: a field that isn't makes the run diverge, by `detect.rules.ALL_FINITE`.
+All numbers are finite where the step's are: a field that isn't makes the run diverge.
 A new signal is a line of `_signals` and an entry of OF_ADAM; detectors, reports and docs read that table.
 """
 

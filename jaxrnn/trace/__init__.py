@@ -33,7 +33,7 @@ What every file knows:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
     comparison  how a step differs from an earlier one
-    shadow      a step computed in float64, too
+    float64     a step computed in float64 beside itself: where it loses digits
 
 >>> import jax.numpy as jnp
 >>> report = trace.first_bad(lambda x: jnp.sqrt(jnp.log(x)), jnp.array([1.0, 0.5, 2.0]), names=['x'])
@@ -54,7 +54,7 @@ from jaxrnn.trace.comparison import (
 )
 from jaxrnn.trace.evaluate import first_bad
 from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
-from jaxrnn.trace.shadow import LOST, PrecisionLoss, PrecisionReport, lost_precision
+from jaxrnn.trace.float64 import LOST, PrecisionLoss, PrecisionReport, lost_precision
 
 __all__ = [
     'ABSURD',

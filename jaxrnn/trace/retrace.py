@@ -1,7 +1,7 @@
 """A jaxpr traced once more into one compiled function, with its loops, that also returns measurements of its values.
 
 Two modules use it, and say what is computed for an equation and what is measured of a result: `measure` measures how
-large results are, `shadow` computes each twice.
+large results are, `float64` computes each twice.
 """
 
 from collections.abc import Callable, Sequence

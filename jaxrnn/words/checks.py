@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn import tree
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
 from jaxrnn.experiment.outcome import AVERTED, ExperimentReport
 from jaxrnn.types import Series, Tree
 from jaxrnn.words import data, remedies
@@ -88,9 +88,9 @@ def data_is_finite(evidence: Evidence) -> Check:
 def steps_are_finite(evidence: Evidence) -> Check:
     """3. Gradients and weights are finite: the share of steps in which they were, and which first was not."""
     name, columns = 'gradients and weights are finite', evidence.columns
-    if rules.STEP not in columns:
+    if rule_language.STEP not in columns:
         return _check(name, None, 0, 'no records')
-    good = rules.all_finite(columns)
+    good = rule_language.all_finite(columns)
     if good.all():
         return _check(name, True, 1, f'in all of {good.size:,} steps')
     first = int(np.argmin(good))
@@ -98,7 +98,9 @@ def steps_are_finite(evidence: Evidence) -> Check:
     numbers = [n for n, values in columns.items() if not np.isfinite(values[first])]
     named = ', '.join(flag.removeprefix('finite_') for flag in flags) or ', '.join(numbers)
     at = f' ({evidence.where["op"]} at {evidence.where["source"]})' if evidence.where else ''
-    return _check(name, False, good.mean(), f'step {int(columns[rules.STEP][first])}, first not: {named}{at}')
+    return _check(
+        name, False, good.mean(), f'step {int(columns[rule_language.STEP][first])}, first not: {named}{at}'
+    )
 
 
 def rate_may_stay(evidence: Evidence) -> Check:
@@ -169,7 +171,7 @@ PASSED = 2.3
 def inside(evidence: Evidence) -> tuple[Check, ...]:
     """What the last 16 records before the symptom, or of the run, say beside the seven. None of it is a fault:
     it is in order, or to be thought about."""
-    end = None if evidence.step is None else int(np.sum(evidence.columns[rules.STEP] < evidence.step))
+    end = None if evidence.step is None else int(np.sum(evidence.columns[rule_language.STEP] < evidence.step))
     last = {name: values[:end][-16:] for name, values in evidence.columns.items()}
     means = {
         name: float(np.mean(values[np.isfinite(values)])) for name, values in last.items() if _any(values)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
+from jaxrnn.experiment.mechanisms import KNOWN, Mechanism
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.optim import curvature, signals
 from jaxrnn.rnn import cells
@@ -24,6 +25,23 @@ from jaxrnn.words.config import Config
 Overrides = Mapping[str, Any]
 
 
+MECHANISMS: Mapping[str, Mechanism] = {
+    mechanism.name: mechanism
+    for mechanism in (
+        *KNOWN,
+        Mechanism(
+            'excessive recurrent gain',
+            'the recurrent weights start several times larger than any library has them', 2,
+        ),
+        Mechanism('shut gates', 'hard gates pass no gradient where they are shut', 7, wide=True),
+        Mechanism('short memory', 'gates forget a word before it ends', 8, wide=True),
+        Mechanism('recurrent gain', 'the recurrent weights amplify the state from step to step', 9, wide=True),
+        Mechanism('padding', 'what follows the last letter overwrites the state', 10, wide=True),
+    )
+}  # fmt: skip
+"""What makes these networks break, by name: what anybody's run can suffer from, and their own."""
+
+
 class Remedy(NamedTuple):
     """A change to a configuration."""
 
@@ -31,7 +49,7 @@ class Remedy(NamedTuple):
     points_to: str  # the cause where it averts a symptom: data, model, optimiser, precision
     options: Callable[[Config], Overrides]  # option -> value; empty where it changes nothing
     means: str  # why it may help
-    removes: str = ''  # the mechanism that it takes away, of cause.MECHANISMS
+    removes: str = ''  # name of the mechanism that it takes away, of MECHANISMS; '' for none in particular
     unusual: bool = (
         False  # whether it takes back what few runs have, and is the first to be suspected where it is
     )
@@ -336,10 +354,10 @@ def suspects(config: Config, facts: Facts) -> list[Remedy]:
 
 def _holds(rule: str, columns: Series) -> bool:
     """At the last record that has all that the rule asks for; a rule that asks for what there isn't doesn't."""
-    parsed = rules.parse(rule) if rule else None
+    parsed = rule_language.parse(rule) if rule else None
     if parsed is None or not columns or not parsed.fields <= columns.keys():
         return False
-    return bool(rules.holds(parsed, columns)[-1])
+    return bool(rule_language.holds(parsed, columns)[-1])
 
 
 def applied(config: Config, remedy: Remedy) -> Config:
@@ -393,7 +411,7 @@ def change(
         name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
-            remedy.removes, other, remedy.initial, identity, at if can_be_stressed else None,
+            MECHANISMS.get(remedy.removes), other, remedy.initial, identity, at if can_be_stressed else None,
         )  # fmt: skip
 
     made = at(1)

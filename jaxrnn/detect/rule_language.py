@@ -2,7 +2,8 @@
 
 A rule is an expression over the fields of a record. Each window looks at the n steps *before* a step, `smooth`
 at the n steps that end with it; so a rule at a step needs that step and `lookback` steps before it, no others.
-NaNs and infinities are left out of every window, and compare false; `finite(x)` asks for them.
+NaNs and infinities are left out of every window, and compare false; `finite(x)` asks for them. The named rules, as that
+for a collapse, are in `detectors`.
 """
 
 import ast

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrnn import detect
-from jaxrnn.detect import rules
+from jaxrnn.detect import rule_language
 from jaxrnn.types import UserError
 
 
@@ -17,7 +17,7 @@ def columns(loss, **others):
 
 
 def where(rule: str, loss, **others) -> list[int]:
-    return np.flatnonzero(rules.holds(rules.parse(rule), columns(loss, **others))).tolist()
+    return np.flatnonzero(rule_language.holds(rule_language.parse(rule), columns(loss, **others))).tolist()
 
 
 REDUCE = {
@@ -30,13 +30,13 @@ REDUCE = {
 }
 
 
-@pytest.mark.parametrize('name', rules.WINDOWS)
+@pytest.mark.parametrize('name', rule_language.WINDOWS)
 @pytest.mark.parametrize('n', [1, 3, 16, 40])
 def test_windows_are_those_of_a_plain_loop(name, n):
     loss = np.random.default_rng(0).normal(size=60)
     loss[[5, 17, 30]] = math.nan, math.inf, -math.inf
-    rule = rules.parse(f'{name}(loss, {n}) == 0')
-    got = rules._build(__import__('ast').parse(f'{name}(loss, {n})', mode='eval').body, '').evaluate(
+    rule = rule_language.parse(f'{name}(loss, {n}) == 0')
+    got = rule_language._build(__import__('ast').parse(f'{name}(loss, {n})', mode='eval').body, '').evaluate(
         columns(loss)
     )
     for step in range(60):
@@ -51,7 +51,7 @@ def test_windows_are_those_of_a_plain_loop(name, n):
 def test_smooth_ends_with_the_step():
     loss = np.arange(40.0)
     assert where('smooth(loss, 4) == 8.5', loss) == [10]  # 7 8 9 10
-    assert rules.parse('smooth(loss, 4) == 8.5').lookback == 3
+    assert rule_language.parse('smooth(loss, 4) == 8.5').lookback == 3
 
 
 def test_prev():
@@ -87,8 +87,8 @@ def test_comparisons_with_nan_are_false_and_finite_asks():
 
 
 def test_lookbacks_add_up():
-    assert rules.parse('loss < max(smooth(loss, 16), 200)').lookback == 215
-    assert rules.parse('loss < 1').lookback == 0
+    assert rule_language.parse('loss < max(smooth(loss, 16), 200)').lookback == 215
+    assert rule_language.parse('loss < 1').lookback == 0
 
 
 @given(
@@ -99,18 +99,20 @@ def test_lookbacks_add_up():
 @settings(max_examples=200, deadline=None)
 def test_a_rule_needs_no_more_than_its_lookback(loss, n, cut):
     """What it says of a step is the same whether it sees the whole run or only the lookback."""
-    rule = rules.parse(f'loss > 1.5 * median(loss, {n}) or smooth(loss, {n}) < min(smooth(loss, 2), {n})')
+    rule = rule_language.parse(
+        f'loss > 1.5 * median(loss, {n}) or smooth(loss, {n}) < min(smooth(loss, 2), {n})'
+    )
     cut = min(cut, len(loss) - 1)
     first = max(cut - rule.lookback, 0)
-    whole = rules.holds(rule, columns(loss))
+    whole = rule_language.holds(rule, columns(loss))
     part = {name: values[first : cut + 1] for name, values in columns(loss).items()}
-    assert whole[cut] == rules.holds(rule, part)[-1]
+    assert whole[cut] == rule_language.holds(rule, part)[-1]
 
 
 def test_chunks_join(monkeypatch):
     loss = np.random.default_rng(1).normal(size=300)
     expected = where('loss > 2 * spread(loss, 50)', loss)
-    monkeypatch.setattr(rules, 'CHUNK', 7)
+    monkeypatch.setattr(rule_language, 'CHUNK', 7)
     assert where('loss > 2 * spread(loss, 50)', loss) == expected != []
 
 
@@ -147,7 +149,7 @@ def test_chunks_join(monkeypatch):
 )
 def test_what_is_no_rule_is_refused(rule, says):
     with pytest.raises(UserError, match=says) as caught:
-        rules.parse(rule)
+        rule_language.parse(rule)
     assert '\n' not in str(caught.value) and '--when' in str(caught.value)
 
 
@@ -155,8 +157,8 @@ def test_what_is_no_rule_is_refused(rule, says):
 @settings(max_examples=300, deadline=None)
 def test_any_text_is_a_rule_or_a_one_line_error(text):
     try:
-        rule = rules.parse(text)
-        rules.holds(rule, columns([1.0, 2.0]))
+        rule = rule_language.parse(text)
+        rule_language.holds(rule, columns([1.0, 2.0]))
     except UserError as error:
         assert '\n' not in str(error)
 
@@ -173,12 +175,12 @@ def test_unknown_field_is_named_with_the_known_ones():
 
 def test_detectors_are_rules():
     for detector in detect.DETECTORS:
-        assert rules.parse(detector.rule.text).lookback == detector.rule.lookback
+        assert rule_language.parse(detector.rule.text).lookback == detector.rule.lookback
 
 
 def test_a_step_that_a_guard_skipped_is_good_unless_one_of_many():
     in_a_row = np.array([0, 1, 2, 0, *range(1, 13)], float)
     columns = {'loss': np.where(in_a_row, np.nan, 1.0), 'finite_loss': np.float64(in_a_row == 0)}
-    good = rules.all_finite(columns | {'skipped_in_a_row': in_a_row})
+    good = rule_language.all_finite(columns | {'skipped_in_a_row': in_a_row})
     assert good.tolist() == [True] * 14 + [False] * 2
-    assert rules.all_finite(columns).tolist() == (in_a_row == 0).tolist()
+    assert rule_language.all_finite(columns).tolist() == (in_a_row == 0).tolist()
