@@ -134,10 +134,9 @@ def test_an_update_of_rounding_errors_alone_is_told():
 @pytest.mark.parametrize(
     'network',
     [
-        'plain',
         'equinox',
         'gru',
-        *(pytest.param(name, marks=pytest.mark.battery) for name in ('linen', 'lstm')),
+        *(pytest.param(name, marks=pytest.mark.battery) for name in ('linen', 'lstm', 'plain')),
     ],
 )
 def test_healthy_steps_lose_nothing(network):
