@@ -11,6 +11,7 @@ import pytest
 import small
 from tolerance import TOLERANCES, assert_close
 
+from jaxrnn.trace.equations import scan_counts
 from jaxrnn.words import config, train
 
 each_network = pytest.mark.parametrize('network', small.NETWORKS)
@@ -36,7 +37,7 @@ def test_products_are_narrow_and_all_else_is_wide(network):
     loops = jaxprs.named(traced, 'scan')
     assert len(loops) == {'lstm': 1, 'gru': 1, 'stacked': 2}[network]
     for loop in loops:
-        carries = loop.outvars[: loop.params['num_carry']]
+        carries = loop.outvars[: scan_counts(loop.params)[1]]
         assert {carry.aval.dtype.name for carry in carries} == {'float32'}
 
 

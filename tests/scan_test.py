@@ -13,6 +13,7 @@ import pytest
 from tolerance import TOLERANCES, assert_close
 
 from jaxrnn.rnn import cells, scan
+from jaxrnn.trace.equations import scan_counts
 
 CELLS = {
     'lstm': (cells.lstm(cells.SIGMOID), oracle.lstm),
@@ -211,7 +212,7 @@ def test_sums_over_time_are_wide(cell, plan):
     loops = jaxprs.named(traced, 'scan')
     assert len(loops) == (0 if plan == 'accelerator' else 2)
     for loop in loops:
-        carries = loop.outvars[: loop.params['num_carry']]
+        carries = loop.outvars[: scan_counts(loop.params)[1]]
         assert {carry.aval.dtype.name for carry in carries} == {'float32'}
 
 
