@@ -1,6 +1,7 @@
 # Two commands from a fresh machine: `make demo` and `make test`. Both make their environment first.
 PYTHON ?= python3
 VENV ?= .venv
+PINS ?=
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test check accelerator-check format clean
@@ -9,11 +10,11 @@ $(VENV)/run: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable .
+	$(RUN) -m pip install --quiet --editable . $(PINS)
 	touch $@
 
 $(VENV)/test: $(VENV)/run
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) -m pip install --quiet --editable '.[test]' $(PINS)
 	touch $@
 
 demo: $(VENV)/run
