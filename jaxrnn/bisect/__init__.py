@@ -33,7 +33,7 @@ def bisect(
     good: int | None = None,
     bad: int | None = None,
     digest_every: int = 1,
-    alarms: Sequence[detect.Detector] = detect.ALARMS,
+    alarms: Sequence[detect.Detector] | None = None,
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the first bad step of a run, proves it by replay, and says where in it.
 
@@ -48,7 +48,8 @@ def bisect(
         good: a step before it.
         bad: a step after it began.
         digest_every: as in the run.
-        alarms: which date the first sign of a symptom; `detect.alarms_of` makes them of a table of signals.
+        alarms: which date the first sign of a symptom, made of a table of signals by `detect.alarms_of`; those of an
+            optimiser if not given.
 
     Returns:
         The diagnosis, and the rows that were replayed.
@@ -69,7 +70,9 @@ def bisect(
     """
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)
-    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
+    diagnosis, rows = replay.bisect(
+        subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
+    )
     return inspection.locate(subject, diagnosis)[0], rows
 
 

@@ -49,7 +49,7 @@ def diagnose(
     good: int | None = None,
     bad: int | None = None,
     digest_every: int = 1,
-    alarms: Sequence[detect.Detector] = detect.ALARMS,
+    alarms: Sequence[detect.Detector] | None = None,
 ) -> tuple[Diagnosis, ExperimentReport | None]:
     """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
 
@@ -81,7 +81,9 @@ def diagnose(
     """
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every)
-    diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
+    diagnosis, _ = replay.bisect(
+        subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
+    )
     diagnosis, _ = inspection.locate(subject, diagnosis)
 
     def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
