@@ -6,9 +6,12 @@ import subprocess
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import jaxrnn
+from jaxrnn import detect
+from jaxrnn.types import Signal
 
 
 def examples(name: str) -> list[doctest.DocTest]:
@@ -46,3 +49,18 @@ def test_names_are_there_before_anything_else_is_imported():
 def test_another_name_is_refused():
     with pytest.raises(AttributeError, match='no attribute'):
         jaxrnn.nothing  # noqa: B018
+
+
+def test_a_first_sign_is_dated_by_the_alarms_handed_over(tmp_path):
+    """1.1^k is above 2 from step 8 on, and above 100 from step 49 on."""
+
+    def step(x, batch):
+        return x * batch, {'loss': x, 'creep': x}
+
+    run = step, lambda k: np.float32(1.1)
+    jaxrnn.record(*run, lambda: 1.0, tmp_path, max_steps=60)
+    table = [Signal('creep', 'x', 'whole', 'creep > 2', 'it creeps', 'derived', 'none', '40')]
+    options = {'like': lambda: 1.0, 'when': 'loss > 100'}
+    found, _ = jaxrnn.bisect(*run, tmp_path, alarms=detect.alarms_of(table), **options)
+    assert (found.first_bad_step, found.onset_step) == (49, 8)
+    assert jaxrnn.bisect(*run, tmp_path, **options)[0].onset_step is None
