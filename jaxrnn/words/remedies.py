@@ -130,7 +130,7 @@ def epsilon_by_rule(sharpness: float) -> Remedy:
 
     return Remedy(
         EPSILON, 'optimiser', options,
-        'however small v gets, no step is longer than the curvature bears', 'second-moment decay',
+        'however small v gets, no step is longer than the curvature allows', 'second-moment decay',
     )  # fmt: skip
 
 
