@@ -10,7 +10,7 @@ import pytest
 from jaxrnn import trace
 from jaxrnn.trace import births
 
-SOME = list(healthy.STEPS)[::12]
+SOME = list(healthy.STEPS)[::8]
 BESIDE = healthy.faults_beside(healthy.STEPS)
 """Samples; benchmarks/trace_healthy.py runs them all."""
 
