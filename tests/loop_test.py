@@ -299,6 +299,76 @@ def test_record_that_is_no_scalar_is_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize('name', sorted(telemetry.RESERVED))
+def test_a_field_of_a_reserved_name_is_kept_under_another(name, tmp_path):
+    def step(x, batch):
+        return x + 1, {name: x + 100, 'loss': x}
+
+    loop.run(step, lambda n: 0, lambda: 0.0, tmp_path, loop.LoopOptions(max_steps=5))
+    got = rows(tmp_path)
+    assert [row['step'] for row in got] == list(range(5))
+    assert [row[f'record_{name}'] for row in got] == [100, 101, 102, 103, 104]
+    assert all(row['finite_state'] is True and len(row['digest']) == 16 for row in got)
+
+
+@pytest.mark.parametrize(
+    ('record', 'says'),
+    [
+        ({'a/b': 1.0, 'a_b': 2.0}, "'a/b' and 'a_b' would both be recorded as 'a_b'"),
+        ({'a/b': 1.0, 'a': {'b': 2.0}}, "'a/b' and 'a/b' would both"),
+        (
+            {'step': 1.0, 'record_step': 2.0},
+            "'record_step' and 'step' would both be recorded as 'record_step'",
+        ),
+    ],
+)
+def test_two_fields_of_one_name_are_refused(record, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        loop.run(
+            lambda x, batch: (x, record), lambda n: 0, lambda: 0.0, tmp_path, loop.LoopOptions(max_steps=1)
+        )
+
+
+class TestSharedBuffers:
+    """A step donates its state: each buffer once, and none that somebody else still has."""
+
+    @staticmethod
+    def step(state, batch):
+        w = state['w'] + batch
+        return {**state, 'w': w, 'average': 0.5 * (state['average'] + w)}, {'loss': w.sum()}
+
+    def test_twice_in_the_state(self, tmp_path):
+        def init():
+            w, key = jnp.zeros(3), jax.random.key(1)
+            again = jax.device_put(w, jax.local_devices()[0])  # another array, the same buffer
+            return {'w': w, 'average': w, 'again': again, 'key': key, 'keys': (key, key)}
+
+        options = loop.LoopOptions(max_steps=4)
+        ended = loop.run(self.step, lambda n: 1.0, init, tmp_path, options)
+        assert ended.state['w'].tolist() == [4, 4, 4]
+        np.testing.assert_array_equal(ended.state['average'], 49 / 16)
+
+    def test_what_made_the_state_keeps_it(self, tmp_path):
+        w, data = jnp.zeros(3), jnp.ones(3)
+        run = self.step, lambda n: data, lambda: {'w': w, 'average': w, 'data': data}
+        for name in ('one', 'two'):
+            ended = loop.run(*run, tmp_path / name, loop.LoopOptions(max_steps=4))
+            assert ended.state['w'].tolist() == [4, 4, 4] and w.tolist() == [0, 0, 0]
+
+    def test_where_a_replay_starts(self, tmp_path):
+        w = jnp.ones(3)
+        _, state = loop.advance(
+            telemetry.instrument(self.step), lambda n: 1.0, {'w': w, 'average': w}, 3, 5, digest_every=1,
+            put=lambda row: None,
+        )  # fmt: skip
+        assert state['w'].tolist() == [3, 3, 3]
+
+    def test_only_what_is_shared_is_copied(self):
+        w = jnp.ones(3)
+        state = loop.unshared({'a': w, 'b': w, 'c': jnp.ones(3)})
+        assert state['a'] is w and state['b'] is not w and state['b'].tolist() == [1, 1, 1]
+
+
 def _dividing(state, batch):
     return state + 1, {'loss': 1.0 / (state - 7)}
 

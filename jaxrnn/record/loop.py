@@ -183,7 +183,7 @@ def advance(
         The number of the next step, and its state.
     """
     pending: tuple[int, telemetry.Observation] | None = None
-    number = first
+    number, state = first, unshared(state)
     while number < stop and before(number, state):
         batch = batch_at(number)
         try:
@@ -253,7 +253,7 @@ def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> 
     checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
     steps = checkpoints.steps()
     if not steps:
-        return 0, jax.tree.map(_strong, init()), False
+        return 0, jax.tree.map(_owned, init()), False
     newest = steps[-1]
     meta = checkpoints.meta(newest)
     for name, value in identity.items():
@@ -274,9 +274,38 @@ def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> 
     return newest, state, True
 
 
-def _strong(leaf: Any) -> jax.Array:
-    """A leaf as it will come back from a checkpoint: an array, even where flax starts with a Python number."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf, jnp.result_type(leaf))
+def _owned(leaf: Any) -> jax.Array:
+    """A leaf as it will come back from a checkpoint: an array, even where flax starts with a Python number, and in a
+    buffer that nobody else has. The first step donates it; what made the state may still hold it, or have put it in the
+    state twice."""
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf, jnp.result_type(leaf))
+
+
+def unshared(state: Tree) -> Tree:
+    """A state in which no two leaves share a buffer, as each can be donated once; copies only those that do."""
+    seen: set[Any] = set()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        held = _buffers(leaf)
+        if held is None or held & seen:
+            return jnp.copy(leaf)
+        seen.update(held)
+        return leaf
+
+    return jax.tree.map(own, state)
+
+
+def _buffers(leaf: jax.Array) -> set[tuple[Any, int]] | None:
+    """Where its parts lie; None where that can't be asked."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return None  # of random keys only a view can be asked
+    try:
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return {(device, shard.unsafe_buffer_pointer()) for shard in shards for device in shard.devices()}
+    except Exception:  # a backend without addresses says so in its own way
+        return None
 
 
 def check_digest(checkpoints: checkpoint.Checkpoints, step: int, state: Tree) -> None:

@@ -27,6 +27,12 @@ Row = Mapping[str, Any]
 FINITE_STATE, DIGEST = 'finite_state', 'digest'
 """What `instrument` adds to a record."""
 
+RESERVED = frozenset(('step', FINITE_STATE, DIGEST, 'checkify', 'debug_nans', 'all_finite'))
+"""Names that a row, or a rule, gives a meaning of its own."""
+
+OWN = 'record_'
+"""What a step's own field of a reserved name is called by: its `step` is `record_step`."""
+
 
 class Observation(NamedTuple):
     """What comes out of a step beside the next state."""
@@ -128,7 +134,8 @@ def instrument(step: Step, *, checks: bool = False) -> CompiledStep:
 def row(step: int, observation: Observation) -> Row:
     """A step's record as plain Python values; waits for the device.
 
-    Floats are written with the fewest digits that read back to the same bits.
+    Floats are written with the fewest digits that read back to the same bits. `step` is the loop's number: a field of
+    that name which the step has of its own is in `record_step`.
     """
     record, error = observation
     values = {name: _plain(value) for name, value in jax.device_get(record).items() if name != DIGEST}
@@ -227,13 +234,32 @@ def series(rows: Iterable[Row]) -> Series:
 
 
 def _scalars(record: Tree) -> dict[str, jax.Array]:
-    """A record of any structure as a flat dictionary of scalars."""
-    if isinstance(record, jax.Array):
+    """A record of any structure as a flat dictionary of scalars, under names that mean nothing else.
+
+    Raises UserError for what isn't a scalar, and for two fields that come to the same name.
+    """
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(record)):
         record = {'loss': record}
-    leaves = {name: jnp.asarray(leaf) for name, leaf in tree.named_leaves(record).items()}
-    if wrong := [f'{name} {leaf.shape}' for name, leaf in leaves.items() if leaf.size != 1]:
-        raise UserError(f'record: scalars expected, {", ".join(wrong)} found; reduce them inside the step')
-    return {name.replace('/', '_'): jnp.reshape(leaf, ()) for name, leaf in leaves.items()}
+    fields: dict[str, tuple[str, jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(record):
+        found, value = jax.tree_util.keystr(path, simple=True, separator='/'), jnp.asarray(leaf)
+        if value.size != 1:
+            raise UserError(
+                f'record: scalars expected, {found} {value.shape} found; reduce them inside the step'
+            )
+        name = _named(found)
+        if name in fields:
+            raise UserError(
+                f'record: the fields {fields[name][0]!r} and {found!r} would both be recorded as {name!r}; rename one'
+            )
+        fields[name] = found, jnp.reshape(value, ())
+    return {name: value for name, (_, value) in fields.items()}
+
+
+def _named(field: str) -> str:
+    """What a field of a step's record is called in its row."""
+    name = field.replace('/', '_')
+    return OWN + name if name in RESERVED else name
 
 
 def _same(a: Any, b: Any) -> bool:
