@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrnn import trace as trace
     from jaxrnn.bisect import bisect as bisect
+    from jaxrnn.bisect import state as state
     from jaxrnn.experiment import Change as Change
     from jaxrnn.experiment import Changed as Changed
     from jaxrnn.experiment import diagnose as diagnose
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from jaxrnn.types import UserError as UserError
 
 __version__ = '0.1.0'
-__all__ = ['Change', 'Changed', 'UserError', 'bisect', 'diagnose', 'record', 'trace']
+__all__ = ['Change', 'Changed', 'UserError', 'bisect', 'diagnose', 'record', 'state', 'trace']
 
 _ROOMS = ('bisect', 'record', 'trace')
 """Of these names the package itself is meant; the first two can be called."""
@@ -39,6 +40,7 @@ _HOMES = {
     'Change': 'jaxrnn.experiment',
     'Changed': 'jaxrnn.experiment',
     'diagnose': 'jaxrnn.experiment',
+    'state': 'jaxrnn.bisect',
     'UserError': 'jaxrnn.types',
 }
 

@@ -1,6 +1,9 @@
 """The first bad step of a run, proven by replay; and one step inspected.
 
-replay       any step again, bit for bit, and the first bad one by bisection
+replay       the first bad step, by bisection
+replayer     any step again, bit for bit, held against what the run left
+agreement    whether two states are the same, but for rounding, or not
+another_run  what it says of a run that its replay is another
 inspection   one step evaluated equation by equation, or compared with an earlier one
 
 The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
@@ -74,6 +77,48 @@ def bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
     return inspection.locate(subject, diagnosis)[0], rows
+
+
+def state(
+    step: Step,
+    batch_at: BatchAt,
+    directory: str | os.PathLike,
+    number: int,
+    *,
+    like: Tree | Callable[[], Tree] = None,
+    digest_every: int = 1,
+) -> Tree:
+    """The state that step `number` of a run starts from, replayed from the checkpoint before it.
+
+    Args:
+        step, batch_at, directory, like, digest_every: as in `bisect`.
+        number: of the step.
+
+    Returns:
+        The state, with its batch, `batch_at(number)`, all that the step has seen.
+
+    Raises:
+        UserError: no checkpoint before the step, a damaged one, or a replay that is another run than the one recorded.
+
+    >>> import tempfile
+    >>> def step(x, batch):
+    ...     return x * batch, {'loss': x}
+    >>> def batch_at(k):
+    ...     return 0.5
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = jaxrnn.record(step, batch_at, lambda: 1.0, directory, max_steps=20, checkpoint_every=5)
+    ...     state = jaxrnn.state(step, batch_at, directory, 7, like=lambda: 1.0)
+    >>> float(state), float(step(state, batch_at(7))[1]['loss'])
+    (0.0078125, 0.0078125)
+    """
+    replayer = replay.Replayer(subject_of(step, batch_at, directory, like, digest_every))
+    found = replayer.state(number)
+    if replayer.first_mismatch is not None:
+        raise UserError(
+            f'{directory}: step {replayer.first_mismatch} comes out otherwise than it was recorded, so that the state '
+            f'of step {number} is not known; jaxrnn.bisect says more'
+        )
+    return found
 
 
 def detectors_of(when: str, symptom: str) -> Sequence[detect.Detector]:

@@ -1,142 +1,27 @@
-"""Going back: any step of a run again, bit for bit, and the first bad one by bisection.
+"""The first bad step of a run, by bisection.
 
 Knows nothing of networks: it takes a train step, the batch of each step, and checkpoints.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxrnn import detect, environment
+from jaxrnn import detect
+from jaxrnn.bisect import another_run
+from jaxrnn.bisect.replayer import Replayer as Replayer
+from jaxrnn.bisect.replayer import Subject as Subject
+from jaxrnn.bisect.replayer import subject as subject
 from jaxrnn.detect import Detector, rule_language
-from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
-from jaxrnn.record import loop, telemetry
-from jaxrnn.record.checkpoint import Checkpoints
+from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.diagnosis import Replay as Replay
+from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
-from jaxrnn.types import BatchAt, Series, Step, Tree, UserError
+from jaxrnn.types import Series, UserError
 
 log = logging.getLogger('jaxrnn')
-
-
-class Subject(NamedTuple):
-    """What the debugger is given: enough to go back anywhere."""
-
-    observed: telemetry.CompiledStep  # the step as training compiled it
-    batch_at: BatchAt
-    checkpoints: Checkpoints
-    records: Sequence[Row] = ()  # of the run, if there are any
-    digest_every: int = 1
-    step: Step | None = None  # to be evaluated equation by equation
-
-
-def subject(
-    step: Step,
-    batch_at: BatchAt,
-    checkpoints: Checkpoints,
-    records: Sequence[Row] = (),
-    *,
-    digest_every: int = 1,
-    checkify: bool = False,
-) -> Subject:
-    """Anybody's run, ready to be debugged.
-
-    Args:
-        step: the train step, `(state, batch) -> (state, record)`; the record may be any tree of scalars.
-        batch_at: step number -> batch.
-        checkpoints: where checkpoint k is the state that step k starts from.
-        records: rows of the run; without them a bisect finds its way by checkpoints alone.
-        digest_every: as in the run.
-        checkify: as in the run.
-    """
-    observed = telemetry.instrument(step, checks=checkify)
-    return Subject(observed, batch_at, checkpoints, records, digest_every, step)
-
-
-class Replayer:
-    """Replays steps, each at most once, and counts.
-
-    Every replayed step that has a record is compared with it; after the first that differs the replay is
-    another run, and nothing it shows counts.
-    """
-
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.recorded = {row['step']: row for row in subject.records}
-        self.rows: dict[int, Row] = {}
-        self.probed: set[int] = set()
-        self.steps_replayed = 0
-        self.first_mismatch: int | None = None
-
-    def outcome(self) -> Replay:
-        verified = any(step in self.recorded for step in self.rows) or self._digests_met()
-        identical = verified and self.first_mismatch is None
-        return Replay(identical, self.first_mismatch, self.steps_replayed, len(self.probed))
-
-    def state(self, step: int) -> Tree:
-        """The state that `step` starts from, replayed from the newest checkpoint before it.
-
-        Raises UserError when there is none, or when it was altered on disk.
-        """
-        return self._replay(self._checkpoint_before(step), step)
-
-    def replay(self, start: int, stop: int) -> list[Row]:
-        """The rows of steps start … stop - 1, computed now or earlier."""
-        missing = [step for step in range(start, stop) if step not in self.rows]
-        if missing:
-            self._replay(self._checkpoint_before(missing[0]), missing[-1] + 1)
-        return [self.rows[step] for step in range(start, stop) if step in self.rows]
-
-    def _replay(self, checkpoint: int, stop: int) -> Tree:
-        state = self.subject.checkpoints.restore(checkpoint)
-        loop.check_digest(self.subject.checkpoints, checkpoint, state)
-        self.probed.add(checkpoint)
-        _, state = loop.advance(
-            self.subject.observed,
-            self.subject.batch_at,
-            state,
-            checkpoint,
-            stop,
-            digest_every=self.subject.digest_every,
-            put=self._put,
-        )
-        return state
-
-    def _put(self, row: Row) -> None:
-        step = row['step']
-        self.steps_replayed += 1
-        self.rows[step] = row
-        recorded = self.recorded.get(step)
-        if recorded is not None and not telemetry.same(recorded, row):
-            self.first_mismatch = step if self.first_mismatch is None else min(step, self.first_mismatch)
-
-    def _digests_met(self) -> bool:
-        """Whether, without a record, a replay reached a checkpoint and found its very state there.
-
-        Also notes the mismatch where it didn't.
-        """
-        met = False
-        for step in self.subject.checkpoints.steps():
-            row = self.rows.get(step - 1, {})
-            saved = self.subject.checkpoints.meta(step).get('state')
-            if saved is None or telemetry.DIGEST not in row:
-                continue
-            met = True
-            if saved != row[telemetry.DIGEST] and self.first_mismatch is None:
-                self.first_mismatch = step - 1
-        return met
-
-    def _checkpoint_before(self, step: int) -> int:
-        steps = self.subject.checkpoints.steps()
-        before = [at for at in steps if at <= step]
-        if not before:
-            there = f'the first is of step {steps[0]}' if steps else 'there is none'
-            raise UserError(
-                f'{self.subject.checkpoints.directory}: no checkpoint at or before step {step} ({there}); '
-                'steps before it can not be replayed'
-            )
-        return before[-1]
 
 
 def bisect(
@@ -154,6 +39,9 @@ def bisect(
     step, judged on replayed steps. That takes a symptom that lasts to the end, as a NaN does; for one that
     passed by, all steps are replayed from the first checkpoint on.
 
+    A replay that comes to a checkpoint is held against it. Where it leads to another state, the run was another
+    than the one that is replayed: it is not reproducible, and no step is named.
+
     Args:
         subject: the run.
         detectors: rules, gravest first.
@@ -169,11 +57,14 @@ def bisect(
     if rows and telemetry.contiguous(rows):
         symptom = _from_records(rows, detectors, good, bad)
         if symptom is not None:
-            replayer.replay(replayer._checkpoint_before(symptom.step), symptom.step + 1)
+            replayer.replay(replayer.checkpoint_before(symptom.step), symptom.step + 1)
     else:
         if rows:
             log.warning('the records have gaps; bisecting without them')
-        symptom = _from_checkpoints(replayer, detectors, good, bad)
+        low, high = _bounds(replayer, good, bad)
+        symptom = _from_checkpoints(replayer, detectors, low, high)
+        _verify(replayer, symptom, low, high)
+        symptom = _of_this_run(replayer, symptom, detectors)
     return _diagnosis(replayer, symptom, alarms), [replayer.rows[step] for step in sorted(replayer.rows)]
 
 
@@ -195,18 +86,22 @@ def _first_between(detector: Detector, columns: Series, good: int | None, bad: i
     return Symptom(detector.kind, int(steps[0])) if steps.size else None
 
 
-def _from_checkpoints(
-    replayer: Replayer, detectors: Sequence[Detector], good: int | None, bad: int | None
-) -> Symptom | None:
+def _bounds(replayer: Replayer, good: int | None, bad: int | None) -> tuple[int, int]:
+    """The checkpoints that bound the search."""
     steps = replayer.subject.checkpoints.steps()
     if not steps:
         raise UserError(
             f'{replayer.subject.checkpoints.directory}: no checkpoints; there is nothing to replay'
         )
-    # Between the checkpoints that bound the search.
     low = max((s for s in steps if good is not None and s <= good), default=steps[0])
     high = min((s for s in steps if bad is not None and s >= bad), default=steps[-1])
-    candidates = [s for s in steps if low <= s <= high]
+    return low, high
+
+
+def _from_checkpoints(
+    replayer: Replayer, detectors: Sequence[Detector], low: int, high: int
+) -> Symptom | None:
+    candidates = [s for s in replayer.subject.checkpoints.steps() if low <= s <= high]
     columns = telemetry.series(replayer.replay(low, low + 1))
     usable = detect.applicable(columns, detectors)
     for detector in usable:
@@ -214,6 +109,33 @@ def _from_checkpoints(
             return _between(replayer, detector, *_halve(replayer, detector, candidates))
     log.warning('no rule holds at the last checkpoint (%d): replaying every step from %d on', high, low)
     return _sweep(replayer, usable, candidates)
+
+
+def _verify(replayer: Replayer, symptom: Symptom | None, low: int, high: int) -> None:
+    """Holds the replay against the checkpoints: against all of them where no symptom was found, else against one at
+    least before it. Where it led to another state, the first such place is looked for."""
+    steps = [s for s in replayer.subject.checkpoints.steps() if low <= s <= high]
+    pairs = list(itertools.pairwise(steps))
+    if symptom is not None and not replayer.verified:
+        for start, stop in [(start, stop) for start, stop in pairs if stop <= symptom.step][-1:]:
+            replayer.agreement(start, stop)
+    if symptom is None or replayer.broken:
+        for start, stop in pairs:
+            found = replayer.agreement(start, stop)
+            if found is not None and found.broken:
+                break
+
+
+def _of_this_run(
+    replayer: Replayer, symptom: Symptom | None, detectors: Sequence[Detector]
+) -> Symptom | None:
+    """A symptom, unless its rule read steps whose replay led to another state than the run's."""
+    if symptom is None:
+        return None
+    lookback = next(each.rule.lookback for each in detectors if each.kind == symptom.kind)
+    read = range(symptom.step - lookback, symptom.step + 1)
+    misled = any(each.start <= read[-1] and each.stop > read[0] for each in replayer.broken)
+    return None if misled else symptom
 
 
 def _halve(replayer: Replayer, detector: Detector, steps: list[int]) -> tuple[int, int]:
@@ -255,46 +177,33 @@ def _where_holds(replayer: Replayer, detector: Detector, start: int, stop: int) 
 
 
 def _diagnosis(replayer: Replayer, symptom: Symptom | None, alarms: Sequence[Detector]) -> Diagnosis:
+    if replayer.first_mismatch is not None:
+        cause = another_run.cause_of(replayer)
+        return Diagnosis(symptom=symptom, cause=cause, replay=replayer.outcome())
     outcome = replayer.outcome()
-    if outcome.first_mismatch is not None:
-        return Diagnosis(symptom=symptom, cause=_irreproducible(replayer, outcome), replay=outcome)
     if symptom is None:
-        return Diagnosis(cause=Cause('none', 'no rule holds at any step'), replay=outcome)
+        return Diagnosis(
+            cause=Cause('none', f'no rule holds at any step{_but_for_rounding(replayer)}'), replay=outcome
+        )
     rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
     warned = detect.onset(telemetry.series(rows), symptom, alarms)
     return Diagnosis(
         symptom=symptom,
         first_bad_step=symptom.step,
         onset_step=None if warned is None else warned.step,
-        cause=Cause('none', 'not looked for: bisection names the step, not the cause'),
+        cause=Cause(
+            'none',
+            f'not looked for: bisection names the step, not the cause{_but_for_rounding(replayer)}',
+        ),
         replay=outcome,
     )
 
 
-def _irreproducible(replayer: Replayer, outcome: Replay) -> Cause:
-    """Says whether two replays agree with each other, and what differs around the run."""
-    step = outcome.first_mismatch
-    assert step is not None
-    checkpoint = replayer._checkpoint_before(step)
-    again = Replayer(replayer.subject)
-    again.replay(checkpoint, step + 1)
-    agree = telemetry.same(replayer.rows[step], again.rows[step])
-    recorded = replayer.subject.checkpoints.meta(checkpoint).get('environment_details', {})
-    differences = environment.differences(recorded, environment.describe()) if recorded else []
-    around = f'; since the run, {", ".join(differences)}' if differences else ''
-    what = (
-        'two replays agree with each other, not with the run'
-        if agree
-        else 'two replays disagree with each other'
-    )
-    recorded_row = replayer.recorded.get(step, {})
-    fields = telemetry.different(recorded_row, replayer.rows[step])
-    if agree and telemetry.DIGEST in recorded_row and telemetry.DIGEST not in fields:
-        measured = f'{", ".join(fields)} measured otherwise'
-        return Cause(
-            'none',
-            f'not reproducible from step {step} on: the states agree bit for bit, but {measured}, as by another '
-            f'version of the code that makes the record{around}; train again with this one',
-        )
-    kind = 'hardware' if agree and not differences else 'nondeterminism'
-    return Cause(kind, f'not reproducible from step {step} on: {what}{around}')
+def _but_for_rounding(replayer: Replayer) -> str:
+    """How well a replay agrees that is the run's only up to rounding."""
+    digits = [each.digits for each in replayer.agreements.values() if each.rounding]
+    if not digits:
+        return ''
+    said = f'the replay agrees with the checkpoints to {min(digits)} digits, not bit for bit'
+    log.warning('%s: the run was compiled otherwise', said)
+    return f'; {said}'
