@@ -4,19 +4,23 @@ Knows nothing of networks, as `replay`: it takes a subject and the number of a s
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxrnn import trace
+from jaxrnn import environment, trace, tree
 from jaxrnn.bisect.replay import Replayer, Subject
-from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import Step, Tree
+
+log = logging.getLogger('jaxrnn')
 
 ORDINARY = 200
 """Steps before a step among whose losses an ordinary one is looked for."""
@@ -37,9 +41,12 @@ class Inspection(NamedTuple):
     against: int | None  # that one's number
     screens: tuple[dict[str, Any], ...] = ()  # what JAX's own tools say, as checks of a diagnosis
     precision: trace.PrecisionReport | None = None  # what float64 says, where it was asked for
+    compiled: trace.CompiledDifference | None = None  # where only the compiled step isn't finite
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
+        if self.compiled is not None:
+            return of_compiled(self.compiled)
         if self.trace_report is not None and self.trace_report.finding is not None:
             return of_finding(self.trace_report.finding)
         return None if self.comparison is None else of_comparison(self.comparison)
@@ -72,8 +79,10 @@ def inspect(
     now = Replayer(subject).state(step), subject.batch_at(step)
     with jax.debug_nans(False):  # which would raise where we look
         trace_report = None if finite else trace.first_bad(subject.step, *now)
-        comparison = None
-        if trace_report is None or trace_report.finding is None:
+        compiled, comparison = None, None
+        if trace_report is not None and (trace_report.finding is None or trace_report.finding.kind == 'loop'):
+            compiled = _compiled_otherwise(subject, *now)
+        if compiled is None and (trace_report is None or trace_report.finding is None):
             against = _ordinary(subject, step) if against is None else against
             if against is not None:
                 before = Replayer(subject).state(against), subject.batch_at(against)
@@ -81,20 +90,21 @@ def inspect(
         precision = trace.lost_precision(subject.step, *now) if float64 else None
     checks = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
     return Inspection(
-        step, trace_report, comparison, None if comparison is None else against, checks, precision
+        step, trace_report, comparison, None if comparison is None else against, checks, precision, compiled
     )
 
 
 def locate(
     subject: Subject, diagnosis: Diagnosis, *, screens: Sequence[str] = ()
 ) -> tuple[Diagnosis, Inspection | None]:
-    """Inspects the first bad step of a diagnosis, and says in it where."""
+    """Inspects the first bad step of a diagnosis, and says in it where; and that it is the compiler, where it is."""
     step, symptom = diagnosis.first_bad_step, diagnosis.symptom
     if step is None or symptom is None:
         return diagnosis, None
     found = inspect(subject, step, finite=symptom.kind in FINITE, screens=screens)
     checks = (*diagnosis.checks, *found.screens)
-    return dataclasses.replace(diagnosis, where=found.where(), checks=checks), found
+    cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
+    return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
 
 
 def of_finding(finding: trace.Finding) -> dict[str, Any]:
@@ -108,6 +118,34 @@ def of_finding(finding: trace.Finding) -> dict[str, Any]:
         'examples': list(finding.examples),
         'words': [],
     }
+
+
+def of_compiled(found: trace.CompiledDifference) -> dict[str, Any] | None:
+    """A piece that differs when it is compiled, as a diagnosis states it; None where no part of the step does."""
+    if not found.primitives:
+        return None
+    return {
+        'pass': found.pass_,
+        'op': ', '.join(found.primitives),
+        'source': found.source,
+        'layer': found.layer,
+        'time_step': None,
+        'examples': [],
+        'words': [],
+    }
+
+
+def of_compiler(found: trace.CompiledDifference) -> str:
+    """What the compiler did, and which."""
+    around = environment.describe()
+    which = f'jax {around["jax"]}, jaxlib {around["jaxlib"]} on {around["platform"]}'
+    bad = 'a NaN' if any(one.nans for one in found.compiled) else 'an infinity'
+    what = f'the compiled step has {bad} that its own equations, computed one by one, do not have'
+    if not found.primitives:
+        return f'{what}; only the step as a whole shows it ({which})'
+    piece = ', '.join(found.primitives)
+    together = 'compiled as a loop' if found.kind == 'loop' else 'compiled together'
+    return f'{what}: {piece} at {found.source}, {together} ({which})'
 
 
 def of_comparison(comparison: trace.Comparison) -> dict[str, Any]:
@@ -138,6 +176,21 @@ def leading(examples: Sequence[trace.Example]) -> list[int]:
         reached += example.share
         found.append(example.place)
     return found
+
+
+def _compiled_otherwise(subject: Subject, state: Tree, batch: Tree) -> trace.CompiledDifference | None:
+    """Where the step as training compiles it isn't finite, though its equations are."""
+
+    def run(state: Tree, batch: Tree) -> Tree:
+        return subject.observed(jax.tree.map(jnp.copy, state), batch, True)  # which consumes its state
+
+    if tree.all_finite(run(state, batch)):
+        return None
+    try:
+        return trace.compiled_otherwise(run, state, batch)
+    except Exception as error:  # what can't be compiled in parts; JAX raises whatever it likes
+        log.warning("the compiled step can't be held against its equations: %s", error)
+        return None
 
 
 def _ordinary(subject: Subject, step: int) -> int | None:

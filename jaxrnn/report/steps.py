@@ -25,7 +25,9 @@ def render_inspection(inspected: inspection.Inspection, words: Sequence[str] = (
         words: of the step's batch.
     """
     parts: list[RenderableType] = []
-    if inspected.trace_report is not None:
+    if inspected.compiled is not None:
+        parts += _compiled(inspected.compiled, inspected.step)
+    elif inspected.trace_report is not None:
         parts += _findings(inspected.trace_report, inspected.step, words)
     if inspected.comparison is not None:
         parts += [Text(), *_changed(inspected, words)]
@@ -66,6 +68,7 @@ def inspection_json(inspected: inspection.Inspection, words: Sequence[str] = ())
     return {
         'step': inspected.step,
         'finding': finding,
+        'compiled': None if inspected.compiled is None else _compiled_json(inspected.compiled),
         'harmless': [] if traced is None else [_finding_json(finding, words) for finding in traced.harmless],
         'equations': None if traced is None else traced.equations,
         'against': inspected.against,
@@ -121,6 +124,24 @@ def _findings(traced: trace.TraceReport, step: int, words: Sequence[str]) -> lis
         )
     parts.append(Text(f'{count(traced.equations, "equation")} evaluated', style='dim'))
     return parts
+
+
+def _compiled(found: trace.CompiledDifference, step: int) -> list[RenderableType]:
+    """What isn't finite in the compiled program alone."""
+    parts: list[RenderableType] = [
+        Text(f'step {step}: the compiled program differs from its own equations', style='bold red'),
+        Text(inspection.of_compiler(found), style='dim'),
+    ]
+    if (where := inspection.of_compiled(found)) is not None:
+        parts.append(place(where))
+    if found.code:
+        parts.append(Text(f'  {found.code}', style='cyan'))
+    return parts
+
+
+def _compiled_json(found: trace.CompiledDifference) -> dict[str, Any]:
+    ranges = {name: [one._asdict() for one in getattr(found, name)] for name in ('alone', 'compiled')}
+    return {**found._asdict(), **ranges, 'why': inspection.of_compiler(found)}
 
 
 def _named(examples: Sequence[int], words: Sequence[str]) -> list[str]:

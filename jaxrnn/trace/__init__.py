@@ -29,6 +29,9 @@ What every file knows:
     naming      pass, layer, line of code, and the equations that led there
     reporting   from all that was born bad to the first of it that reached an output
 
+`compiled_otherwise`, a step whose equations are finite, but not compiled together:
+    compiled    the smallest piece of a program whose compiled form differs from its equations
+
 `compare` and `lost_precision`, a step whose values are finite:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
@@ -52,6 +55,7 @@ from jaxrnn.trace.comparison import (
     TimeStepGradient,
     compare,
 )
+from jaxrnn.trace.compiled import CompiledDifference, compiled_otherwise
 from jaxrnn.trace.evaluate import first_bad
 from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
 from jaxrnn.trace.float64 import LOST, PrecisionLoss, PrecisionReport, lost_precision
@@ -64,6 +68,7 @@ __all__ = [
     'MOST_EXAMPLES',
     'WRITTEN',
     'Comparison',
+    'CompiledDifference',
     'Example',
     'Finding',
     'Layer',
@@ -77,6 +82,7 @@ __all__ = [
     'TimeStepGradient',
     'TraceReport',
     'compare',
+    'compiled_otherwise',
     'first_bad',
     'lost_precision',
 ]
