@@ -124,6 +124,15 @@ def test_a_checkpoint_that_was_damaged(damage, tmp_path):
     assert 'checkpoint 200 holds a state that the run never had' in found.cause.why
 
 
+@pytest.mark.parametrize(('at', 'first'), [(0, 49), (STEPS, STEPS - 1)])
+def test_a_checkpoint_at_an_end_that_was_damaged(at, first, tmp_path):
+    """There is no checkpoint before the one, and none after the other, that could prove it."""
+    loop(tmp_path, saved=lambda k, state: {**state, 'w': state['w'] + 1} if k == at else state)
+    found = bisected(tmp_path)
+    assert found.replay.first_mismatch == first
+    assert f'checkpoint {at}, the {"last" if at else "first"}, was damaged' in found.cause.why
+
+
 @pytest.mark.parametrize(
     ('options', 'says', 'first'),
     [

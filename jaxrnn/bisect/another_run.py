@@ -103,7 +103,8 @@ def _by_checkpoint(replayer: Replayer, found: Agreement) -> Cause:
             'or another program was trained with, can not be told',
         )
     if after is None:
-        return Cause('program', f'{said}: {apart}; {ANOTHER}')
+        damaged = '' if _is_ours(replayer, stop) else f', or checkpoint {stop}, the last, was damaged'
+        return Cause('program', f'{said}: {apart}; {ANOTHER}{damaged}')
     if not after.broken:
         return _once(replayer, found, f'{said}, and there alone: {apart}')
     saved = replayer.subject.checkpoints.restore(after.stop)
@@ -119,14 +120,22 @@ def _by_checkpoint(replayer: Replayer, found: Agreement) -> Cause:
 
 def _once(replayer: Replayer, found: Agreement, said: str) -> Cause:
     """What came once and left the run another: as it was saved with a digest, or not."""
-    ours = replayer.subject.checkpoints.meta(found.stop).get('state') is not None
-    if ours:
+    if _is_ours(replayer, found.stop):
         return Cause('hardware', f'{said}; a fault of the hardware, or other batches')
+    if found.start == replayer.subject.checkpoints.steps()[0]:
+        said = f'{said}; checkpoint {found.start}, the first, was damaged, or'
+    else:
+        said = f'{said};'
     return Cause(
         'program',
-        f'{said}; something was done once: a resume that lost a part of the state (as the moments of an optimiser), '
+        f'{said} something was done once: a resume that lost a part of the state (as the moments of an optimiser), '
         'other batches, an edit, or a fault of the hardware',
     )
+
+
+def _is_ours(replayer: Replayer, checkpoint: int) -> bool:
+    """Whether a checkpoint has a digest, by which damage would have shown."""
+    return replayer.subject.checkpoints.meta(checkpoint).get('state') is not None
 
 
 def _misnumbered(replayer: Replayer, found: Agreement) -> str:

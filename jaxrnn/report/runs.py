@@ -81,7 +81,7 @@ def proof(diagnosis: Diagnosis) -> Text:
     if not replay.steps_replayed:
         return Text('nothing replayed', style='dim')
     if replay.first_mismatch is not None:
-        return Text(f'{effort}; the first to differ from its record is step {replay.first_mismatch}')
+        return Text(f'{effort}; the first to differ from the run is step {replay.first_mismatch}')
     if replay.bit_identical:
         return Text(f'proven: {effort}, bit for bit as recorded', style='green')
     return Text(f'{effort}; there was no record to hold them against', style='yellow')
