@@ -33,6 +33,7 @@ What every file knows:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
     comparison  how a step differs from an earlier one
+    widening    a step that computes in float64 whatever types are written in it
     float64     a step computed in float64 beside itself: where it loses digits
 
 >>> import jax.numpy as jnp
@@ -55,6 +56,7 @@ from jaxrnn.trace.comparison import (
 from jaxrnn.trace.evaluate import first_bad
 from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
 from jaxrnn.trace.float64 import LOST, PrecisionLoss, PrecisionReport, lost_precision
+from jaxrnn.trace.widening import widened
 
 __all__ = [
     'ABSURD',
@@ -79,4 +81,5 @@ __all__ = [
     'compare',
     'first_bad',
     'lost_precision',
+    'widened',
 ]

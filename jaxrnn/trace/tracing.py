@@ -49,14 +49,19 @@ def traced(
     function: Callable[..., Tree], arguments: Sequence[Tree], names: Sequence[str], example_axes: Tree
 ) -> TracedFunction:
     """Traces `function(*arguments)`. Arguments as in `first_bad`."""
-    with marked():
-        closed, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    closed, outputs = as_jaxpr(function, arguments)
     data = names[len(arguments) - 1]
     leaves = [
         Argument(path, leaf, path.split('/')[0] == data) for path, leaf in named_leaves(arguments, names)
     ]
     examples = example_names([leaf for leaf in leaves if leaf.is_data], example_axes)
     return TracedFunction(closed, outputs, leaves, examples)
+
+
+def as_jaxpr(function: Callable[..., Tree], arguments: Sequence[Tree]) -> tuple[Any, Tree]:
+    """A function's jaxpr, and the shapes and types of its results."""
+    with marked():
+        return jax.make_jaxpr(function, return_shape=True)(*arguments)
 
 
 def named_leaves(trees: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
