@@ -44,33 +44,51 @@ What every file knows:
 
 from jaxrnn.trace.comparison import (
     ABSURD,
+    LARGE,
     Comparison,
     Example,
     Layer,
     Leap,
+    Outlying,
     Pair,
     Saturation,
     TimeStepGradient,
     compare,
+    leading,
 )
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
+from jaxrnn.trace.findings import (
+    KINDS,
+    LEAK,
+    MOST_EXAMPLES,
+    OUT_OF_RANGE,
+    WRITTEN,
+    ZERO_BY_ZERO,
+    Finding,
+    Link,
+    Range,
+    TraceReport,
+)
 from jaxrnn.trace.float64 import LOST, PrecisionLoss, PrecisionReport, lost_precision
 from jaxrnn.trace.widening import widened
 
 __all__ = [
     'ABSURD',
     'KINDS',
+    'LARGE',
     'LEAK',
     'LOST',
     'MOST_EXAMPLES',
+    'OUT_OF_RANGE',
     'WRITTEN',
+    'ZERO_BY_ZERO',
     'Comparison',
     'Example',
     'Finding',
     'Layer',
     'Leap',
     'Link',
+    'Outlying',
     'Pair',
     'PrecisionLoss',
     'PrecisionReport',
@@ -80,6 +98,7 @@ __all__ = [
     'TraceReport',
     'compare',
     'first_bad',
+    'leading',
     'lost_precision',
     'widened',
 ]

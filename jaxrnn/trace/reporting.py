@@ -78,4 +78,5 @@ def _finding(node: Node, flow: Flow, times: Times, examples: set[str]) -> Findin
         results=birth.results,
         chain=chain(node),
         devices=birth.devices,
+        detail=birth.detail,
     )
