@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrnn.trace.axes import unfixed
+from jaxrnn.trace.axes import ELEMENTWISE, unfixed
 from jaxrnn.trace.equations import inner
 from jaxrnn.trace.findings import LEAK, OUT_OF_RANGE, WRITTEN, ZERO_BY_ZERO
 from jaxrnn.trace.values import Origin, Value, badness, inherited, is_float
@@ -92,35 +92,6 @@ def elementwise(equation: Any, operands: Sequence[np.ndarray], result: np.ndarra
         )
     except ValueError:
         return False
-
-
-ELEMENTWISE = frozenset(
-    (
-        *(
-            'add',
-            'add_any',
-            'sub',
-            'mul',
-            'div',
-            'rem',
-            'neg',
-            'abs',
-            'sign',
-            'max',
-            'min',
-            'clamp',
-            'select_n',
-        ),
-        *('pow', 'integer_pow', 'square', 'sqrt', 'rsqrt', 'cbrt', 'exp', 'exp2', 'expm1', 'log', 'log1p'),
-        *('sin', 'cos', 'tan', 'asin', 'acos', 'atan', 'atan2', 'sinh', 'cosh', 'tanh'),
-        *('asinh', 'acosh', 'atanh', 'logistic', 'erf', 'erfc', 'erf_inv', 'lgamma', 'digamma', 'polygamma'),
-        *('igamma', 'igammac', 'igamma_grad_a', 'regularized_incomplete_beta', 'zeta', 'random_gamma_grad'),
-        *('bessel_i0e', 'bessel_i1e', 'nextafter', 'floor', 'ceil', 'round', 'reduce_precision'),
-        *('complex', 'conj', 'real', 'imag', 'convert_element_type', 'copy', 'copy_p', 'stop_gradient'),
-        *('device_put', 'reshard', 'sharding_constraint', 'pvary', 'pcast'),
-    )
-)
-"""Primitives that compute element by element. A shape is not enough to know: a product of square matrices keeps it."""
 
 
 def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Origin, ...]:

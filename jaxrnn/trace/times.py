@@ -6,9 +6,13 @@ the axis.
 """
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+from jax.extend import core
 
 from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.births import MOVERS
@@ -24,6 +28,10 @@ class Times:
             int, tuple[Any, dict[str, set[int]]]
         ] = {}  # of the results of equations that aren't loops
         self.sizes: dict[str, int] = {}
+        self.over_parts: dict[int, tuple[Any, bool]] = {}  # loops, by identity
+        self.parted: set[str] = set()  # names of axes over parts of a batch: micro-batches, devices
+        self.contracted: set[str] = set()  # names of axes that a product in the forward pass sums over
+        self.maps_gradients = False  # whether whole gradients are computed under a vmap
 
     # While it is evaluated.
 
@@ -33,6 +41,8 @@ class Times:
 
     def run_over(self, equation: Any, names: set[str]) -> None:
         """Notes that a loop runs over axes of these names."""
+        if self._is_over_parts(equation):
+            self.parted |= names
         self.loops.setdefault(id(equation), (equation, set()))[1].update(names)
 
     def take(self, place: Place | None, whole: Axes, taken: Axes) -> None:
@@ -44,6 +54,13 @@ class Times:
             if len(before) == 1 and before[0].name and before[0].size > after[0].size == 1:
                 self.run_over(loop.equation, {before[0].name})
 
+    def take_in(self, loop: Any, whole: Axes, taken: Axes) -> None:
+        """As `take`, of a loop that is followed, not evaluated."""
+        for before, after in zip(whole.axes, taken.axes, strict=True):
+            size = math.prod(factor.size for factor in after)
+            if len(before) == 1 and before[0].name and before[0].size > size == 1:
+                self.run_over(loop, {before[0].name})
+
     def see(self, equation: Any, made: Sequence[Axes]) -> None:
         """Notes the axes of an equation's results."""
         for name, place in (item for axes in made for item in axes.fixed):
@@ -52,8 +69,19 @@ class Times:
     # Afterwards.
 
     def looped(self) -> set[str]:
-        """Names of the axes that loops run over."""
-        return {name for _, names in self.loops.values() for name in names}
+        """Names of the axes that loops over time run over."""
+        loops = (names for equation, names in self.loops.values() if not self._is_over_parts(equation))
+        return {name for names in loops for name in names}
+
+    def _is_over_parts(self, equation: Any) -> bool:
+        """Whether a loop runs over parts of a batch."""
+        if id(equation) not in self.over_parts:
+            self.over_parts[id(equation)] = equation, holds_gradient(equation)
+        return self.over_parts[id(equation)][1]
+
+    def over_time(self) -> set[str]:
+        """Names of the axes that the iterations of loops are places of, written as loops or one after the other."""
+        return self.looped() | self._unrolled()
 
     def over(self, equation: Any) -> set[str]:
         return self.loops[id(equation)][1] if id(equation) in self.loops else set()
@@ -61,7 +89,14 @@ class Times:
     def of(self, node: Node, examples: set[str]) -> int | None:
         """The first time step of what was born bad at a node; None if it belongs to no time step."""
         assert node.birth is not None
-        around = [place for place in outwards(node.place) if place.iteration is not None]
+        around = [
+            place
+            for place in outwards(node.place)
+            # A loop over parts of a batch computes a gradient in each iteration, or takes its examples apart.
+            if place.iteration is not None
+            and not self._is_over_parts(place.equation)
+            and not (self.over(place.equation) and self.over(place.equation) <= examples)
+        ]
         for place in around:  # the innermost loop over time
             if names := self.over(place.equation) - examples:
                 return self._first(node, names) if self._first(node, names) is not None else place.iteration
@@ -83,7 +118,7 @@ class Times:
         for (primitive, *_), at in self.by_code.items():
             if primitive in MOVERS:  # which may only take an array apart
                 continue
-            found |= {name for name, places in at.items() if len(places) == self.sizes[name] > 1}
+            found |= {name for name, places in at.items() if len(places) == self.sizes.get(name, 0) > 1}
         return found
 
     def _is_repeated(self, node: Node, name: str) -> bool:
@@ -100,6 +135,30 @@ class Times:
             for name, places in at.items():
                 found[code_of(equation)][name] |= places
         return found
+
+
+def holds_gradient(equation: Any) -> bool:
+    """Whether a loop computes a whole gradient in each iteration, forward and backward."""
+    if TRANSPOSED in str(equation.source_info.name_stack):
+        return False
+    left = jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
+    while left:
+        value = left.pop()
+        if not _is_jaxpr(value):
+            continue
+        for inside in (value.jaxpr if isinstance(value, core.ClosedJaxpr) else value).eqns:
+            if TRANSPOSED in str(inside.source_info.name_stack):
+                return True
+            left += jax.tree.leaves(tuple(inside.params.values()), is_leaf=_is_jaxpr)
+    return False
+
+
+TRANSPOSED = 'transpose('
+"""In the scopes of a backward pass."""
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
 
 
 def code_of(equation: Any) -> Any:
