@@ -5,6 +5,7 @@ slices, products and gathers. So it is known to which example and to which time 
 although no equation says so. This module has the rules for single equations, `meaning` follows whole jaxprs.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
@@ -103,7 +104,8 @@ def follow(
     if name != 'squeeze':  # which fixes the place in what it drops
         results = [_without_halves(made, ins) for made in results]
     if name not in _FIX:
-        fixed = [fix([_fixed_of(axes, made) for axes in ins], late) for made in results]
+        repeats = name == 'broadcast_in_dim' or name in ELEMENTWISE
+        fixed = [fix([_fixed_of(axes, made, repeats) for axes in ins], late) for made in results]
         results = [made._replace(fixed=places) for made, places in zip(results, fixed, strict=True)]
     return [_sharded(made, ins) for made in results]
 
@@ -115,7 +117,18 @@ def _by_rule(name: str, params: dict[str, Any], ins: list[Axes], shape: tuple[in
         made = rule(params, ins, shape) if rule is not None else None
     except (IndexError, KeyError, TypeError, ValueError, AttributeError):
         made = None  # a parameter has another name in this version of JAX: nothing is known
-    return made if made is not None and made.shape == shape else unknown(shape)
+    return _once(made) if made is not None and made.shape == shape else unknown(shape)
+
+
+def _once(made: Axes) -> Axes:
+    """Without the names that two axes have which are no parts of one, as those of a product of x with itself."""
+    lost = set()
+    for name in made.names():
+        parts = sorted((f for axis in made.axes for f in axis if f.name == name), key=lambda f: abs(f.stride))
+        if any(abs(b.stride) < abs(a.stride) * a.size for a, b in itertools.pairwise(parts)):
+            lost.add(name)
+    axes = tuple(tuple(f._replace(name='') if f.name in lost else f for f in axis) for axis in made.axes)
+    return made if not lost else made._replace(axes=axes)
 
 
 def has_rule(name: str) -> bool:
@@ -123,7 +136,7 @@ def has_rule(name: str) -> bool:
     return name in _RULES or name in _SEVERAL or name in _EACH or name in ELEMENTWISE or name in COMPARING
 
 
-def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
+def _fixed_of(operand: Axes, made: Axes, repeats: bool) -> tuple[tuple[str, int], ...]:
     """Which places an operand fixes in a result. Not in an axis that another operand has whole, as in x - x[3]. And not
     in an axis of which the operand has a part, and the result has none: then it is one place of several."""
     whole = made.names() - operand.names()
@@ -131,9 +144,9 @@ def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
     single = {f.name: f.start for axis in operand.axes for f in axis if f.name and f.size == 1}
     kept = {name: place for name, place in operand.fixed if name not in whole and name not in parts}
     # Of a slice of one place, repeated: whatever comes of it is of that place.
-    kept |= {
-        name: start + dict(operand.fixed).get(name, 0) for name, start in single.items() if name in parts
-    }
+    if repeats:
+        before = dict(operand.fixed)
+        kept |= {name: start + before.get(name, 0) for name, start in single.items() if name in parts}
     return tuple(sorted(kept.items()))
 
 
@@ -421,7 +434,7 @@ def _cumulated(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 def _top(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     """The largest elements along an axis, and where they are."""
-    at = params.get('axis', params.get('reduction_dimension', -1)) % len(shape)
+    at = params['reduction_dimension' if 'reduction_dimension' in params else 'axis'] % len(shape)
     axes = list(_mixed(ins[0], {at}).axes)
     axes[at] = _nameless(shape[at])
     return Axes(tuple(axes))
@@ -429,6 +442,8 @@ def _top(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 def _windows(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     """Axes along which each window is one element stay."""
+    if 'window_dimensions' not in params:
+        return unknown(shape)
     ones = [
         all(params[name][n] in (1, (0, 0)) for name in WINDOWS if params.get(name) is not None)
         for n in range(len(shape))
@@ -577,9 +592,11 @@ def _scatter(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 def _updated(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     """A slice written into an operand. Along an axis that it doesn't fill, its own places are elsewhere."""
     operand, update = ins[:2]
+    if update.shape == shape:
+        return update
     axes = []
     for old, new, size, whole in zip(operand.axes, update.axes, update.shape, shape, strict=True):
-        if size == whole:
+        if size == whole and (old == new or not _is_named(old) or not _is_named(new)):
             axes.append(old if _is_named(old) else new)
         else:
             axes.append(_nameless(whole))

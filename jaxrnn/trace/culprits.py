@@ -73,7 +73,12 @@ def search(is_bad: Bad, count: int, claimed: Sequence[int]) -> tuple[int, ...] |
         if not found:  # they are bad only together
             return tuple(claimed) if validated else ()
         rest = [n for n in everyone if n not in set(found)]
-        return () if bad((), rest) else tuple(found)
+        if bad((), rest):
+            return ()
+        if 2 * len(found) >= count and not all(bad((), [n]) for n in _spread(found)):
+            # Each is bad only beside the rest, as in products of examples: then it is the rest, if that is less.
+            found = _find(rest, lambda kept: bad(kept, found)) if 2 * len(rest) < count else []
+        return tuple(found)
     except _ExhaustedError:
         return ()
 
@@ -216,4 +221,5 @@ def found_out(
         given = [x if axis is None else jnp.take(x, rows, axis, mode='clip') for x, axis in pairs]
         return replay.bad_elements(given) > usual
 
-    return search(is_bad, count, claimed) if count > 1 else None
+    within = [place for place in claimed if 0 <= place < count]
+    return search(is_bad, count, within) if count > 1 else None

@@ -90,4 +90,5 @@ class Judge:
 
     def _examples(self, places: Sequence[dict[str, int]]) -> tuple[int, ...]:
         found = {int(place) for at in places for name, place in at.items() if name in self.examples}
+        found = {place for place in found if place >= 0}  # before the first is what was padded
         return tuple(sorted(found)[:MOST_EXAMPLES])

@@ -46,6 +46,7 @@ class AxisMeaning:
 
     def follow(self, equation: Any, params: dict, ins: Sequence[Axes], late: bool) -> list[Axes]:
         """Axes of an equation's results, of those of its operands."""
+        late = late and TRANSPOSED not in str(equation.source_info.name_stack)
         made = self._through_equation(equation, params, ins, late)
         self.times.see(equation, made)
         self._notice(equation, params, ins, made)
@@ -84,7 +85,7 @@ class AxisMeaning:
         xs = ins[consts + carried :]
         over = next((a.axes[0] for a in xs if any(f.name for f in a.axes[0])), None)
         names = {f.name for a in xs for f in a.axes[0] if f.name}
-        self.times.run_over(equation, names)
+        self.times.run_over(equation, names, late)
         inside = [*ins[: consts + carried], *(axes.along(a) for a in xs)]
         self.loops.append(equation)
         inside = self._settled(params['jaxpr'], inside, slice(consts, consts + carried), names, late)

@@ -8,7 +8,7 @@ the axis.
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,8 +39,10 @@ class Times:
         """How long the axes of an argument are."""
         self.sizes |= {f'{path}:{n}': size for n, size in enumerate(shape)}
 
-    def run_over(self, equation: Any, names: set[str]) -> None:
-        """Notes that a loop runs over axes of these names."""
+    def run_over(self, equation: Any, names: set[str], late: bool = True) -> None:
+        """Notes that a loop runs over axes of these names. `late`: whether the loop is none of a backward pass."""
+        if not late:
+            self.over_parts[id(equation)] = equation, False
         if self._is_over_parts(equation):
             self.parted |= names
         self.loops.setdefault(id(equation), (equation, set()))[1].update(names)
@@ -89,6 +91,7 @@ class Times:
     def of(self, node: Node, examples: set[str]) -> int | None:
         """The first time step of what was born bad at a node; None if it belongs to no time step."""
         assert node.birth is not None
+        examples = examples | self.parted  # as they, no time
         around = [
             place
             for place in outwards(node.place)
@@ -141,16 +144,18 @@ def holds_gradient(equation: Any) -> bool:
     """Whether a loop computes a whole gradient in each iteration, forward and backward."""
     if TRANSPOSED in str(equation.source_info.name_stack):
         return False
-    left = jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
-    while left:
-        value = left.pop()
-        if not _is_jaxpr(value):
-            continue
-        for inside in (value.jaxpr if isinstance(value, core.ClosedJaxpr) else value).eqns:
-            if TRANSPOSED in str(inside.source_info.name_stack):
-                return True
-            left += jax.tree.leaves(tuple(inside.params.values()), is_leaf=_is_jaxpr)
-    return False
+    scopes = [str(inside.source_info.name_stack) for inside in _inside(equation)]
+    backward = [TRANSPOSED in scope for scope in scopes]
+    return any(backward) and any('jvp(' in s and not b for s, b in zip(scopes, backward, strict=True))
+
+
+def _inside(equation: Any) -> Iterator[Any]:
+    """The equations that an equation holds."""
+    for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+        if _is_jaxpr(value):
+            for inside in (value.jaxpr if isinstance(value, core.ClosedJaxpr) else value).eqns:
+                yield inside
+                yield from _inside(inside)
 
 
 TRANSPOSED = 'transpose('
