@@ -172,16 +172,9 @@ def test_every_primitive_has_a_rule_or_no_names():
         ins = [axes.named('x', (4, 4)), axes.named('y', (4, 4))]
         for found in axes.follow(name, {}, ins, [(4, 4), (4, 4)]):
             assert found.names() == set(), name
-    for name in (
-        names - without
-    ):  # a rule whose parameters are others says nothing, or what it says holds of any
+    for name in names - without:  # with parameters of another version
         for found in axes.follow(name, {}, [axes.named('x', (4, 4))] * 2, [(4, 4)]):
-            assert found.names() == set() or name in {
-                *axes.ELEMENTWISE,
-                *axes.COMPARING,
-                'optimization_barrier',
-                'dynamic_update_slice',
-            }, name
+            assert found.shape == (4, 4), name
 
 
 @pytest.mark.parametrize(

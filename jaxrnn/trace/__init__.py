@@ -26,6 +26,7 @@ What every file knows:
     times       which axis is time, and which time step a value belongs to
     births      rules: which elements were born bad, and of what kind
     judging     those rules applied to each result of an evaluation
+    culprits    which examples a bad value is due to, found out by putting others in their place
     naming      pass, layer, line of code, and the equations that led there
     reporting   from all that was born bad to the first of it that reached an output
 

@@ -99,7 +99,10 @@ def follow(
         except (KeyError, TypeError, ValueError):
             return [unknown(shape) for shape in shapes]
     if name in _EACH:
-        return [_sharded(_EACH[name](params, operand), ins) for operand in ins[: len(shapes)]]
+        try:
+            return [_sharded(_EACH[name](params, operand), ins) for operand in ins[: len(shapes)]]
+        except KeyError:
+            return [unknown(shape) for shape in shapes]
     results = [_by_rule(name, params, list(ins), tuple(shape)) for shape in shapes]
     if name != 'squeeze':  # which fixes the place in what it drops
         results = [_without_halves(made, ins) for made in results]

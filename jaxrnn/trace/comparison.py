@@ -173,9 +173,7 @@ def compare(
         >>> comparison.examples[0].place, comparison.examples[0].loss
         (2, Pair(before=1.0, now=841.0))
     """
-    shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
+    _check_shapes(before, now)
     measured_step = MeasuredStep(step, *now, example_axes=example_axes)
     first, crossed, last = measured_step(*before), measured_step(before[0], now[1]), measured_step(*now)
     scores = {n: (first.record[n], crossed.record[n], last.record[n]) for n in last.record}
@@ -183,8 +181,8 @@ def compare(
     basis = first if by_batch else crossed
     names = _Names(measured_step)
     given = max((1.0, *measured_step.largest_arguments(*before).values()))
-    leaps = _leaps_of_arguments(measured_step, before, now)
-    leaps += _leaps(measured_step, names, (first,) if by_batch else (first, crossed), last)
+    earlier = (first,) if by_batch else (first, crossed)
+    leaps = _leaps_of_arguments(measured_step, before, now) + _leaps(measured_step, names, earlier, last)
     examples, additive = _examples(measured_step, before[0], now, last, scores, by_batch, loss)
     return Comparison(
         scores=scores,
@@ -198,6 +196,12 @@ def compare(
         absurd=_absurd(leaps, given),
         outlying=_outlying(measured_step, before[1], now[1], leading(examples)) if by_batch else None,
     )
+
+
+def _check_shapes(before: Tree, now: Tree) -> None:
+    shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
 
 
 def _growth(leap: Leap, given: float) -> float:

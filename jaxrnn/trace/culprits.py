@@ -102,7 +102,7 @@ def _find_in(group: list[int], bad: Callable[[Sequence[int]], bool]) -> list[int
     return group if len(group) == 1 else _find(group, bad)
 
 
-class Replay:
+class Recomputation:
     """The equations of a function up to one that went bad, computed again for other arguments.
 
     Args:
@@ -199,27 +199,27 @@ class Replay:
 
 
 def found_out(
-    replay: Replay, arguments: Sequence[Any], axes: Sequence[int | None], claimed: Sequence[int]
+    again: Recomputation, arguments: Sequence[Any], axes: Sequence[int | None], claimed: Sequence[int]
 ) -> tuple[int, ...] | None:
     """The examples that a value is bad by, as `search`.
 
     Args:
-        replay: of its node.
+        again: of its node.
         arguments: of the function, arrays.
         axes: which axis of each runs over the examples.
         claimed: the examples that the axes of the value name.
     """
     counts = {np.shape(x)[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None}
-    if len(counts) != 1 or not replay.is_possible or replay.node.birth is None:
+    if len(counts) != 1 or not again.is_possible or again.node.birth is None:
         return None
     (count,) = counts
     # What was bad before this equation, as a mask of -inf, is bad whatever the examples.
-    usual = max(0, replay.bad_elements(arguments) - replay.node.birth.elements)
+    usual = max(0, again.bad_elements(arguments) - again.node.birth.elements)
 
     def is_bad(rows: np.ndarray) -> bool:
         pairs = zip(arguments, axes, strict=True)
         given = [x if axis is None else jnp.take(x, rows, axis, mode='clip') for x, axis in pairs]
-        return replay.bad_elements(given) > usual
+        return again.bad_elements(given) > usual
 
     within = [place for place in claimed if 0 <= place < count]
     return search(is_bad, count, within) if count > 1 else None

@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxrnn.trace import axes
-from jaxrnn.trace.culprits import Replay, found_out
+from jaxrnn.trace.culprits import Recomputation, found_out
 from jaxrnn.trace.devices import Devices, Layout
 from jaxrnn.trace.equations import holds, inner, last_uses, scan_counts
 from jaxrnn.trace.findings import TraceReport
@@ -84,9 +84,9 @@ def _culprits(
     assert node.birth is not None
     named = {at for place in node.birth.places for at in place.items()}
     claimed = sorted({place for name, place in named if name in function.examples})
-    replay = Replay(evaluation.devices, function.closed, node)
+    again = Recomputation(evaluation.devices, function.closed, node)
     axes_of = [argument.example_axis(function.examples) for argument in function.arguments]
-    return found_out(replay, [value.array for value in values], axes_of, claimed)
+    return found_out(again, [value.array for value in values], axes_of, claimed)
 
 
 class Evaluation:

@@ -57,6 +57,8 @@ class AxisMeaning:
         scopes = str(equation.source_info.name_stack)
         self.times.maps_gradients |= 'vmap(jvp(' in scopes or f'vmap({TRANSPOSED}' in scopes
         name = equation.primitive.name
+        if name in axes.ELEMENTWISE and len(ins) > 1 and any(a.names() for a in ins):
+            self.times.meet(ins, len(made[0].axes))
         if name == 'dynamic_slice' and self.loops:
             self.times.take_in(self.loops[-1], ins[0], made[0])
         if name == 'dot_general' and TRANSPOSED not in scopes:

@@ -6,6 +6,7 @@ the axis.
 """
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ class Times:
         self.over_parts: dict[int, tuple[Any, bool]] = {}  # loops, by identity
         self.parted: set[str] = set()  # names of axes over parts of a batch: micro-batches, devices
         self.contracted: set[str] = set()  # names of axes that a product in the forward pass sums over
+        self.alike: dict[str, set[str]] = defaultdict(set)  # names that meet, place by place
         self.maps_gradients = False  # whether whole gradients are computed under a vmap
 
     # While it is evaluated.
@@ -56,6 +58,16 @@ class Times:
             if len(before) == 1 and before[0].name and before[0].size > after[0].size == 1:
                 self.run_over(loop.equation, {before[0].name})
 
+    def meet(self, ins: Sequence[Axes], rank: int) -> None:
+        """Notes that axes of several operands are one: each element is computed from those at its place."""
+        operands = [operand for operand in ins if len(operand.axes) == rank]
+        for number in range(rank):
+            whole = {o.axes[number] for o in operands if len(o.axes[number]) == 1 and o.axes[number][0].name}
+            for (a,), (b,) in itertools.permutations(whole, 2):
+                # Two axes of one leaf that meet, as in x + x.T, are two axes.
+                if a[1:] == b[1:] and a.name.rpartition(':')[0] != b.name.rpartition(':')[0]:
+                    self.alike[a.name].add(b.name)
+
     def take_in(self, loop: Any, whole: Axes, taken: Axes) -> None:
         """As `take`, of a loop that is followed, not evaluated."""
         for before, after in zip(whole.axes, taken.axes, strict=True):
@@ -73,7 +85,13 @@ class Times:
     def looped(self) -> set[str]:
         """Names of the axes that loops over time run over."""
         loops = (names for equation, names in self.loops.values() if not self._is_over_parts(equation))
-        return {name for names in loops for name in names}
+        found = {name for names in loops for name in names}
+        left = list(found)
+        while left:  # what is added to a sequence place by place is one, too
+            more = self.alike.get(left.pop(), set()) - found
+            found |= more
+            left += more
+        return found
 
     def _is_over_parts(self, equation: Any) -> bool:
         """Whether a loop runs over parts of a batch."""
