@@ -49,10 +49,12 @@ class AxisMeaning:
         late = late and TRANSPOSED not in str(equation.source_info.name_stack)
         made = self._through_equation(equation, params, ins, late)
         self.times.see(equation, made)
-        self._notice(equation, params, ins, made)
+        self._notice(equation, params, ins, made, late)
         return made
 
-    def _notice(self, equation: Any, params: dict, ins: Sequence[Axes], made: Sequence[Axes]) -> None:
+    def _notice(
+        self, equation: Any, params: dict, ins: Sequence[Axes], made: Sequence[Axes], late: bool
+    ) -> None:
         """What an equation shows of the axes of its operands."""
         scopes = str(equation.source_info.name_stack)
         self.times.maps_gradients |= 'vmap(jvp(' in scopes or f'vmap({TRANSPOSED}' in scopes
@@ -61,7 +63,7 @@ class AxisMeaning:
             self.times.meet(ins, len(made[0].axes))
         if name == 'dynamic_slice' and self.loops:
             self.times.take_in(self.loops[-1], ins[0], made[0])
-        if name == 'dot_general' and TRANSPOSED not in scopes:
+        if name == 'dot_general' and late:
             over = params['dimension_numbers'][0]
             summed = (operand.axes[n] for operand, at in zip(ins, over, strict=True) for n in at)
             self.times.contracted |= {factor.name for axis in summed for factor in axis if factor.name}
@@ -164,4 +166,4 @@ class AxisMeaning:
             for axis, over in zip(operand.axes, dims(spec, len(operand.axes)), strict=True):
                 count = math.prod(layout.mesh.shape[name] for name in over)
                 if count > 1 and len(axis) == 1 and axis[0].name and axis[0].size == count:
-                    self.times.parted.add(axis[0].name)
+                    self.times.among_devices.add(axis[0].name)

@@ -30,7 +30,8 @@ class Times:
         ] = {}  # of the results of equations that aren't loops
         self.sizes: dict[str, int] = {}
         self.over_parts: dict[int, tuple[Any, bool]] = {}  # loops, by identity
-        self.parted: set[str] = set()  # names of axes over parts of a batch: micro-batches, devices
+        self.parted: set[str] = set()  # names of axes over parts of a batch, as micro-batches
+        self.among_devices: set[str] = set()  # names of axes of which each device has one place
         self.contracted: set[str] = set()  # names of axes that a product in the forward pass sums over
         self.alike: dict[str, set[str]] = defaultdict(set)  # names that meet, place by place
         self.maps_gradients = False  # whether whole gradients are computed under a vmap

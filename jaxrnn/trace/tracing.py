@@ -116,6 +116,8 @@ def example_names(data: Sequence[Argument], example_axes: Tree, shown: Times | N
     }
     if shown is not None and len(shared) > 1:
         # An example then has a place in either axis, or the axes are the other way round.
-        doubtful = found & shown.contracted or shown.parted or shown.maps_gradients
-        return set() if doubtful else found
+        # Of a matrix of which each device has a row, that is an example; else it may have several.
+        rows = len(shapes) == 1 and all(len(shape) < 3 for shape in shapes.values())
+        parts = shown.parted or shown.maps_gradients or (shown.among_devices and not rows)
+        return set() if parts or found & shown.contracted else found
     return found
