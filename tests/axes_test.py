@@ -5,8 +5,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from jax import lax
+from jax.extend import core
 
 from jaxrnn.trace import axes
 from jaxrnn.trace.devices import Devices
@@ -157,3 +159,41 @@ def test_half_of_an_axis_that_was_split_has_no_name():
     ):
         (found,) = axes.follow(name, params, [halves], [shape])
         assert found.names() == set() and found.fixed == ()
+
+
+def test_every_primitive_has_a_rule_or_no_names():
+    """Of whatever JAX has, and with parameters that nobody has seen."""
+    names = {value.name for key, value in vars(core.primitives).items() if key.endswith('_p')}
+    assert len(names) > 150
+    without = {name for name in names if not axes.has_rule(name)}
+    assert {'sort', 'cholesky', 'cumsum', 'gather', 'add'} & without == set()
+    assert {'custom_linear_solve', 'random_bits', 'while'} <= without
+    for name in (*without, 'something new'):
+        ins = [axes.named('x', (4, 4)), axes.named('y', (4, 4))]
+        for found in axes.follow(name, {}, ins, [(4, 4), (4, 4)]):
+            assert found.names() == set(), name
+    for name in names - without:  # with parameters of another version
+        for found in axes.follow(name, {}, [axes.named('x', (4, 4))] * 2, [(4, 4)]):
+            assert found.shape == (4, 4), name
+
+
+@pytest.mark.parametrize(
+    'name', sorted({*programs.MOVES} - {'above the least'})
+)  # of which one is a constant
+def test_an_element_depends_on_the_example_that_it_names(name):
+    """Whatever an operation does, an element changes with the example whose name it has."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1, 2, (programs.B, programs.T, programs.D)).astype(np.float32)
+
+    def move(x):
+        return programs.MOVES[name](x, np.random.default_rng(1))
+
+    closed = jax.make_jaxpr(move)(x)
+    (found,) = through(closed, [axes.named('x', x.shape)])
+    if 'x:0' not in found.names() | dict(found.fixed).keys():
+        return
+    gradient = np.asarray(jax.jacrev(move)(x + 0.01 * np.arange(x.size).reshape(x.shape) ** 0.5))
+    for index in np.ndindex(*found.shape):
+        place = found.places(index).get('x:0', -1)
+        if 0 <= place < programs.B:  # else it is what was padded
+            assert (gradient[index][place] != 0).any(), (index, place)

@@ -465,7 +465,7 @@ def _changed(batch: Any, name: str, array: np.ndarray) -> Any:
     return {**batch, name: array} if isinstance(batch, dict) else batch._replace(**{name: array})
 
 
-DIVISION = ('division by zero', 'invalid argument')
+DIVISION = ('division by zero', 'division of zero by zero', 'invalid argument')
 """x / 0, where x may be 0 too."""
 
 SLOPE = ('div', 'mul', 'rsqrt'), ('division by zero', 'infinities')
@@ -510,12 +510,12 @@ _MORE = {
         cross_entropy_of_a_saturated_sigmoid, ('log',), ('division by zero',), **_at('loss', 'data')
     ),
     'direction of a zero vector': Kind(
-        direction_of_a_zero_vector, ('div',), ('invalid argument',), **_at('cell', 'update')
+        direction_of_a_zero_vector, ('div',), ('division of zero by zero',), **_at('cell', 'update')
     ),
     'cosine of a zero vector': Kind(
-        cosine_of_a_zero_vector, ('div',), ('invalid argument',), **_at('cell', 'loss')
+        cosine_of_a_zero_vector, ('div',), ('division of zero by zero',), **_at('cell', 'loss')
     ),
-    'mean of nothing': Kind(mean_of_nothing, ('div',), ('invalid argument',), **_at('data', 'loss')),
+    'mean of nothing': Kind(mean_of_nothing, ('div',), ('division of zero by zero',), **_at('data', 'loss')),
     'gradient of a norm': Kind(gradient_of_a_norm, *SLOPE, True, **_at('cell', 'dense')),
     'gradient of a direction': Kind(
         gradient_of_a_direction,
@@ -539,7 +539,7 @@ _MORE = {
     ),
     'product in float16': Kind(product_in_float16, ('mul',), ('overflow',), **_at('cell', 'loss')),
     'index out of bounds': Kind(
-        index_out_of_bounds, ('gather',), ('invalid argument',), **_at('data', 'cell', 'dense')
+        index_out_of_bounds, ('gather',), ('index out of range',), **_at('data', 'cell', 'dense')
     ),
     # linear algebra
     'inverse of a singular matrix': Kind(
@@ -573,7 +573,7 @@ _MORE = {
     ),
     # the optimiser
     'root mean square without epsilon': Kind(
-        rms_without_epsilon, ('div',), ('invalid argument',), **_at('update', 'update of a layer')
+        rms_without_epsilon, ('div',), ('division of zero by zero',), **_at('update', 'update of a layer')
     ),
     'centred root mean square': Kind(
         centred_rms, ('sqrt',), ('invalid argument',), **_at('update', 'update of a layer')
@@ -605,7 +605,7 @@ KINDS = {
     'overflowing exponential': Kind(overflowing_exponential, ('exp',), ('overflow',)),
     'overflowing product': Kind(overflowing_product, ('mul',), ('overflow',)),
     'divided by zero': Kind(divided_by_zero, ('div',), ('division by zero',)),
-    'zero by zero': Kind(zero_by_zero, ('div',), ('invalid argument',)),
+    'zero by zero': Kind(zero_by_zero, ('div',), ('division of zero by zero',)),
     'logarithm of zero': Kind(logarithm_of_zero, ('log',), ('division by zero',)),
     'root whose gradient is infinite': Kind(
         root_whose_gradient_is_infinite, ('div', 'mul', 'rsqrt'), ('division by zero', 'infinities'), True
@@ -614,7 +614,11 @@ KINDS = {
         gradient_through_a_where, ('div', 'mul', 'rsqrt'), ('gradient through where',), True
     ),
     'backward pass by hand': Kind(
-        backward_pass_by_hand, ('div',), ('division by zero', 'invalid argument'), True, _backwards_bwd
+        backward_pass_by_hand,
+        ('div',),
+        ('division by zero', 'division of zero by zero'),
+        True,
+        _backwards_bwd,
     ),
     **_MORE,
 }

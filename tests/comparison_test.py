@@ -166,6 +166,7 @@ def test_an_outlier_in_the_data_is_blamed_on_the_batch_and_the_example():
     assert change.by_batch and change.examples[0].place == 3 and change.examples[0].share > 0.9
     assert change.examples[0].gradient > 0.9
     assert change.absurd is None  # thirty times is much, not absurd
+    assert change.outlying == trace.Outlying('batch/y', (3,))
     assert change.leaps
 
 
@@ -203,6 +204,34 @@ def test_an_absurd_operation_is_named_with_time_step_and_example():
     absurd = change.absurd
     assert (absurd.op, absurd.pass_, absurd.time_step, absurd.examples) == ('exp', 'forward', 4, (2,))
     assert absurd.source == f'{__file__}:{line}' and 'jnp.exp(h)' in absurd.code
+
+
+def test_what_grew_from_next_to_nothing_is_not_absurd():
+    """An error of 1e-9 that becomes 1e-2 has grown ten million times. It is still small."""
+
+    def step(w, target):
+        loss, g = jax.value_and_grad(lambda w: jnp.sum(jnp.abs(w - target)))(w)
+        return w - 1e-3 * jnp.abs(w - target) * g, {'loss': loss}
+
+    near, far = (np.float32([1e-9, 1e-9]), np.float32([1e-2, 1e-9]))
+    change = trace.compare(step, (jnp.zeros(2), near), (jnp.zeros(2), far))
+    assert change.absurd is None and change.leaps[0].ratio > trace.ABSURD
+    huge = trace.compare(step, (jnp.zeros(2), near), (jnp.zeros(2), 1e7 * far))
+    assert huge.absurd is not None
+
+
+def test_an_optimiser_that_squares_is_not_absurd():
+    """Gradients a hundred thousand times as large; their squares, in the update, ten thousand million times."""
+
+    def step(state, x):
+        loss, g = jax.value_and_grad(lambda w: jnp.mean(x * jnp.sin(w)))(state['w'])
+        v = 0.9 * state['v'] + 0.1 * g**2
+        return {'w': state['w'] - 1e-3 * g / (jnp.sqrt(v) + 1e-8), 'v': v}, {'loss': loss}
+
+    state, x = {'w': jnp.float32(1), 'v': jnp.float32(0)}, jnp.ones(4)
+    change = trace.compare(step, (state, x), (state, 1e5 * x))
+    assert change.leaps[0].pass_ == 'update' and change.leaps[0].ratio > trace.ABSURD
+    assert change.absurd is None
 
 
 ALIKE = ('plain', 'nnx', 'haiku', 'lstm', 'gru unrolled')

@@ -139,7 +139,7 @@ def test_an_absurd_operation_is_what_a_diagnosis_names(run):
         return
     change = inspection.inspect(subject_of(run), BAD, finite=True).comparison
     leap = trace.Leap('forward', 'exp', 'a.py:3', 'exp(x)', 'cell', trace.Pair(1, 1e9), 4, (7,))
-    where = inspection.of_comparison(change._replace(absurd=leap))
+    where = inspection.of_comparison(change._replace(absurd=leap, by_batch=False))
     assert where == {
         'pass': 'forward',
         'op': 'exp',
@@ -150,6 +150,22 @@ def test_an_absurd_operation_is_what_a_diagnosis_names(run):
         'words': [],
     }
     assert inspection.of_comparison(change._replace(by_batch=False))['pass'] == 'update'
+
+
+def test_what_the_batch_brought_is_the_data_whatever_grew_of_it(run):
+    if run[0] == 'nan':
+        return
+    change = inspection.inspect(subject_of(run), BAD, finite=True).comparison
+    leap = trace.Leap('forward', 'sub', 'a.py:3', 'x - y', 'w', trace.Pair(1e-6, 1e4), None, (7,))
+    where = inspection.of_comparison(change._replace(absurd=leap))
+    place = {name: where[name] for name in ('pass', 'op', 'source', 'layer', 'examples')}
+    assert place == {'pass': 'data', 'op': 'input', 'source': 'batch/y', 'layer': '', 'examples': [ROW]}
+    unknown = inspection.of_comparison(change._replace(outlying=None))
+    assert (unknown['pass'], unknown['op'], unknown['source'], unknown['examples']) == ('data', '', '', [ROW])
+    several = inspection.of_comparison(change._replace(outlying=trace.Outlying('batch/y', (1, ROW))))
+    assert several['examples'] == [1, ROW]
+    state = trace.Leap('', 'input', 'state/w', '', 'state/w', trace.Pair(1, 1e30), None, ())
+    assert inspection.of_comparison(change._replace(absurd=state, by_batch=False))['pass'] == 'update'
 
 
 def test_a_subject_without_its_step_cannot_be_looked_into(run):

@@ -10,6 +10,7 @@ from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
 from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome
 from jaxrnn.experiment.window import Window
+from jaxrnn.report import steps
 from jaxrnn.trace import Pair
 
 WORDS = ['river', 'stone', 'bird']
@@ -372,3 +373,32 @@ def test_a_healthy_diagnosis():
         and 'nothing replayed' in screen
         and 'do:' not in screen
     )
+
+
+NOWHERE = {
+    'pass': 'data',
+    'op': '',
+    'source': '',
+    'layer': '',
+    'time_step': None,
+    'examples': [],
+    'words': [],
+}
+
+
+@pytest.mark.parametrize(
+    'known, said',
+    [
+        ({}, 'data'),
+        ({'examples': [5]}, 'data: example 5'),
+        ({'op': 'input', 'source': 'batch/y', 'examples': [5, 6]}, 'data: batch/y, examples 5, 6'),
+        ({'pass': 'update', 'layer': 'state/w', 'time_step': 3}, 'update pass: layer state/w, time step 3'),
+        ({'pass': 'update'}, 'update pass'),
+        ({'pass': 'forward', 'op': 'exp', 'source': 'a.py:3'}, 'forward pass: exp at a.py:3'),
+        ({'pass': 'forward', 'op': 'exp', 'layer': 'cell'}, 'forward pass: exp, layer cell'),
+        ({'pass': 'forward', 'source': 'a.py:3'}, 'forward pass: a.py:3'),
+        ({'pass': '', 'op': 'exp'}, 'exp'),
+    ],
+)
+def test_a_place_has_no_word_of_what_is_not_known(known, said):
+    assert steps.place(NOWHERE | known).plain == said

@@ -456,7 +456,8 @@ CASES = {
         branch_on_two_axes, 'log', devices=({'data': 1, 'model': 0}, {'data': 1, 'model': 1})
     ),
     'within another': Case(within_another, 'shard_map', devices=({'data': 1},)),
-    'mapped': Case(mapped, 'log', (2,), ({'i': 2},)),
+    # [devices, per device]: the place in the first axis is the device's, not the example's
+    'mapped': Case(mapped, 'log', (), ({'i': 2},)),
     'of the arguments': Case(of_the_arguments, 'log'),
     'partly manual': Case(partly_manual, 'log', devices=({'data': 1},)),
     'explicit': Case(explicit, 'log'),

@@ -535,7 +535,7 @@ def test_the_forward_pass_is_named_before_what_it_keeps_for_the_backward_pass():
         return jax.value_and_grad(loss)(w)
 
     finding, line = found(step, np.float32(1), X)
-    assert (finding.pass_, finding.kind, line) == ('forward', 'invalid argument', line_of(step))
+    assert (finding.pass_, finding.kind, line) == ('forward', trace.ZERO_BY_ZERO, line_of(step))
 
 
 def test_a_zero_that_a_where_left_is_a_leak_in_a_backward_pass_alone():
@@ -544,7 +544,7 @@ def test_a_zero_that_a_where_left_is_a_leak_in_a_backward_pass_alone():
         return kept / (w - w) * kept  # here
 
     finding, line = found(step, np.float32(1), X - 2)
-    assert (finding.pass_, finding.kind, line) == ('forward', 'invalid argument', line_of(step))
+    assert (finding.pass_, finding.kind, line) == ('forward', trace.ZERO_BY_ZERO, line_of(step))
 
 
 def test_a_nan_that_was_written_down_and_discarded_is_not_named():
@@ -613,3 +613,56 @@ def test_each_time_step_and_example_has_its_turn():
     assert {fault.time_step for fault in faults} == set(range(faulty.T))
     assert {fault.examples for fault in faults} >= {(n,) for n in range(faulty.B)}
     assert any(len(fault.examples) == 2 for fault in faults)
+
+
+@pytest.mark.parametrize('index', [25, 40, -26, 3])
+def test_an_index_out_of_range(index):
+    def look_up(table, ids):
+        return table, jnp.take(table, ids, axis=0).sum()  # here
+
+    ids = np.int32([[1, 2], [3, index]])
+    told = first_bad(look_up, jnp.ones((25, 4)), ids).finding
+    if index == 3:
+        assert told is None
+        return
+    finding, line = found(look_up, jnp.ones((25, 4)), ids)
+    assert (finding.kind, finding.pass_, line) == (trace.OUT_OF_RANGE, 'forward', line_of(look_up))
+    assert finding.detail == f'index {index}, where there are 25: 0 to 24'
+    assert (finding.layer, finding.examples, finding.elements) == ('state', (1,), 4)
+
+
+def test_a_label_out_of_range():
+    def step(w, batch):
+        x, y = batch
+        logits = jax.nn.log_softmax(x @ w)
+        return w, -jnp.take_along_axis(logits, y[:, None], 1).mean()  # here
+
+    y = np.int32([0, 5, 1])
+    finding, line = found(step, np.ones((4, 5), np.float32), (X, y))
+    assert (finding.kind, line, finding.examples) == (trace.OUT_OF_RANGE, line_of(step), (1,))
+    assert finding.detail == 'index 5, where there are 5: 0 to 4'
+
+
+def test_zero_by_zero_and_one_by_zero():
+    for above, kind in ((0, trace.ZERO_BY_ZERO), (1, 'division by zero')):
+        x = np.float32([above, 1])
+        finding, _ = found(lambda w, x: w * jnp.sum(x / (x - x[:1])), np.float32(1), x)
+        assert (finding.op, finding.kind) == ('div', kind)
+
+
+def test_a_layer_that_acts_on_the_batch_before_any_parameter():
+    def step(w, x, scope=None):
+        def loss_of(w):
+            with jax.named_scope('lift'):
+                x_ = jnp.log(x)  # here
+            return jnp.mean(x_ @ w)
+
+        return w, jax.value_and_grad(loss_of)(w)
+
+    x = X.copy()
+    x[2, 1] = 0
+    finding, line = found(step, np.ones(4, np.float32), x)
+    assert (finding.pass_, finding.layer, finding.examples) == ('forward', 'lift', (2,))
+    assert line == line_of(step)
+    finding, _ = found(lambda w, x: jnp.log(x) @ w, np.ones(4, np.float32), x)
+    assert (finding.pass_, finding.layer) == ('data', '')

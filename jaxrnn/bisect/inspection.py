@@ -18,6 +18,7 @@ from jaxrnn.bisect.replay import Replayer, Subject
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
+from jaxrnn.trace import leading
 from jaxrnn.types import Step, Tree
 
 log = logging.getLogger('jaxrnn')
@@ -27,9 +28,6 @@ ORDINARY = 200
 
 FINITE = ('collapse', 'constant', 'spike')
 """Symptoms, less grave than 'nonfinite', of steps in which all is finite. A user's own rule may hold for others."""
-
-HALF = 0.5
-"""Share of a change that the examples named of a finite step make together."""
 
 
 class Inspection(NamedTuple):
@@ -109,15 +107,8 @@ def locate(
 
 def of_finding(finding: trace.Finding) -> dict[str, Any]:
     """A finding as a diagnosis states it."""
-    return {
-        'pass': finding.pass_,
-        'op': finding.op,
-        'source': finding.source,
-        'layer': finding.layer,
-        'time_step': finding.time_step,
-        'examples': list(finding.examples),
-        'words': [],
-    }
+    place = finding.op, finding.source, finding.layer, finding.time_step, finding.examples
+    return _place(finding.pass_, *place)
 
 
 def of_compiled(found: trace.CompiledDifference) -> dict[str, Any] | None:
@@ -149,33 +140,38 @@ def of_compiler(found: trace.CompiledDifference) -> str:
 
 
 def of_comparison(comparison: trace.Comparison) -> dict[str, Any]:
-    """A change as a diagnosis states it: the first absurd operation, else the largest share of each kind, which names
+    """A change as a diagnosis states it. Where the batch brought it, that is the place, with its examples; whatever
+    grew in the step grew of them. Else it is the first absurd operation, or the largest share of each kind, which names
     no operation."""
-    absurd = comparison.absurd
+    examples = leading(comparison.examples)
+    if comparison.by_batch:
+        if (outlying := comparison.outlying) is None:
+            return _place('data', '', '', '', None, examples)
+        found = sorted({*examples, *outlying.places})[: trace.MOST_EXAMPLES]
+        return _place('data', 'input', outlying.path, '', None, found)
+    if (absurd := comparison.absurd) is not None:
+        # A state that is absurd came out of an update.
+        named = absurd.examples or examples
+        return _place(
+            absurd.pass_ or 'update', absurd.op, absurd.source, absurd.layer, absurd.time_step, named
+        )
     layer = comparison.layers[0].path if comparison.layers else ''
     time_step = comparison.time_steps[0].time_step if comparison.time_steps else None
+    return _place('update', '', '', layer, time_step, examples)
+
+
+def _place(
+    pass_: str, op: str, source: str, layer: str, time_step: int | None, examples: Sequence[int]
+) -> dict[str, Any]:
     return {
-        'pass': absurd.pass_ if absurd else 'data' if comparison.by_batch else 'update',
-        'op': absurd.op if absurd else '',
-        'source': absurd.source if absurd else '',
-        'layer': absurd.layer if absurd else layer,
-        'time_step': absurd.time_step if absurd else time_step,
-        'examples': list(absurd.examples if absurd and absurd.examples else leading(comparison.examples)),
+        'pass': pass_,
+        'op': op,
+        'source': source,
+        'layer': layer,
+        'time_step': time_step,
+        'examples': list(examples),
         'words': [],
     }
-
-
-def leading(examples: Sequence[trace.Example]) -> list[int]:
-    """The examples that together make half of a change."""
-    rising = [example for example in examples if example.share > 0]
-    total, found = sum(example.share for example in rising), []
-    reached = 0.0
-    for example in rising[: trace.MOST_EXAMPLES]:
-        if reached >= HALF * total:
-            break
-        reached += example.share
-        found.append(example.place)
-    return found
 
 
 def _compiled_otherwise(subject: Subject, state: Tree, batch: Tree) -> trace.CompiledDifference | None:

@@ -85,18 +85,27 @@ def check(check: Mapping[str, Any]) -> Text:
 
 
 def place(where: Mapping[str, Any]) -> Text:
-    """Where in a step, as a diagnosis states it."""
-    at = f'{where["op"]} at {short(where["source"])}' if where['op'] != 'input' else where['source']
-    lines = Text.assemble(f'{where["pass"]} pass: ' if where['pass'] != 'data' else 'data: ', (at, 'bold'))
-    if where['layer'] and where['op'] != 'input':
-        lines.append(f', layer {where["layer"]}')
+    """Where in a step, as a diagnosis states it; no word of what isn't known."""
+    is_input = where['op'] == 'input'
+    parts: list[Any] = [where['source'] if is_input else _at(where['op'], where['source'])]
+    if where['layer'] and not is_input:
+        parts.append(f'layer {where["layer"]}')
     if where['time_step'] is not None:
-        lines.append(f', time step {where["time_step"]}')
+        parts.append(f'time step {where["time_step"]}')
     if where['examples']:
         words = f' ({some(where["words"])})' if where['words'] else ''
         many = 'examples' if len(where['examples']) > 1 else 'example'
-        lines.append(f', {many} {", ".join(map(str, where["examples"]))}{words}')
-    return lines
+        parts.append(f'{many} {", ".join(map(str, where["examples"]))}{words}')
+    said = Text.assemble('' if parts[0] == '' else (parts[0], 'bold'))
+    for part in parts[1:]:
+        said.append(f', {part}' if said else part)
+    name = where['pass'] if where['pass'] in ('data', 'state', '') else f'{where["pass"]} pass'
+    return Text(f'{name}: ' if name and said else name).append_text(said)
+
+
+def _at(op: str, source: str) -> str:
+    """An operation and its line, or that of the two which is known."""
+    return ' at '.join(filter(None, (op, short(source) if source else '')))
 
 
 # What isn't finite.
@@ -113,6 +122,8 @@ def _findings(traced: trace.TraceReport, step: int, words: Sequence[str]) -> lis
         parts.append(place(inspection.of_finding(finding) | {'words': _named(finding.examples, words)}))
         if finding.code:
             parts.append(Text(f'  {finding.code}', style='cyan'))
+        if finding.detail:
+            parts.append(Text(f'  {finding.detail}'))
         if finding.devices:
             parts.append(Text(f'  born on {some([_device(at) for at in finding.devices], 6)}'))
         parts.append(_ranges(finding))
@@ -167,6 +178,7 @@ def _finding_json(finding: trace.Finding, words: Sequence[str]) -> dict[str, Any
     return {
         **said,
         'kind': finding.kind,
+        'detail': finding.detail,
         'code': finding.code,
         'library': finding.library,
         'iterations': finding.iterations,

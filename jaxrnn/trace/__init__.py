@@ -26,6 +26,7 @@ What every file knows:
     times       which axis is time, and which time step a value belongs to
     births      rules: which elements were born bad, and of what kind
     judging     those rules applied to each result of an evaluation
+    culprits    which examples a bad value is due to, found out by putting others in their place
     naming      pass, layer, line of code, and the equations that led there
     reporting   from all that was born bad to the first of it that reached an output
 
@@ -36,6 +37,7 @@ What every file knows:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
     comparison  how a step differs from an earlier one
+    widening    a step that computes in float64 whatever types are written in it
     float64     a step computed in float64 beside itself: where it loses digits
 
 >>> import jax.numpy as jnp
@@ -46,27 +48,45 @@ What every file knows:
 
 from jaxrnn.trace.comparison import (
     ABSURD,
+    LARGE,
     Comparison,
     Example,
     Layer,
     Leap,
+    Outlying,
     Pair,
     Saturation,
     TimeStepGradient,
     compare,
+    leading,
 )
 from jaxrnn.trace.compiled import CompiledDifference, compiled_otherwise
 from jaxrnn.trace.evaluate import first_bad
-from jaxrnn.trace.findings import KINDS, LEAK, MOST_EXAMPLES, WRITTEN, Finding, Link, Range, TraceReport
+from jaxrnn.trace.findings import (
+    KINDS,
+    LEAK,
+    MOST_EXAMPLES,
+    OUT_OF_RANGE,
+    WRITTEN,
+    ZERO_BY_ZERO,
+    Finding,
+    Link,
+    Range,
+    TraceReport,
+)
 from jaxrnn.trace.float64 import LOST, PrecisionLoss, PrecisionReport, lost_precision
+from jaxrnn.trace.widening import widened
 
 __all__ = [
     'ABSURD',
     'KINDS',
+    'LARGE',
     'LEAK',
     'LOST',
     'MOST_EXAMPLES',
+    'OUT_OF_RANGE',
     'WRITTEN',
+    'ZERO_BY_ZERO',
     'Comparison',
     'CompiledDifference',
     'Example',
@@ -74,6 +94,7 @@ __all__ = [
     'Layer',
     'Leap',
     'Link',
+    'Outlying',
     'Pair',
     'PrecisionLoss',
     'PrecisionReport',
@@ -84,5 +105,7 @@ __all__ = [
     'compare',
     'compiled_otherwise',
     'first_bad',
+    'leading',
     'lost_precision',
+    'widened',
 ]

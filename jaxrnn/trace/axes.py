@@ -5,6 +5,7 @@ slices, products and gathers. So it is known to which example and to which time 
 although no equation says so. This module has the rules for single equations, `meaning` follows whole jaxprs.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
@@ -97,29 +98,59 @@ def follow(
             return [_sharded(part, ins) for part in _SEVERAL[name](params, ins[0], shapes)]
         except (KeyError, TypeError, ValueError):
             return [unknown(shape) for shape in shapes]
-    rule = _RULES.get(name)
-    made = None
-    if rule is not None:
+    if name in _EACH:
         try:
-            made = rule(params, list(ins), tuple(shapes[0]))
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError):
-            made = None  # a parameter has another name in this version of JAX: nothing is known
-    if made is None:
-        made = _elementwise(params, list(ins), tuple(shapes[0]))
+            return [_sharded(_EACH[name](params, operand), ins) for operand in ins[: len(shapes)]]
+        except KeyError:
+            return [unknown(shape) for shape in shapes]
+    results = [_by_rule(name, params, list(ins), tuple(shape)) for shape in shapes]
     if name != 'squeeze':  # which fixes the place in what it drops
-        made = _without_halves(made, ins)
-    fixed = made.fixed if name in _FIX else fix([_fixed_of(axes, made) for axes in ins], late)
-    results = []
-    for shape in shapes:
-        same = made.shape == tuple(shape)
-        results.append(_sharded(Axes(made.axes if same else unknown(shape).axes, fixed), ins))
-    return results
+        results = [_without_halves(made, ins) for made in results]
+    if name not in _FIX:
+        repeats = name == 'broadcast_in_dim' or name in ELEMENTWISE
+        fixed = [fix([_fixed_of(axes, made, repeats) for axes in ins], late) for made in results]
+        results = [made._replace(fixed=places) for made, places in zip(results, fixed, strict=True)]
+    return [_sharded(made, ins) for made in results]
 
 
-def _fixed_of(operand: Axes, made: Axes) -> tuple[tuple[str, int], ...]:
-    """Which places an operand fixes in a result. Not in an axis that another operand has whole, as in x - x[3]."""
+def _by_rule(name: str, params: dict[str, Any], ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """Axes of one result; nameless where no rule says what they mean."""
+    rule = _RULES.get(name, _elementwise if name in ELEMENTWISE or name in COMPARING else None)
+    try:
+        made = rule(params, ins, shape) if rule is not None else None
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError):
+        made = None  # a parameter has another name in this version of JAX: nothing is known
+    return _once(made) if made is not None and made.shape == shape else unknown(shape)
+
+
+def _once(made: Axes) -> Axes:
+    """Without the names that two axes have which are no parts of one, as those of a product of x with itself."""
+    lost = set()
+    for name in made.names():
+        parts = sorted((f for axis in made.axes for f in axis if f.name == name), key=lambda f: abs(f.stride))
+        if any(abs(b.stride) < abs(a.stride) * a.size for a, b in itertools.pairwise(parts)):
+            lost.add(name)
+    axes = tuple(tuple(f._replace(name='') if f.name in lost else f for f in axis) for axis in made.axes)
+    return made if not lost else made._replace(axes=axes)
+
+
+def has_rule(name: str) -> bool:
+    """Whether something is known of a primitive. Of any other the results have no names."""
+    return name in _RULES or name in _SEVERAL or name in _EACH or name in ELEMENTWISE or name in COMPARING
+
+
+def _fixed_of(operand: Axes, made: Axes, repeats: bool) -> tuple[tuple[str, int], ...]:
+    """Which places an operand fixes in a result. Not in an axis that another operand has whole, as in x - x[3]. And not
+    in an axis of which the operand has a part, and the result has none: then it is one place of several."""
     whole = made.names() - operand.names()
-    return tuple(item for item in operand.fixed if item[0] not in whole)
+    parts = operand.names() - made.names()
+    single = {f.name: f.start for axis in operand.axes for f in axis if f.name and f.size == 1}
+    kept = {name: place for name, place in operand.fixed if name not in whole and name not in parts}
+    # Of a slice of one place, repeated: whatever comes of it is of that place.
+    if repeats:
+        before = dict(operand.fixed)
+        kept |= {name: start + before.get(name, 0) for name, start in single.items() if name in parts}
+    return tuple(sorted(kept.items()))
 
 
 def _sharded(made: Axes, ins: Sequence[Axes]) -> Axes:
@@ -155,6 +186,23 @@ def unfixed(axes: Axes, names: Set[str]) -> Axes:
     return axes._replace(fixed=tuple(item for item in axes.fixed if item[0] not in names))
 
 
+def agreed(old: Axes, new: Axes) -> Axes:
+    """Axes that mean the same in two values of which one is taken. Where only one of them has a name, that counts."""
+    made = []
+    lost = set()
+    for a, b in zip(old.axes, new.axes, strict=True):
+        if _is_named(a) and _is_named(b) and a != b:
+            lost |= {f.name for f in (*a, *b)}
+            made.append(_nameless(math.prod(f.size for f in a)))
+        else:
+            made.append(a if _is_named(a) else b)
+    places = dict(old.fixed)
+    fixed = [(n, p) for n, p in new.fixed if places.get(n, p) == p]
+    fixed += [(n, p) for n, p in old.fixed if n not in dict(new.fixed)]
+    shards = old.shards or new.shards
+    return Axes(tuple(made), tuple(sorted(item for item in fixed if item[0] not in lost)), shards)
+
+
 def stacked(axes: Axes, over: Axis) -> Axes:
     """Axes of values stacked along a new first axis. In a loop over chunks, the place within the chunk stays."""
     stride = {factor.name: factor.stride for factor in over}
@@ -167,6 +215,60 @@ def _fixed_too(axes: Axes, axis: Axis, place: int) -> tuple[tuple[str, int], ...
     """What is fixed when an axis is left at a place."""
     # An axis may be in two parts, of which one is fixed after the other.
     return tuple(sorted(Axes((axis,), axes.fixed).places([place]).items()))
+
+
+ELEMENTWISE = frozenset(
+    (
+        *(
+            'add',
+            'add_any',
+            'sub',
+            'mul',
+            'div',
+            'rem',
+            'neg',
+            'abs',
+            'sign',
+            'max',
+            'min',
+            'clamp',
+            'select_n',
+        ),
+        *('pow', 'integer_pow', 'square', 'sqrt', 'rsqrt', 'cbrt', 'exp', 'exp2', 'expm1', 'log', 'log1p'),
+        *('sin', 'cos', 'tan', 'asin', 'acos', 'atan', 'atan2', 'sinh', 'cosh', 'tanh'),
+        *('asinh', 'acosh', 'atanh', 'logistic', 'erf', 'erfc', 'erf_inv', 'lgamma', 'digamma', 'polygamma'),
+        *('igamma', 'igammac', 'igamma_grad_a', 'regularized_incomplete_beta', 'zeta', 'random_gamma_grad'),
+        *('bessel_i0e', 'bessel_i1e', 'nextafter', 'floor', 'ceil', 'round', 'reduce_precision'),
+        *('complex', 'conj', 'real', 'imag', 'convert_element_type', 'copy', 'copy_p', 'stop_gradient'),
+        *('device_put', 'reshard', 'sharding_constraint', 'pvary', 'pcast'),
+    )
+)
+"""Primitives that compute element by element. A shape is not enough to know: a product of square matrices keeps it."""
+
+
+COMPARING = frozenset(
+    (
+        *(
+            'eq',
+            'ne',
+            'lt',
+            'le',
+            'gt',
+            'ge',
+            'eq_to',
+            'lt_to',
+            'le_to',
+            'and',
+            'or',
+            'xor',
+            'not',
+            'is_finite',
+        ),
+        *('shift_left', 'shift_right_logical', 'shift_right_arithmetic', 'population_count', 'clz', 'sub'),
+        *('bessel_i0', 'bessel_i1', 'igammac_grad_a', 'mulhi', 'pbroadcast', 'to_edtype', 'from_edtype'),
+    )
+)
+"""Further primitives of which each element is of the operands' elements at its place, though no number goes bad."""
 
 
 # The rules: (params, axes of the operands, shape of the first result) -> axes, or None where none applies.
@@ -200,11 +302,13 @@ def _parts(axes: Axes, name: str) -> int:
 
 
 def _elementwise(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """Operands of the result's shape have its axes. Where two give an axis different names, the first counts."""
+    """An operand has the result's axes, but for those along which it is repeated. Where two give an axis different
+    names, the first counts."""
     axes = list(unknown(shape).axes)
     for operand in ins:
-        if operand.shape == shape:
-            axes = [old if _is_named(old) else new for old, new in zip(axes, operand.axes, strict=True)]
+        if len(operand.axes) == len(shape):
+            pairs = zip(axes, operand.axes, operand.shape, shape, strict=True)
+            axes = [new if size == whole and not _is_named(old) else old for old, new, size, whole in pairs]
     return Axes(tuple(axes))
 
 
@@ -308,9 +412,77 @@ def _reduce_several(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Ax
     return _reduce({'axes': params['dimensions']}, ins, shape)
 
 
+def _along(params: dict, operand: Axes) -> Axes:
+    """A sort of several operands, each along the same axis: what was in a place is elsewhere."""
+    return _mixed(operand, {params['dimension'] % len(operand.axes)})
+
+
+def _same(params: dict, operand: Axes) -> Axes:
+    return operand
+
+
+def _mixed(operand: Axes, among: Set[int]) -> Axes:
+    """Without the names of some axes, along which elements are moved or joined."""
+    lost = {f.name for n in among for f in operand.axes[n]}
+    axes = tuple(
+        _nameless(size) if n in among or any(f.name in lost and f.name for f in axis) else axis
+        for n, (axis, size) in enumerate(zip(operand.axes, operand.shape, strict=True))
+    )
+    return Axes(axes, tuple(item for item in operand.fixed if item[0] not in lost))
+
+
+def _cumulated(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    return _mixed(ins[0], {params['axis'] % len(shape)})
+
+
+def _top(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """The largest elements along an axis, and where they are."""
+    at = params['reduction_dimension' if 'reduction_dimension' in params else 'axis'] % len(shape)
+    axes = list(_mixed(ins[0], {at}).axes)
+    axes[at] = _nameless(shape[at])
+    return Axes(tuple(axes))
+
+
+def _windows(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """Axes along which each window is one element stay."""
+    if 'window_dimensions' not in params:
+        return unknown(shape)
+    ones = [
+        all(params[name][n] in (1, (0, 0)) for name in WINDOWS if params.get(name) is not None)
+        for n in range(len(shape))
+    ]
+    axes = [
+        axis if one else _nameless(size) for axis, one, size in zip(ins[0].axes, ones, shape, strict=True)
+    ]
+    return Axes(tuple(axes))
+
+
+WINDOWS = ('window_dimensions', 'window_strides', 'padding', 'base_dilation', 'window_dilation')
+
+
+def _of_matrices(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """Linear algebra on the last two axes, for each place in the others."""
+    batch = len(ins[0].axes) - 2
+    axes = [
+        next((o.axes[n] for o in ins if n < len(o.axes) and _is_named(o.axes[n])), _nameless(shape[n]))
+        if n < batch
+        else _nameless(shape[n])
+        for n in range(len(shape))
+    ]
+    return Axes(tuple(axes))
+
+
+def _fft(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    kept = len(shape) - len(params['fft_lengths'])
+    axes = [axis if n < kept else _nameless(shape[n]) for n, axis in enumerate(ins[0].axes)]
+    return Axes(tuple(axes))
+
+
 def _dot_general(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     (contracted, batch) = params['dimension_numbers']
-    kept = [ins[0].axes[n] for n in batch[0]]
+    kept = [
+        ins[0].axes[a] if _is_named(ins[0].axes[a]) else ins[1].axes[b] for a, b in zip(*batch, strict=True)
+    ]
     for operand, over, together in zip(ins, contracted, batch, strict=True):
         kept += [axis for n, axis in enumerate(operand.axes) if n not in over and n not in together]
     return Axes(tuple(kept))
@@ -392,8 +564,12 @@ def _pad(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 
 def _gather(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """A window has those of the operand's axes that it takes whole. The other axes are those of the indices."""
+    """A window has those of the operand's axes that it takes whole. The other axes are those of the indices, and of the
+    operand's those that go along with them. If a named axis is looked up in, its places are known at run time only."""
     numbers, sizes = params['dimension_numbers'], params['slice_sizes']
+    batching = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    looked_up = [n for n in numbers.start_index_map if sizes[n] != ins[0].shape[n]]
+    is_data = any(_is_named(ins[0].axes[n]) for n in looked_up)
     operand, indices = ins[0], ins[1]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     windows = [n for n in range(len(operand.axes)) if n not in gone]
@@ -402,22 +578,39 @@ def _gather(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
         if sizes[n] == operand.shape[n]:
             axes[place] = operand.axes[n]
     others = [n for n in range(len(shape)) if n not in numbers.offset_dims]
-    for place, axis in zip(others, indices.axes[:-1], strict=True):
-        axes[place] = axis
+    for number, (place, axis) in enumerate(zip(others, indices.axes[:-1], strict=True)):
+        if number in batching and _is_named(operand.axes[batching[number]]):
+            axes[place] = operand.axes[batching[number]]
+        elif not is_data or number in batching:
+            axes[place] = axis
     return Axes(tuple(axes))
 
 
-def _as_first(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
-    """The axes of the operand that is written into; where nothing is known of one, that of what is written."""
-    axes = list(ins[0].axes)
-    if len(ins) > 1 and ins[1].shape == ins[0].shape:
-        axes = [old if _is_named(old) else new for old, new in zip(axes, ins[1].axes, strict=True)]
+def _scatter(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """The axes of the operand that is written into, but for those along which the indices say where."""
+    numbers = params['dimension_numbers']
+    return _mixed(ins[0], set(numbers.scatter_dims_to_operand_dims))
+
+
+def _updated(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
+    """A slice written into an operand. Along an axis that it doesn't fill, its own places are elsewhere."""
+    operand, update = ins[:2]
+    if update.shape == shape:
+        return update
+    axes = []
+    for old, new, size, whole in zip(operand.axes, update.axes, update.shape, shape, strict=True):
+        if size == whole and (old == new or not _is_named(old) or not _is_named(new)):
+            axes.append(old if _is_named(old) else new)
+        else:
+            axes.append(_nameless(whole))
     return Axes(tuple(axes))
 
 
 def _convolution(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
     numbers = params['dimension_numbers']
     axes = list(unknown(shape).axes)
+    if params['batch_group_count'] != 1:
+        return unknown(shape)
     axes[numbers.out_spec[0]] = ins[0].axes[numbers.lhs_spec[0]]
     return Axes(tuple(axes))
 
@@ -428,6 +621,8 @@ def _nothing(params: dict, ins: list[Axes], shape: tuple[int, ...]) -> Axes:
 
 _FIX = ('squeeze', 'concatenate', 'stack')
 """Primitives whose rules say themselves which places are fixed."""
+
+_EACH = {'sort': _along, 'optimization_barrier': _same}
 
 _SEVERAL = {'split': _split, 'unstack': _unstack}
 
@@ -448,8 +643,17 @@ _RULES: dict[str, Callable[[dict, list[Axes], tuple[int, ...]], Axes | None]] = 
     'conv_general_dilated': _convolution,
     'iota': _nothing,
     'reduce': _reduce_several,
+    'dynamic_update_slice': _updated,
+    'fft': _fft,
+    **dict.fromkeys(('top_k', 'approx_top_k'), _top),
+    **dict.fromkeys(('cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp'), _cumulated),
+    **dict.fromkeys(('reduce_window_max', 'reduce_window_min', 'reduce_window_sum'), _windows),
     **dict.fromkeys(
-        ('dynamic_update_slice', 'scatter', 'scatter-add', 'scatter_add', 'scatter_mul', 'sort'), _as_first
+        ('cholesky', 'triangular_solve', 'lu', 'qr', 'geqrf', 'eigh', 'eig', 'svd', 'householder_product'),
+        _of_matrices,
+    ),
+    **dict.fromkeys(
+        ('scatter', 'scatter-add', 'scatter_add', 'scatter_mul', 'scatter_min', 'scatter_max'), _scatter
     ),
     **dict.fromkeys(
         (
@@ -459,6 +663,7 @@ _RULES: dict[str, Callable[[dict, list[Axes], tuple[int, ...]], Axes | None]] = 
             'reduce_prod',
             'reduce_and',
             'reduce_or',
+            'reduce_xor',
             'argmax',
             'argmin',
         ),

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrnn.trace.axes import unfixed
+from jaxrnn.trace.axes import ELEMENTWISE, unfixed
 from jaxrnn.trace.equations import inner
-from jaxrnn.trace.findings import LEAK, WRITTEN
+from jaxrnn.trace.findings import LEAK, OUT_OF_RANGE, WRITTEN, ZERO_BY_ZERO
 from jaxrnn.trace.values import Origin, Value, badness, inherited, is_float
 
 ZERO_IS_A_POLE = ('div', 'log', 'rsqrt', 'pow', 'integer_pow', 'rem', 'lgamma', 'digamma', 'atanh', 'log1p')
@@ -25,7 +25,7 @@ def born(equation: Any, operands: Sequence[Value], result: Value) -> tuple[np.nd
         written = result.node.bad.nan and any(is_intended(operand) for operand in operands)
         return (np.isnan(array), WRITTEN) if written else None
     kind = kind_of(equation, operands, array, new)
-    may_leak = kind in ('infinities', 'invalid argument') and result.node.is_backward()
+    may_leak = kind in ('infinities', 'invalid argument', ZERO_BY_ZERO) and result.node.is_backward()
     return new, LEAK if may_leak and discarded(equation, operands, new) else kind
 
 
@@ -34,6 +34,8 @@ def new_elements(equation: Any, operands: Sequence[Value], array: np.ndarray) ->
     known, as the operands are bad and their elements don't correspond to the result's."""
     bad, nan = ~np.isfinite(array), np.isnan(array)
     suspects = [operand for operand in operands if operand.node.bad or is_intended(operand)]
+    if (outside := outside_of(equation, operands, array)).any():
+        return bad & outside
     if equation.primitive.name in MOVERS:
         return None if suspects else bad
     if not suspects:
@@ -92,35 +94,6 @@ def elementwise(equation: Any, operands: Sequence[np.ndarray], result: np.ndarra
         return False
 
 
-ELEMENTWISE = frozenset(
-    (
-        *(
-            'add',
-            'add_any',
-            'sub',
-            'mul',
-            'div',
-            'rem',
-            'neg',
-            'abs',
-            'sign',
-            'max',
-            'min',
-            'clamp',
-            'select_n',
-        ),
-        *('pow', 'integer_pow', 'square', 'sqrt', 'rsqrt', 'cbrt', 'exp', 'exp2', 'expm1', 'log', 'log1p'),
-        *('sin', 'cos', 'tan', 'asin', 'acos', 'atan', 'atan2', 'sinh', 'cosh', 'tanh'),
-        *('asinh', 'acosh', 'atanh', 'logistic', 'erf', 'erfc', 'erf_inv', 'lgamma', 'digamma', 'polygamma'),
-        *('igamma', 'igammac', 'igamma_grad_a', 'regularized_incomplete_beta', 'zeta', 'random_gamma_grad'),
-        *('bessel_i0e', 'bessel_i1e', 'nextafter', 'floor', 'ceil', 'round', 'reduce_precision'),
-        *('complex', 'conj', 'real', 'imag', 'convert_element_type', 'copy', 'copy_p', 'stop_gradient'),
-        *('device_put', 'reshard', 'sharding_constraint', 'pvary', 'pcast'),
-    )
-)
-"""Primitives that compute element by element. A shape is not enough to know: a product of square matrices keeps it."""
-
-
 def causes(equation: Any, operands: Sequence[Value], array: np.ndarray) -> tuple[Origin, ...]:
     """Which operands made a result bad: as `inherited`, but element by element where it is computed so. Of a select
     only what it selects counts."""
@@ -159,6 +132,8 @@ def is_intended(operand: Value) -> bool:
 def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np.ndarray) -> str:
     """One of KINDS, by the operands where new elements went bad."""
     name = equation.primitive.name
+    if outside_of(equation, operands, array).any():
+        return OUT_OF_RANGE
     floats = [np.asarray(operand.array) for operand in operands if is_float(operand.array)]
     alike = elementwise(equation, floats, array)
     at = [np.broadcast_to(value, array.shape)[new] if alike else value for value in floats]
@@ -167,12 +142,56 @@ def kind_of(equation: Any, operands: Sequence[Value], array: np.ndarray, new: np
     if name in ZERO_IS_A_POLE and alike and at:
         divisor = at[1] if name in ('div', 'rem') else at[0]
         if (divisor == 0).any() or (name in ('atanh', 'log1p') and (np.abs(divisor) == 1).any()):
-            return (
-                'invalid argument'
-                if name == 'div' and (at[0][divisor == 0] == 0).all()
-                else 'division by zero'
-            )
+            is_zero = name in ('div', 'rem') and (at[0][divisor == 0] == 0).all()
+            return ZERO_BY_ZERO if is_zero else 'division by zero'
     return 'invalid argument' if np.isnan(array[new]).any() else 'overflow'
+
+
+def outside_of(equation: Any, operands: Sequence[Value], array: np.ndarray) -> np.ndarray:
+    """Which elements of a gather's result were filled in, as their index is out of range."""
+    nowhere = np.zeros((), bool)
+    if equation.primitive.name != 'gather' or 'FILL' not in str(equation.params['mode']):
+        return nowhere
+    numbers = equation.params['dimension_numbers']
+    outside, _ = _beyond(equation, operands)
+    if not outside.any():
+        return nowhere
+    lead = array.ndim - len(equation.outvars[0].aval.shape)  # axes of devices
+    at = [n + lead for n in numbers.offset_dims]
+    return np.broadcast_to(np.expand_dims(outside.any(-1), at), array.shape)
+
+
+def _beyond(equation: Any, operands: Sequence[Value]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a gather's indices are out of range, and the size of the axis of each."""
+    params = equation.params
+    over, sizes = params['dimension_numbers'].start_index_map, params['slice_sizes']
+    shape = equation.invars[0].aval.shape
+    indices = np.asarray(operands[1].array).astype(np.int64)
+    last = np.array([shape[n] - sizes[n] for n in over], np.int64)
+    return (indices < 0) | (indices > last), np.array([shape[n] for n in over])
+
+
+def detail_of(equation: Any, operands: Sequence[Value], kind: str) -> str:
+    """What the kind alone doesn't say."""
+    if kind != OUT_OF_RANGE:
+        return ''
+    outside, sizes = _beyond(equation, operands)
+    indices = np.asarray(operands[1].array)
+    first = np.argwhere(outside)[0]
+    index, size = int(indices[tuple(first)]), int(sizes[first[-1]])
+    if index < 0 and _selects(_before(operands[1].node)):  # -1 was made size - 1
+        index -= size
+    return f'index {index}, where there are {size}: 0 to {size - 1}'
+
+
+def _before(node: Any) -> Any:
+    """The equation that computed a value, before it was moved into another shape."""
+    while node.equation is not None and node.equation.primitive.name in SHAPERS and node.parents:
+        node = node.parents[0]
+    return node.equation
+
+
+SHAPERS = ('broadcast_in_dim', 'reshape', 'squeeze', 'expand_dims', 'convert_element_type', 'concatenate')
 
 
 def discarded(equation: Any, operands: Sequence[Value], new: np.ndarray) -> bool:

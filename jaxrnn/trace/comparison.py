@@ -17,13 +17,29 @@ from jaxrnn.trace.findings import MOST_EXAMPLES
 from jaxrnn.trace.measure import Magnitude, MeasuredStep, StepMeasurements
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
 from jaxrnn.trace.retrace import EXAMPLE, TIME, ProbePoint, is_data
-from jaxrnn.trace.values import Node
+from jaxrnn.trace.values import Node, is_float
 from jaxrnn.types import Step, Tree
 
 ABSURD = 1e6
 """A result is absurd if its largest element is so many times that of the same operation in the earlier step. Gradients
 in training grow up to 1,000 times from one step to the next (Huang et al. 2025, arXiv 2501.06842). Adam's v is computed
-from their squares, which grow by the square of it."""
+from their squares, which grow by the square of it. And it is large, not only larger: see LARGE."""
+
+LARGE = 1e3
+"""So many times as large as anything that the earlier step was given, and as 1, an absurd result is at least. Networks
+are scaled so that what they compute is of the order of 1 (LeCun et al. 1998, section 4.3; Glorot and Bengio 2010), and
+a healthy gradient, as above, grows up to 1,000 times as large. A gradient that grew from 1e-9 to 1e-2 grew from next to
+nothing."""
+
+DUST = float(np.finfo(np.float32).eps)
+"""Of the largest number that the earlier step was given: its rounding error. What is smaller counts as that large, as
+nothing is learnt from how many times a rounding error grew."""
+
+OUTLYING = 10
+"""An example's numbers stand out of a leaf if one is so many times as large as all numbers of the earlier batch."""
+
+HALF = 0.5
+"""Share of a change that the examples named of a finite step make together."""
 
 MOST_MEASURED = 64
 """At most so many examples have their loss and gradient computed: in a larger batch those with the largest values."""
@@ -96,6 +112,13 @@ class Leap(NamedTuple):
         return self.largest.now / self.largest.before
 
 
+class Outlying(NamedTuple):
+    """Examples whose numbers are far larger than all that the earlier batch had there."""
+
+    path: str  # of the batch's leaf
+    places: tuple[int, ...]  # the first MOST_EXAMPLES
+
+
 class Comparison(NamedTuple):
     """How a step differs from an earlier one. Each list is in the order of the share, the largest first."""
 
@@ -109,7 +132,8 @@ class Comparison(NamedTuple):
     examples: tuple[Example, ...]
     additive: bool  # whether the batch's loss is the mean of its examples'
     leaps: tuple[Leap, ...]  # the largest ratio first
-    absurd: Leap | None  # the first in the order of evaluation whose ratio is at least ABSURD
+    absurd: Leap | None  # the first in the order of evaluation that is absurd: see ABSURD and LARGE
+    outlying: Outlying | None = None  # where the examples that brought a change stand out of the data
 
 
 def compare(
@@ -149,17 +173,16 @@ def compare(
         >>> comparison.examples[0].place, comparison.examples[0].loss
         (2, Pair(before=1.0, now=841.0))
     """
-    shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
+    _check_shapes(before, now)
     measured_step = MeasuredStep(step, *now, example_axes=example_axes)
     first, crossed, last = measured_step(*before), measured_step(before[0], now[1]), measured_step(*now)
     scores = {n: (first.record[n], crossed.record[n], last.record[n]) for n in last.record}
     by_batch = _is_by_batch(scores.get(loss))
     basis = first if by_batch else crossed
     names = _Names(measured_step)
-    leaps = _leaps_of_arguments(measured_step, before, now)
-    leaps += _leaps(measured_step, names, (first,) if by_batch else (first, crossed), last)
+    given = max((1.0, *measured_step.largest_arguments(*before).values()))
+    earlier = (first,) if by_batch else (first, crossed)
+    leaps = _leaps_of_arguments(measured_step, before, now) + _leaps(measured_step, names, earlier, last)
     examples, additive = _examples(measured_step, before[0], now, last, scores, by_batch, loss)
     return Comparison(
         scores=scores,
@@ -169,9 +192,66 @@ def compare(
         time_steps=_time_steps(measured_step, names, basis, last),
         examples=examples,
         additive=additive,
-        leaps=tuple(sorted(leaps, key=lambda leap: -leap.ratio)),
-        absurd=next((leap for leap in leaps if leap.ratio >= ABSURD), None),
+        leaps=tuple(sorted(leaps, key=lambda leap: -_growth(leap, given))),
+        absurd=_absurd(leaps, given),
+        outlying=_outlying(measured_step, before[1], now[1], leading(examples)) if by_batch else None,
     )
+
+
+def _check_shapes(before: Tree, now: Tree) -> None:
+    shapes = [jax.tree.map(jnp.shape, pair) for pair in (before, now)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'arguments of the same shapes expected, {shapes[0]} and {shapes[1]} found')
+
+
+def _growth(leap: Leap, given: float) -> float:
+    """How many times as large it became. `given` is the largest number that the earlier step was given."""
+    return leap.largest.now / max(leap.largest.before, DUST * given)
+
+
+def _absurd(leaps: Sequence[Leap], given: float) -> Leap | None:
+    """The first that is absurd. An optimiser squares gradients and divides by their roots: of its equations only what
+    grew by more than these grew, and squared."""
+    grown = [_growth(leap, given) for leap in leaps if leap.pass_ != 'update']
+    by_gradients = max((1.0, *grown)) ** 2
+    for leap in leaps:
+        wanted = ABSURD * (by_gradients if leap.pass_ == 'update' else 1.0)
+        if leap.largest.now >= LARGE * given and _growth(leap, given) >= wanted:
+            return leap
+    return None
+
+
+def leading(examples: Sequence[Example]) -> list[int]:
+    """The examples that together make half of a change."""
+    rising = [example for example in examples if example.share > 0]
+    total, found = sum(example.share for example in rising), []
+    reached = 0.0
+    for example in rising[:MOST_EXAMPLES]:
+        if reached >= HALF * total:
+            break
+        reached += example.share
+        found.append(example.place)
+    return found
+
+
+def _outlying(
+    measured_step: MeasuredStep, before: Tree, now: Tree, examples: Sequence[int]
+) -> Outlying | None:
+    """The leaf in which at least one of these examples stands out most, and all that stand out in it."""
+    best, largest = None, float(OUTLYING)
+    leaves = zip(measured_step.example_axes(), jax.tree.leaves(before), jax.tree.leaves(now), strict=True)
+    for (path, axis), old, new in leaves:
+        if axis is None or not is_float(new) or not np.size(new):
+            continue
+        usual = float(np.max(np.abs(np.asarray(old, np.float64))))
+        sizes = (
+            np.moveaxis(np.abs(np.asarray(new, np.float64)), axis, 0).reshape(np.shape(new)[axis], -1).max(1)
+        )
+        times = sizes / usual if usual else np.where(sizes > 0, np.inf, 0)
+        if (most := max((float(times[n]) for n in examples), default=0.0)) >= largest:
+            places = np.flatnonzero(times >= OUTLYING)[:MOST_EXAMPLES]
+            best, largest = Outlying(path, tuple(int(n) for n in places)), most
+    return best
 
 
 def _is_by_batch(scores: tuple[float, float, float] | None) -> bool:

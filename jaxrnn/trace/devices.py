@@ -189,8 +189,12 @@ class Devices:
         self._equations: dict[tuple, tuple[Any, Callable]] = {}  # by identity of the equation, which is kept
         self._jaxprs: dict[tuple, tuple[Any, Callable]] = {}
 
-    def add_mesh_of(self, array: jax.Array) -> None:
-        if isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh):
+    def add_mesh_of(self, array: Any) -> None:
+        if (
+            isinstance(array, jax.Array)
+            and isinstance(array.sharding, NamedSharding)
+            and isinstance(array.sharding.mesh, Mesh)
+        ):
             self.meshes.append(array.sharding.mesh)
 
     def layout_of(self, equation: Any) -> Layout | None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxrnn.trace import axes
+from jaxrnn.trace.culprits import Recomputation, found_out
 from jaxrnn.trace.devices import Devices, Layout
 from jaxrnn.trace.equations import holds, inner, last_uses, scan_counts
 from jaxrnn.trace.findings import TraceReport
@@ -16,7 +17,7 @@ from jaxrnn.trace.judging import Judge
 from jaxrnn.trace.meaning import AxisMeaning
 from jaxrnn.trace.reporting import report
 from jaxrnn.trace.sharded import entered
-from jaxrnn.trace.tracing import Argument, traced
+from jaxrnn.trace.tracing import Argument, TracedFunction, traced
 from jaxrnn.trace.values import (
     Bad,
     Node,
@@ -72,7 +73,20 @@ def first_bad(
         [value.node for value in outputs],
         evaluation.meaning.times,
         traced_function.examples,
+        lambda node: _culprits(node, evaluation, traced_function, values),
     )
+
+
+def _culprits(
+    node: Node, evaluation: 'Evaluation', function: TracedFunction, values: Sequence[Value]
+) -> tuple[int, ...] | None:
+    """The examples that a value is bad by, found out by replacing them; None if only its axes can say."""
+    assert node.birth is not None
+    named = {at for place in node.birth.places for at in place.items()}
+    claimed = sorted({place for name, place in named if name in function.examples})
+    again = Recomputation(evaluation.devices, function.closed, node)
+    axes_of = [argument.example_axis(function.examples) for argument in function.arguments]
+    return found_out(again, [value.array for value in values], axes_of, claimed)
 
 
 class Evaluation:

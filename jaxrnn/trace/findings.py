@@ -49,14 +49,18 @@ class Finding(NamedTuple):
     devices: tuple[
         dict[str, int], ...
     ] = ()  # in a shard_map: where it was, by mesh axis; the first MOST_EXAMPLES
+    detail: str = ''  # what the kind alone doesn't say, as which index was out of range
 
 
 LEAK, WRITTEN = 'gradient through where', 'written down'
+ZERO_BY_ZERO, OUT_OF_RANGE = 'division of zero by zero', 'index out of range'
 
 KINDS = {
     'input': 'an argument of the step was bad',
     'overflow': 'finite operands, infinite result',
     'division by zero': 'a pole: a divisor, or the argument of a logarithm or a root, was 0',
+    ZERO_BY_ZERO: 'a divisor and what it divides are both 0',
+    OUT_OF_RANGE: 'an index beyond the end of what it is looked up in, where NaN is filled in',
     'invalid argument': 'finite operands for which the operation is not defined',
     'infinities': 'infinite operands that cancel, or meet a 0',
     LEAK: 'a where discarded this value, but its gradient is 0 times an infinity',

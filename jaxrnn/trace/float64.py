@@ -18,6 +18,7 @@ from jaxrnn.trace.findings import MOST_EXAMPLES
 from jaxrnn.trace.naming import code_at, layer_of, pass_of, source_of
 from jaxrnn.trace.retrace import EXAMPLE, TIME, Frame, Measurement, ProbePoint, TracedStep, is_record
 from jaxrnn.trace.values import Node, Value, ancestors, is_float, is_key
+from jaxrnn.trace.widening import run, wide_params, wide_type
 from jaxrnn.types import Step, Tree
 
 LOST = 0.1
@@ -88,8 +89,11 @@ def lost_precision(step: Step, state: Tree, batch: Tree, *, example_axes: Tree =
     """
     traced = TracedStep(step, state, batch, example_axes=example_axes)
     shadow = _Shadow(traced)
+    # As float64 is switched on, a count of steps in Python would become an int64.
+    pairs = zip(jax.tree.leaves((state, batch)), traced.closed.jaxpr.invars, strict=True)
+    leaves = [leaf if is_key(leaf) else jnp.asarray(leaf, variable.aval.dtype) for leaf, variable in pairs]
     with jax.enable_x64(True):
-        errors, outputs = jax.jit(shadow.measure)(jax.tree.leaves((state, batch)))
+        errors, outputs = jax.jit(shadow.measure)(leaves)
         errors, outputs = jax.device_get((errors, outputs))
     of_outputs = {path: float(error) for path, error in zip(shadow.paths, outputs, strict=True)}
     ends = [node for node, error in zip(shadow.ends, outputs, strict=True) if error >= LOST]
@@ -154,14 +158,13 @@ class _Shadow:
         if equation.primitive.name == 'reduce_precision':
             return operands[:1]
         try:
-            params = {name: _widened(name, value) for name, value in equation.params.items()}
+            params = wide_params(equation)
 
-            def run(*arrays: Any) -> Sequence[Any]:
-                made = equation.primitive.bind(*arrays, **params)
-                return made if equation.primitive.multiple_results else [made]
+            def wide(*arrays: Any) -> Sequence[Any]:
+                return run(equation, arrays, params)
 
-            jax.jit(run).lower(*(jax.typeof(jnp.asarray(operand)) for operand in operands))
-            return run(*operands)
+            jax.jit(wide).lower(*(jax.typeof(jnp.asarray(operand)) for operand in operands))
+            return wide(*operands)
         except Exception:  # whatever a primitive raises for a type that it wasn't traced for
             return None
 
@@ -181,33 +184,9 @@ def _both(array: Any) -> TwoPrecisions:
         return array
     if is_key(array) or not is_float(array):
         return TwoPrecisions(array, array)
-    return TwoPrecisions(array, lax.convert_element_type(jnp.asarray(array), _wide(jnp.result_type(array))))
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
-
-
-def _widened(name: str, value: Any) -> Any:
-    """A parameter of an equation for float64 operands."""
-    if name in ('new_dtype', 'preferred_element_type', 'dtype') and value is not None:
-        return _wide(value) if jnp.issubdtype(value, jnp.inexact) else value
-    # From jax 0.11 on the two classes are one.
-    if isinstance(value, core.ClosedJaxpr) and not isinstance(value, core.Jaxpr) and not value.consts:
-        return core.ClosedJaxpr(_widened(name, value.jaxpr), ())
-    if isinstance(value, core.Jaxpr):  # for instance the sum of two scalars that a scatter holds
-        avals: list[Any] = [variable.aval for variable in value.invars]
-        wide = [jax.ShapeDtypeStruct(aval.shape, _wide(aval.dtype)) for aval in avals]
-        return jax.make_jaxpr(lambda *arrays: _reduced(value, arrays))(*wide).jaxpr
-    return value
-
-
-def _reduced(jaxpr: Any, arrays: Sequence[Any]) -> list[Any]:
-    values = dict(zip(jaxpr.invars, arrays, strict=True))
-    for equation in jaxpr.eqns:
-        made = equation.primitive.bind(*(values[v] for v in equation.invars), **equation.params)
-        values[equation.outvars[0]] = made
-    return [values[variable] for variable in jaxpr.outvars]
+    return TwoPrecisions(
+        array, lax.convert_element_type(jnp.asarray(array), wide_type(jnp.result_type(array)))
+    )
 
 
 def _error(array: TwoPrecisions, gone: Any) -> Any:

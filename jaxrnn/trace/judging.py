@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxrnn.trace.axes import Axes
-from jaxrnn.trace.births import MOST_PLACES, born, causes, largest
+from jaxrnn.trace.births import MOST_PLACES, born, causes, detail_of, largest
 from jaxrnn.trace.devices import Devices
 from jaxrnn.trace.equations import name_of
 from jaxrnn.trace.findings import MOST_EXAMPLES
@@ -42,6 +42,9 @@ class Judge:
             if found is not None:
                 new, kind = found
                 self._note(result.node, kind, new, result, operands, name_of(equation))
+                if result.node.birth is not None:
+                    detail = detail_of(equation, aligned, kind)
+                    result.node.birth = result.node.birth._replace(detail=detail)
 
     def unexplained(self, equation: Any, operands: Sequence[Value], results: Sequence[Value]) -> None:
         """Of an equation that holds others, notes what is bad only when it is computed whole: a compiled loop may round
@@ -87,4 +90,5 @@ class Judge:
 
     def _examples(self, places: Sequence[dict[str, int]]) -> tuple[int, ...]:
         found = {int(place) for at in places for name, place in at.items() if name in self.examples}
+        found = {place for place in found if place >= 0}  # before the first is what was padded
         return tuple(sorted(found)[:MOST_EXAMPLES])

@@ -83,26 +83,30 @@ class MeasuredStep:
     @property
     def examples(self) -> int:
         """How many examples a batch has; 0 where no axis is known to run over them."""
-        return next((np.shape(leaf)[axis] for leaf, axis in self._example_axes() if axis is not None), 0)
+        return next((np.shape(leaf)[axis] for leaf, axis in self._with_axes() if axis is not None), 0)
 
     def only(self, batch: Tree, place: int) -> Tree:
         """A batch of the same shape that holds one example alone, again and again."""
         leaves, structure = jax.tree.flatten(batch)
-        axes_of = [axis for _, axis in self._example_axes()]
+        axes_of = [axis for _, axis in self._with_axes()]
         made = [
             leaf if axis is None else jnp.take(leaf, jnp.full(leaf.shape[axis], place), axis)
             for leaf, axis in zip(leaves, axes_of, strict=True)
         ]
         return jax.tree.unflatten(structure, made)
 
-    def _example_axes(self) -> list[tuple[Any, int | None]]:
-        """Each leaf of the batch, and which of its axes runs over the examples."""
+    def example_axes(self) -> list[tuple[str, int | None]]:
+        """The path of each leaf of the batch, and which of its axes runs over the examples."""
         examples = self.step.examples
         return [
-            (array, next((n for n in range(np.ndim(array)) if f'{path}:{n}' in examples), None))
+            (path, next((n for n in range(np.ndim(array)) if f'{path}:{n}' in examples), None))
             for path, array, is_data in self.step.leaves
             if is_data
         ]
+
+    def _with_axes(self) -> list[tuple[Any, int | None]]:
+        arrays = [array for _, array, is_data in self.step.leaves if is_data]
+        return [(array, axis) for array, (_, axis) in zip(arrays, self.example_axes(), strict=True)]
 
     def leading_on(self) -> set[Node]:
         """The nodes that the next state is computed from; not those that only a record needs."""

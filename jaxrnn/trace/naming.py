@@ -57,7 +57,8 @@ def pass_of(node: Node, flow: Flow) -> str:
         return 'backward'
     before = ancestors([node], lambda _: True)
     if not any(parent.is_model for parent in before):
-        return 'data'
+        # A layer may act on the batch before any parameter does.
+        return 'forward' if _scopes(stack(node.equation, node.place)) else 'data'
     if 'jvp(' in stack(node.equation, node.place):
         return 'forward' if node in flow.primal else 'backward'
     # A learning rate depends on no gradient, but is multiplied with one.
@@ -82,6 +83,7 @@ def _scopes(stack: str) -> list[str]:
         elif (
             part
             and not part.startswith(MARK)
+            and '->' not in part  # what einsum calls itself
             and part
             not in ('rematted_computation', 'checkpoint', 'while', 'body', 'cond', 'scan', 'closed_call')
         ):

@@ -1,17 +1,22 @@
 """From what was born bad in an evaluation to its report: what reached an output, and what of it came first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxrnn.trace.births import MOVERS
 from jaxrnn.trace.equations import name_of
-from jaxrnn.trace.findings import LEAK, WRITTEN, Finding, TraceReport
+from jaxrnn.trace.findings import LEAK, MOST_EXAMPLES, WRITTEN, Finding, TraceReport
 from jaxrnn.trace.naming import Flow, chain, code_at, flow_of, layer_of, pass_of, source_of
 from jaxrnn.trace.times import Times
 from jaxrnn.trace.values import Node, Tape, caused, outwards
 
 
 def report(
-    tape: Tape, born: Sequence[Node], outputs: Sequence[Node], times: Times, examples: set[str]
+    tape: Tape,
+    born: Sequence[Node],
+    outputs: Sequence[Node],
+    times: Times,
+    examples: set[str],
+    culprits: Callable[[Node], tuple[int, ...] | None],
 ) -> TraceReport:
     """The first finding that reached an output, and those that are harmless.
 
@@ -20,6 +25,7 @@ def report(
         born: the nodes that were born bad.
         outputs: of the function.
         times, examples: which axes run over time and over examples.
+        culprits: the examples that a node is bad by; None if only its axes can say.
     """
     flow = flow_of(tape.nodes, outputs)
     reaching = caused([node for node in outputs if node.bad and not is_kept(node)])
@@ -29,6 +35,10 @@ def report(
     if reached:
         earliest = min(reached, key=lambda node: _turn(node, flow))
         first = _finding(earliest, flow, times, examples)
+        # An update is of all examples, unless its axes say otherwise.
+        asked = first.kind != WRITTEN and (first.pass_ != 'update' or first.examples)
+        if asked and (found := culprits(earliest)) is not None:
+            first = first._replace(examples=found[:MOST_EXAMPLES])
         leaks = [node for node in reached if node.birth is not None and node.birth.kind == LEAK]
         if first.pass_ == 'backward' and any(earliest in caused([leak]) for leak in leaks):
             first = first._replace(kind=LEAK)
@@ -78,4 +88,5 @@ def _finding(node: Node, flow: Flow, times: Times, examples: set[str]) -> Findin
         results=birth.results,
         chain=chain(node),
         devices=birth.devices,
+        detail=birth.detail,
     )

@@ -6,9 +6,14 @@ the axis.
 """
 
 import functools
+import itertools
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import jax
+from jax.extend import core
 
 from jaxrnn.trace.axes import Axes
 from jaxrnn.trace.births import MOVERS
@@ -24,6 +29,12 @@ class Times:
             int, tuple[Any, dict[str, set[int]]]
         ] = {}  # of the results of equations that aren't loops
         self.sizes: dict[str, int] = {}
+        self.over_parts: dict[int, tuple[Any, bool]] = {}  # loops, by identity
+        self.parted: set[str] = set()  # names of axes over parts of a batch, as micro-batches
+        self.among_devices: set[str] = set()  # names of axes of which each device has one place
+        self.contracted: set[str] = set()  # names of axes that a product in the forward pass sums over
+        self.alike: dict[str, set[str]] = defaultdict(set)  # names that meet, place by place
+        self.maps_gradients = False  # whether whole gradients are computed under a vmap
 
     # While it is evaluated.
 
@@ -31,8 +42,12 @@ class Times:
         """How long the axes of an argument are."""
         self.sizes |= {f'{path}:{n}': size for n, size in enumerate(shape)}
 
-    def run_over(self, equation: Any, names: set[str]) -> None:
-        """Notes that a loop runs over axes of these names."""
+    def run_over(self, equation: Any, names: set[str], late: bool = True) -> None:
+        """Notes that a loop runs over axes of these names. `late`: whether the loop is none of a backward pass."""
+        if not late:
+            self.over_parts[id(equation)] = equation, False
+        if self._is_over_parts(equation):
+            self.parted |= names
         self.loops.setdefault(id(equation), (equation, set()))[1].update(names)
 
     def take(self, place: Place | None, whole: Axes, taken: Axes) -> None:
@@ -44,6 +59,23 @@ class Times:
             if len(before) == 1 and before[0].name and before[0].size > after[0].size == 1:
                 self.run_over(loop.equation, {before[0].name})
 
+    def meet(self, ins: Sequence[Axes], rank: int) -> None:
+        """Notes that axes of several operands are one: each element is computed from those at its place."""
+        operands = [operand for operand in ins if len(operand.axes) == rank]
+        for number in range(rank):
+            whole = {o.axes[number] for o in operands if len(o.axes[number]) == 1 and o.axes[number][0].name}
+            for (a,), (b,) in itertools.permutations(whole, 2):
+                # Two axes of one leaf that meet, as in x + x.T, are two axes.
+                if a[1:] == b[1:] and a.name.rpartition(':')[0] != b.name.rpartition(':')[0]:
+                    self.alike[a.name].add(b.name)
+
+    def take_in(self, loop: Any, whole: Axes, taken: Axes) -> None:
+        """As `take`, of a loop that is followed, not evaluated."""
+        for before, after in zip(whole.axes, taken.axes, strict=True):
+            size = math.prod(factor.size for factor in after)
+            if len(before) == 1 and before[0].name and before[0].size > size == 1:
+                self.run_over(loop, {before[0].name})
+
     def see(self, equation: Any, made: Sequence[Axes]) -> None:
         """Notes the axes of an equation's results."""
         for name, place in (item for axes in made for item in axes.fixed):
@@ -52,8 +84,25 @@ class Times:
     # Afterwards.
 
     def looped(self) -> set[str]:
-        """Names of the axes that loops run over."""
-        return {name for _, names in self.loops.values() for name in names}
+        """Names of the axes that loops over time run over."""
+        loops = (names for equation, names in self.loops.values() if not self._is_over_parts(equation))
+        found = {name for names in loops for name in names}
+        left = list(found)
+        while left:  # what is added to a sequence place by place is one, too
+            more = self.alike.get(left.pop(), set()) - found
+            found |= more
+            left += more
+        return found
+
+    def _is_over_parts(self, equation: Any) -> bool:
+        """Whether a loop runs over parts of a batch."""
+        if id(equation) not in self.over_parts:
+            self.over_parts[id(equation)] = equation, holds_gradient(equation)
+        return self.over_parts[id(equation)][1]
+
+    def over_time(self) -> set[str]:
+        """Names of the axes that the iterations of loops are places of, written as loops or one after the other."""
+        return self.looped() | self._unrolled()
 
     def over(self, equation: Any) -> set[str]:
         return self.loops[id(equation)][1] if id(equation) in self.loops else set()
@@ -61,7 +110,15 @@ class Times:
     def of(self, node: Node, examples: set[str]) -> int | None:
         """The first time step of what was born bad at a node; None if it belongs to no time step."""
         assert node.birth is not None
-        around = [place for place in outwards(node.place) if place.iteration is not None]
+        examples = examples | self.parted  # as they, no time
+        around = [
+            place
+            for place in outwards(node.place)
+            # A loop over parts of a batch computes a gradient in each iteration, or takes its examples apart.
+            if place.iteration is not None
+            and not self._is_over_parts(place.equation)
+            and not (self.over(place.equation) and self.over(place.equation) <= examples)
+        ]
         for place in around:  # the innermost loop over time
             if names := self.over(place.equation) - examples:
                 return self._first(node, names) if self._first(node, names) is not None else place.iteration
@@ -83,7 +140,7 @@ class Times:
         for (primitive, *_), at in self.by_code.items():
             if primitive in MOVERS:  # which may only take an array apart
                 continue
-            found |= {name for name, places in at.items() if len(places) == self.sizes[name] > 1}
+            found |= {name for name, places in at.items() if len(places) == self.sizes.get(name, 0) > 1}
         return found
 
     def _is_repeated(self, node: Node, name: str) -> bool:
@@ -100,6 +157,32 @@ class Times:
             for name, places in at.items():
                 found[code_of(equation)][name] |= places
         return found
+
+
+def holds_gradient(equation: Any) -> bool:
+    """Whether a loop computes a whole gradient in each iteration, forward and backward."""
+    if TRANSPOSED in str(equation.source_info.name_stack):
+        return False
+    scopes = [str(inside.source_info.name_stack) for inside in _inside(equation)]
+    backward = [TRANSPOSED in scope for scope in scopes]
+    return any(backward) and any('jvp(' in s and not b for s, b in zip(scopes, backward, strict=True))
+
+
+def _inside(equation: Any) -> Iterator[Any]:
+    """The equations that an equation holds."""
+    for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+        if _is_jaxpr(value):
+            for inside in (value.jaxpr if isinstance(value, core.ClosedJaxpr) else value).eqns:
+                yield inside
+                yield from _inside(inside)
+
+
+TRANSPOSED = 'transpose('
+"""In the scopes of a backward pass."""
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
 
 
 def code_of(equation: Any) -> Any:

@@ -11,7 +11,10 @@ import numpy as np
 
 from jaxrnn.trace import axes
 from jaxrnn.trace.axes import Axes
+from jaxrnn.trace.devices import Devices
+from jaxrnn.trace.meaning import AxisMeaning
 from jaxrnn.trace.naming import marked
+from jaxrnn.trace.times import Times
 from jaxrnn.trace.values import Bad, Node
 from jaxrnn.types import Tree
 
@@ -28,6 +31,11 @@ class Argument(NamedTuple):
         """Those of data have names."""
         shape = np.shape(self.leaf)
         return axes.named(self.path, shape) if self.is_data else axes.unknown(shape)
+
+    def example_axis(self, examples: set[str]) -> int | None:
+        """Which of its axes runs over examples. `examples` are the names of the axes that do."""
+        numbers = range(np.ndim(self.leaf))
+        return next((n for n in numbers if f'{self.path}:{n}' in examples), None)
 
     def node(self, bad: Bad) -> Node:
         """How a value began that is this argument."""
@@ -49,14 +57,21 @@ def traced(
     function: Callable[..., Tree], arguments: Sequence[Tree], names: Sequence[str], example_axes: Tree
 ) -> TracedFunction:
     """Traces `function(*arguments)`. Arguments as in `first_bad`."""
-    with marked():
-        closed, outputs = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    closed, outputs = as_jaxpr(function, arguments)
     data = names[len(arguments) - 1]
     leaves = [
         Argument(path, leaf, path.split('/')[0] == data) for path, leaf in named_leaves(arguments, names)
     ]
-    examples = example_names([leaf for leaf in leaves if leaf.is_data], example_axes)
+    given = [leaf for leaf in leaves if leaf.is_data]
+    shown = None if example_axes is not None else evidence(closed, leaves)
+    examples = example_names(given, example_axes, shown)
     return TracedFunction(closed, outputs, leaves, examples)
+
+
+def as_jaxpr(function: Callable[..., Tree], arguments: Sequence[Tree]) -> tuple[Any, Tree]:
+    """A function's jaxpr, and the shapes and types of its results."""
+    with marked():
+        return jax.make_jaxpr(function, return_shape=True)(*arguments)
 
 
 def named_leaves(trees: Sequence[Tree], names: Sequence[str]) -> list[tuple[str, Any]]:
@@ -69,16 +84,40 @@ def named_leaves(trees: Sequence[Tree], names: Sequence[str]) -> list[tuple[str,
     return found
 
 
-def example_names(data: Sequence[Argument], example_axes: Tree) -> set[str]:
+def evidence(closed: Any, leaves: Sequence[Argument]) -> Times:
+    """What the equations show of the axes of a function's arguments."""
+    meaning = AxisMeaning(Devices())
+    for leaf in leaves:
+        meaning.devices.add_mesh_of(leaf.leaf)
+        meaning.times.add_sizes(leaf.path, np.shape(leaf.leaf))
+    meaning.through(closed.jaxpr, [leaf.axes for leaf in leaves], late=True)
+    return meaning.times
+
+
+def example_names(data: Sequence[Argument], example_axes: Tree, shown: Times | None = None) -> set[str]:
     """The names of the axes that run over examples: of each leaf of the data, the one that `example_axes` says, or that
-    whose length all leaves share."""
+    whose length all leaves share. No axis of time is one, and none of which it isn't known which of two it is."""
     if example_axes is not None:
         chosen = jax.tree.leaves(example_axes)
         return {f'{leaf.path}:{n}' for leaf, n in zip(data, chosen, strict=True) if n >= 0}
+    over_time = shown.over_time() if shown is not None else set()
     shapes = {leaf.path: np.shape(leaf.leaf) for leaf in data}
-    sizes = [set(shape) for shape in shapes.values() if shape]
+    # Of each leaf the axes that may run over examples; a leaf that has none has no say.
+    may = {p: [n for n in range(len(s)) if f'{p}:{n}' not in over_time] for p, s in shapes.items()}
+    sizes = [{shapes[path][n] for n in numbers} for path, numbers in may.items() if numbers]
     shared = set.intersection(*sizes) if sizes else set()
     # Of several lengths, that which is most often the first of a leaf.
-    leading = [shape[0] for shape in shapes.values() if shape]
+    leading = [shapes[path][numbers[0]] for path, numbers in may.items() if numbers]
     size = max(shared, key=lambda size: (leading.count(size), size), default=None)
-    return {f'{path}:{shape.index(size)}' for path, shape in shapes.items() if size in shape}
+    found = {
+        f'{path}:{next(n for n in numbers if shapes[path][n] == size)}'
+        for path, numbers in may.items()
+        if size in (shapes[path][n] for n in numbers)
+    }
+    if shown is not None and len(shared) > 1:
+        # An example then has a place in either axis, or the axes are the other way round.
+        # Of a matrix of which each device has a row, that is an example; else it may have several.
+        rows = len(shapes) == 1 and all(len(shape) < 3 for shape in shapes.values())
+        parts = shown.parted or shown.maps_gradients or (shown.among_devices and not rows)
+        return set() if parts or found & shown.contracted else found
+    return found

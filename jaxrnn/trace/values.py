@@ -99,6 +99,7 @@ class Birth(NamedTuple):
     operands: tuple[Range, ...]
     results: tuple[Range, ...]
     devices: tuple[dict[str, int], ...] = ()
+    detail: str = ''
 
 
 class Value(NamedTuple):
