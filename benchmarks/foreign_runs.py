@@ -18,6 +18,7 @@ sys.path[0] = str(ROOT)
 
 import dataclasses
 import json
+import logging
 import warnings
 
 import jax
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS
     warnings.simplefilter('ignore')
+    logging.disable()
     scores, rows = [], []
     for program in chosen():
         of_it = []

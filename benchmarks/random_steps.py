@@ -17,6 +17,7 @@ sys.path[0] = str(ROOT)
 
 import collections
 import json
+import logging
 import re
 import tempfile
 import time
@@ -87,7 +88,7 @@ def asked(drawn: random_programs.Drawn) -> list[tuple[str, Exception]]:
     )
     every = int(rng.choice([5, 10, 20, 50]))
     changes = changes_of(drawn, rng)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         ask = (run.step, run.batch_at, directory)
         calls = {
             'record': lambda: jaxrnn.record(
@@ -109,7 +110,7 @@ def asked(drawn: random_programs.Drawn) -> list[tuple[str, Exception]]:
 def last_line(error: Exception) -> str:
     """What it says, without what is each program's own; and where in the package it came from."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if '/jaxrnn/' in frame.filename]
-    said = ' '.join(str(error).split())[:150]
+    said = re.sub(r'/[^ :]*/tmp\w+', 'DIRECTORY', ' '.join(str(error).split()))[:150]
     at = f' ({Path(frames[-1].filename).name}:{frames[-1].lineno})' if frames else ''
     return f'{type(error).__name__}: {re.sub(r"[0-9]+", "#", said)}{at}'
 
@@ -136,6 +137,7 @@ def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS
     warnings.simplefilter('ignore')
+    logging.disable()  # what is said in passing, and what goes on in threads of a record that was refused
     if values.only >= 0:
         return one(values.only)
     died: dict[str, list[Any]] = collections.defaultdict(list)
@@ -153,9 +155,9 @@ def main(arguments: list[str]) -> int:
             if (took := time.perf_counter() - start) > SLOW:
                 slow.append((seed, round(took)))
             jax.clear_caches()
+        seed += 1
         if seed % 20 == 0:
             print(f'{programs} programs, {len(died)} kinds of exception', file=sys.stderr, flush=True)
-        seed += 1
     say('exceptions', died)
     say("users' errors", refused)
     broken = {seed for group in died.values() for seed, _ in group}

@@ -177,7 +177,7 @@ def assembled(words: dict[str, Any], factor: float = 1.0) -> Run:
             params = jax.tree.map(
                 lambda p: jnp.where(count == words['at'], jnp.inf, p).astype(p.dtype), params
             )
-        record = RECORDS[words['record']](loss, optax.global_norm(g).astype(jnp.float32))
+        record = RECORDS[words['record']](loss, optax.tree.norm(g).astype(jnp.float32))
         return Counted({'params': params, 'opt': opt, 'extra': advance(inner['extra'])}, count + 1), record
 
     return Run(step, batches(words), init)

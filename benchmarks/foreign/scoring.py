@@ -52,7 +52,7 @@ def diagnosed(planted: Planted, **options: Any):
         jaxrnn.Change(name, points_to, lambda other=other: jaxrnn.Changed(other.step, other.batch_at))
         for name, points_to, other in planted.changes
     ]
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         jaxrnn.record(
             run.step, run.batch_at, run.init, directory, max_steps=planted.steps, checkpoint_every=100
         )
