@@ -131,7 +131,7 @@ def mended(draw: Draw, name: str, setting: Setting):
     return draw.choose([], [(name, 'model', setting)])
 
 
-def zero_row(draw: Draw, *, flaw='unguarded', passes=('forward',), name='a floor under the division'):
+def zero_row(draw: Draw, *, flaw='unguarded', passes=('forward', 'data'), name='a floor under the division'):
     e = draw.example()
     setting = dataclasses.replace(draw.setting, flaw=flaw)
 

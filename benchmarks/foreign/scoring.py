@@ -113,29 +113,35 @@ def judged(right: bool) -> str:
 
 
 def place_of(truth: Truth, where: dict[str, Any]) -> str:
-    """Wrong where anything that is named is not so; right where the pass is named, and the example if there is one."""
+    """Wrong where anything that is named is not so; right where the pass is named, and the example if there is one.
+
+    Of a fault in the state, the leaf must be named too; of one in a batch, no other leaf.
+    """
     if not truth.passes and not truth.code and truth.examples is None:
         return ''
-    named = where.get('pass') or ''
+    named, source = where.get('pass') or '', where.get('source') or ''
     examples = tuple(where.get('examples') or ())
-    line = line_of(where.get('source') or '')
+    line, names_leaf = line_of(source), keys(truth.leaf) <= keys(f'{source} {where.get("layer") or ""}')
+    in_batch = 'data' in truth.passes
     if named and truth.passes and named not in truth.passes:
         return 'wrong'
     if truth.examples is not None and examples and not set(truth.examples) <= set(examples):
         return 'wrong'
-    if truth.code and line and named != 'data' and not any(code in line for code in truth.code):
+    if line and truth.code and not any(code in line for code in truth.code):
+        return 'wrong'
+    if in_batch and truth.leaf and source.startswith('batch/') and not names_leaf:
         return 'wrong'
     sure = truth.examples is None or examples == truth.examples
     sure &= not truth.passes or bool(named) or '' in truth.passes
-    sure &= not truth.leaf or bool(set(keys(truth.leaf)) & set(keys(str(where))))
+    sure &= in_batch or not truth.leaf or names_leaf
     return 'right' if sure and where else 'unknown'
 
 
-def keys(path: str) -> list[str]:
+def keys(path: str) -> set[str]:
     """The names in a path, however it is written, but for those that say nothing."""
     for mark in '[]\'"./,:(){}':
         path = path.replace(mark, ' ')
-    return [word for word in path.split() if word not in ('params', 'batch')]
+    return set(path.split()) - {'params', 'batch', 'state', 'inner', 'value'}
 
 
 def line_of(source: str) -> str:
