@@ -159,7 +159,7 @@ def zero_batch(draw: Draw) -> Planted | None:
     setting = dataclasses.replace(draw.setting, flaw='unguarded')
     truth = Truth(
         kinds=frozenset({'nonfinite'}),
-        passes=frozenset({'forward'}),
+        passes=frozenset({'forward', 'data'}),
         code=draw.program.code['unguarded'],
         causes=DATA | MODEL,
     )

@@ -192,7 +192,7 @@ def draw(seed: int) -> Drawn:
     words: dict[str, Any] = {
         'seed': seed,
         'dtype': one(('float32', 'float32', 'float32', 'bfloat16', 'float16')),
-        'operations': [one(operations.ALL) for _ in range(rng.integers(1, 5))],
+        'operations': [one(operations.ALL) for _ in range(rng.integers(1, 4))],
         'optimiser': one(OPTIMISERS),
         'container': one(CONTAINERS),
         'extra': one(EXTRAS),
