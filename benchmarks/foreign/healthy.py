@@ -7,10 +7,10 @@ from benchmarks.foreign import twin
 from benchmarks.foreign.common import Program, Setting, constant
 from benchmarks.foreign.planting import HEALTHY, Planted
 
-RELAPSE = 3.0
+RELAPSE = 4.0
 """No mean of 25 steps is so many times the best before it."""
 
-LEAP = 8.0
+LEAP = 15.0
 """No loss is so many times the median of the steps around it."""
 
 TRIES = 12

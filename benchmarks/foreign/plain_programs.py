@@ -351,6 +351,7 @@ PROGRAMS = [
     ),
     Program(
         name='half_precision',
+        falls=0.8,
         make=half_precision,
         inputs=('0',),
         targets=('1',),
@@ -381,6 +382,7 @@ PROGRAMS = [
     ),
     Program(
         name='policy',
+        falls=0.8,
         make=policy,
         loss=('total_loss',),
         inputs=('obs',),
