@@ -104,7 +104,7 @@ common.define('run', 'held_out', False, 'The programs that are kept apart, and n
 common.define(
     'run', 'healthy', False, 'Runs without a fault: other seeds, rates, batch sizes, schedules, lengths.'
 )
-common.define('run', 'number', 5, 'Runs of each program; of healthy ones 8 make a hundred.')
+common.define('run', 'number', 5, 'Runs of each program; of healthy ones 7 make a hundred.')
 common.define('run', 'seed', 0, 'Of what is drawn.')
 common.define('run', 'all', False, 'Print what is said of each run, right or not.')
 common.define('run', 'json', '', 'Write all scores to this file.')
