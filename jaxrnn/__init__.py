@@ -47,6 +47,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """All of __all__, imported when they are wanted: JAX takes its time."""
+    if name in ('bisect', 'diagnose'):
+        importlib.import_module('jaxrnn.report')  # so that a diagnosis can be printed
     if name in _ROOMS:
         return importlib.import_module(f'jaxrnn.{name}')
     if name in _HOMES:

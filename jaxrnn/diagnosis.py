@@ -48,3 +48,12 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """The screen that the commands print."""
+        return as_text(self)
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """A diagnosis for a person: `report`, which is above this room, puts its own in place of this."""
+    return repr(diagnosis)

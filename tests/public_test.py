@@ -63,4 +63,5 @@ def test_a_first_sign_is_dated_by_the_alarms_handed_over(tmp_path):
     options = {'like': lambda: 1.0, 'when': 'loss > 100'}
     found, _ = jaxrnn.bisect(*run, tmp_path, alarms=detect.alarms_of(table), **options)
     assert (found.first_bad_step, found.onset_step) == (49, 8)
-    assert jaxrnn.bisect(*run, tmp_path, **options)[0].onset_step is None
+    # Without a sign before it, it begins where the rule holds.
+    assert jaxrnn.bisect(*run, tmp_path, **options)[0].onset_step == 49

@@ -12,8 +12,11 @@ from jaxrnn.rnn import cells
 from jaxrnn.words import config, remedies, train
 from jaxrnn.words.signals import SIGNALS
 
-ELSEWHERE = ('learning rate by width', 'exact products', 'constant learning rate', 'usual recurrent gain')
-"""Of wide networks, of accelerators, of rates that decay, and of large gains."""
+ELSEWHERE = (
+    'learning rate by width', 'exact products', 'constant learning rate', 'usual recurrent gain',
+    'usual learning rate',
+)  # fmt: skip
+"""Of wide networks, of accelerators, of rates that decay, of large gains, and of rates that are far too high."""
 
 NAMES = [each.name for each in remedies.REMEDIES if each.name not in ELSEWHERE]
 CONFIG = small.configuration('lstm', preset='keras1').changed(
@@ -50,6 +53,15 @@ def test_the_first_suspected_are_tried_first():
     assert sorted(never_learnt) == sorted(unusual + usual) and never_learnt[:3] == unusual
     model = [name for name in usual if by_name(name).points_to == 'model']
     assert never_learnt[3 : 3 + len(model)] == model and len(model) == 4
+
+
+def test_of_a_rate_far_too_high_the_usual_one_is_the_first_suspect():
+    high = small.configuration('gru').changed(learning_rate=30.0)
+    first = remedies.suspects(high, remedies.Facts('diverged'))[0]
+    assert (first.name, first.options(high)) == ('usual learning rate', {'learning_rate': 1e-3})
+    made = remedies.change(high, small.dataset(), first)
+    assert (made.flags, made.shortens) == ('--learning_rate=0.001', True)
+    assert not first.options(high.changed(learning_rate=0.02))
 
 
 def test_what_the_records_suggest_is_tried_first():

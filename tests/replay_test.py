@@ -179,9 +179,9 @@ class TestNotReproducible:
         path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
     def test_other_record(self, healthy):
-        """One flipped bit at step 45 of the run that was recorded; its loss at 50 was seen to be NaN."""
+        """One flipped bit at step 45 of the run that was recorded, whose loss and state were seen to be NaN at 50."""
         self.alter(healthy[-1], 45, digest='0123456789abcdef')
-        self.alter(healthy[-1], 50, loss='NaN')
+        self.alter(healthy[-1], 50, loss='NaN', finite_state=False)
         found, _ = replay.bisect(subject(*healthy))
         assert found.symptom == Symptom('nonfinite', 50)
         assert found.first_bad_step is None

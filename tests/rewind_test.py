@@ -7,6 +7,7 @@ import pytest
 import small
 from detectors_test import stalled
 
+from jaxrnn import detect
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import loop, rewind, telemetry
 from jaxrnn.record.rewind import Rewind
@@ -130,6 +131,6 @@ def test_a_stall_ends_a_run_and_takes_none_back():
         for step in range(len(columns['step']))
     ]
     for on, ends in (('stop', True), ('rewind', False), ('continue', False)):
-        stop = run._Stop(on)
+        stop = run._Stop(on, detect.Watch())
         assert any(stop(row) for row in rows) == ends
         assert (stop.found is not None and stop.found.kind == 'stall') == ends

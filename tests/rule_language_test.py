@@ -30,7 +30,7 @@ REDUCE = {
 }
 
 
-@pytest.mark.parametrize('name', rule_language.WINDOWS)
+@pytest.mark.parametrize('name', REDUCE)
 @pytest.mark.parametrize('n', [1, 3, 16, 40])
 def test_windows_are_those_of_a_plain_loop(name, n):
     loss = np.random.default_rng(0).normal(size=60)
@@ -46,6 +46,42 @@ def test_windows_are_those_of_a_plain_loop(name, n):
         else:
             np.testing.assert_allclose(got[step], REDUCE[name](np.array(before)), rtol=1e-12)
     assert rule.lookback == n
+
+
+def test_a_trend_is_a_straight_line_whatever_lies_beside_it():
+    """One loss in five is anything, some are missing: the line through the others comes out at the step itself."""
+    rng = np.random.default_rng(3)
+    line = 5 - 0.02 * np.arange(200)
+    loss = line + 0.1 * rng.normal(size=200)
+    loss[rng.choice(200, 40, replace=False)] *= 7
+    loss[[30, 77, 78]] = math.nan, math.inf, math.nan
+    assert {*REDUCE, 'trend', 'scatter'} == {*rule_language.WINDOWS}
+
+    def value(text, loss):
+        node = rule_language._build(__import__('ast').parse(text, mode='eval').body, '')
+        return node.evaluate(columns(loss))
+
+    trend, scatter = value('trend(loss, 64)', loss), value('scatter(loss, 64)', loss)
+    assert np.all(np.abs(trend - line)[64:] < 0.2) and np.all((scatter[64:] > 0.05) & (scatter[64:] < 0.25))
+    np.testing.assert_allclose(value('trend(loss, 20)', line)[20:], line[20:])
+    assert np.all(value('scatter(loss, 20)', line)[20:] < 1e-12)
+    # A window that isn't full gives what it has; one of fewer than 16 nothing.
+    assert np.isnan(trend[:16]).all() and np.abs(trend - line)[40] < 0.5
+
+
+def test_first_is_the_run_s_own_number():
+    loss = np.array([math.nan, 3.0, 4.0, 2.0])
+    rule = rule_language.parse('loss > first(loss)')
+    assert rule.fields == {'loss', 'first(loss)'}
+    bound = rule_language.bind(rule, {}, columns(loss))
+    assert (bound.text, bound.fields) == ('loss > 3.0', {'loss'})
+    renamed = rule_language.bind(rule, {'loss': 'train_loss'}, columns(loss, train_loss=2 * loss))
+    assert renamed.text == 'train_loss > 6.0'
+    assert rule_language.holds(bound, columns(loss)).tolist() == [False, False, True, False]
+    # Of a run that hasn't it, it can't be asked.
+    assert rule_language.bind(rule, {}, {'step': np.arange(4.0)}) is rule
+    with pytest.raises(UserError, match='first'):
+        rule_language.parse('first(log(loss)) > 3')
 
 
 def test_smooth_ends_with_the_step():

@@ -37,6 +37,7 @@ def bisect(
     bad: int | None = None,
     digest_every: int = 1,
     alarms: Sequence[detect.Detector] | None = None,
+    loss: str = '',
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the first bad step of a run, proves it by replay, and says where in it.
 
@@ -53,12 +54,14 @@ def bisect(
         digest_every: as in the run.
         alarms: which date the first sign of a symptom, made of a table of signals by `detect.alarms_of`; those of an
             optimiser if not given.
+        loss: the field of a record that is the loss; found by its name if not given, as train_loss is.
 
     Returns:
         The diagnosis, and the rows that were replayed.
 
     Raises:
-        UserError: no checkpoints, damaged ones, or a rule that can't be read.
+        UserError: no checkpoints, damaged ones, a rule that can't be read, or several fields that may be the loss where
+            nothing else shows.
 
     >>> import tempfile
     >>> def step(x, batch):
@@ -72,7 +75,7 @@ def bisect(
     (Symptom(kind='nonfinite', step=7), 'data', True)
     """
     detectors = detectors_of(when, symptom)
-    subject = subject_of(step, batch_at, directory, like, digest_every)
+    subject = subject_of(step, batch_at, directory, like, digest_every, loss)
     diagnosis, rows = replay.bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
@@ -125,7 +128,7 @@ def detectors_of(when: str, symptom: str) -> Sequence[detect.Detector]:
     """What is to be looked for. Raises UserError where the two contradict each other."""
     if when and symptom:
         raise UserError('when and symptom: both found, one expected')
-    return [detect.custom(when)] if when else [detect.by_name(symptom)] if symptom else detect.DETECTORS
+    return [detect.custom(when)] if when else detect.named(symptom) if symptom else detect.DETECTORS
 
 
 def subject_of(
@@ -134,6 +137,7 @@ def subject_of(
     directory: str | os.PathLike,
     like: Tree | Callable[[], Tree],
     digest_every: int,
+    loss: str = '',
 ) -> replay.Subject:
     """Anybody's run in a directory. Arguments as `bisect` has them."""
     structure = jax.eval_shape(like) if callable(like) else like
@@ -145,6 +149,7 @@ def subject_of(
         Checkpoints(paths.checkpoints if ours else paths.root, like=structure),
         telemetry.RecordFile(paths.records).read() if ours else (),
         digest_every=digest_every,
+        loss=loss,
     )
 
 

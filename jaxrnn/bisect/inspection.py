@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxrnn import environment, trace, tree
-from jaxrnn.bisect.replay import Replayer, Subject
+from jaxrnn import detect, environment, trace, tree
+from jaxrnn.bisect.replay import Replayer, Subject, began_of
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
 from jaxrnn.trace import leading
-from jaxrnn.types import Step, Tree
+from jaxrnn.types import Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
 ORDINARY = 200
 """Steps before a step among whose losses an ordinary one is looked for."""
 
-FINITE = ('collapse', 'constant', 'spike')
+FINITE = ('dead', 'collapse', 'constant', 'stall', 'spike', 'diverged')
 """Symptoms, less grave than 'nonfinite', of steps in which all is finite. A user's own rule may hold for others."""
 
 
@@ -84,7 +84,7 @@ def inspect(
             against = _ordinary(subject, step) if against is None else against
             if against is not None:
                 before = Replayer(subject).state(against), subject.batch_at(against)
-                comparison = trace.compare(subject.step, before, now)
+                comparison = trace.compare(subject.step, before, now, loss=subject.loss or 'loss')
         precision = trace.lost_precision(subject.step, *now) if float64 else None
     checks = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
     return Inspection(
@@ -99,16 +99,71 @@ def locate(
     step, symptom = diagnosis.first_bad_step, diagnosis.symptom
     if step is None or symptom is None:
         return diagnosis, None
-    found = inspect(subject, step, finite=symptom.kind in FINITE, screens=screens)
-    checks = (*diagnosis.checks, *found.screens)
+    try:
+        found = _inspected(subject, diagnosis, screens)
+    except UserError:
+        raise
+    except Exception as error:  # of a step that can't be traced or measured; JAX raises whatever it likes
+        said = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
+        log.warning("step %d can't be looked into: %s", step, said)
+        unknown = {'name': 'the step can be looked into', 'ok': None, 'value': 0.0, 'why': said[:200]}
+        return dataclasses.replace(diagnosis, checks=(*diagnosis.checks, unknown)), None
+    finding = None if found.trace_report is None else found.trace_report.finding
+    checks = (*diagnosis.checks, *([] if finding is None else [what_broke(finding)]), *found.screens)
     cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
+
+
+def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -> Inspection:
+    """The step at which a symptom is seen, held against the last ordinary one before it began. What is dead is looked
+    into where it died: later, nothing changes any more."""
+    step, symptom = diagnosis.first_bad_step, diagnosis.symptom
+    assert step is not None and symptom is not None
+    if symptom.kind not in FINITE:
+        return inspect(subject, step, screens=screens)
+    began = min(began_of(subject, diagnosis), step)
+    first = subject.checkpoints.steps()[0]
+    if symptom.kind == 'dead':
+        step = max(began - 1, first)
+        return inspect(subject, step, finite=True, against=_ordinary(subject, step), screens=screens)
+    step = _leap(subject, began, step)
+    against = _ordinary(subject, began)
+    if against is None and step > first:
+        against = first  # it began with the first step of all
+    return inspect(subject, step, finite=True, against=against, screens=screens)
+
+
+def _leap(subject: Subject, began: int, step: int) -> int:
+    """The step at which the loss leapt, if it did between when a symptom began and when it was recognised."""
+    columns = subject.columns()
+    spikes = detect.bound(detect.named('spike'), columns, subject.loss) if columns else []
+    if not spikes or began >= step:
+        return step
+    first = detect.first_since(spikes[0], columns, began - detect.SHORT)
+    return first.step if first is not None and first.step < step else step
 
 
 def of_finding(finding: trace.Finding) -> dict[str, Any]:
     """A finding as a diagnosis states it."""
     place = finding.op, finding.source, finding.layer, finding.time_step, finding.examples
     return _place(finding.pass_, *place)
+
+
+def what_broke(finding: trace.Finding) -> dict[str, Any]:
+    """What a place alone doesn't say of a finding, as a check of a diagnosis: its kind, the ranges of its operands, the
+    iteration of each loop around it, the devices, the library's line."""
+    operands = ', '.join(
+        f'{one.name or "operand"} from {one.low:.4g} to {one.high:.4g}' for one in finding.operands
+    )
+    said = [
+        f'{finding.kind} ({finding.detail or trace.KINDS[finding.kind]})',
+        operands and f'operands: {operands}',
+        finding.iterations and f'iteration {", ".join(map(str, finding.iterations))} of the loops around it',
+        finding.devices and f'on {len(finding.devices)} devices, first {finding.devices[0]}',
+        finding.library and f'in {finding.library}',
+    ]
+    why = '; '.join(each for each in said if each)
+    return {'name': 'what broke', 'ok': False, 'value': float(finding.elements), 'why': why}
 
 
 def of_compiled(found: trace.CompiledDifference) -> dict[str, Any] | None:
@@ -196,11 +251,11 @@ def _ordinary(subject: Subject, step: int) -> int | None:
     if not steps or step <= steps[0]:
         return None
     before = [row for row in subject.records if max(step - ORDINARY, steps[0]) <= row['step'] < step]
-    return _last_ordinary(before) or step - 1
+    return _last_ordinary(before, subject.loss) or step - 1
 
 
-def _last_ordinary(rows: Sequence[Row]) -> int | None:
-    losses = telemetry.series(rows).get('loss')
+def _last_ordinary(rows: Sequence[Row], loss: str | None) -> int | None:
+    losses = telemetry.series(rows).get(loss or '')
     if losses is None or not np.isfinite(losses).any():
         return None
     median = np.median(losses[np.isfinite(losses)])

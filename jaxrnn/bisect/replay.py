@@ -3,6 +3,7 @@
 Knows nothing of networks: it takes a train step, the batch of each step, and checkpoints.
 """
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrnn import detect
-from jaxrnn.bisect import another_run
+from jaxrnn.bisect import another_run, health
 from jaxrnn.bisect.replayer import Replayer as Replayer
 from jaxrnn.bisect.replayer import Subject as Subject
 from jaxrnn.bisect.replayer import subject as subject
@@ -51,39 +52,51 @@ def bisect(
 
     Returns:
         The diagnosis, and the rows that were replayed.
+
+    Raises:
+        UserError: nothing to replay; or nothing shows, and which field is the loss can't be told.
     """
     replayer = Replayer(subject)
     rows = list(subject.records)
     if rows and telemetry.contiguous(rows):
-        symptom = _from_records(rows, detectors, good, bad)
-        if symptom is not None:
-            replayer.replay(replayer.checkpoint_before(symptom.step), symptom.step + 1)
+        columns = telemetry.series(rows)
+        usable = detect.bound(detectors, columns, subject.loss)
+        found = detect.judged(columns, usable, subject.loss, good=good, bad=bad)
+        if found.symptom is not None:
+            replayer.replay(replayer.checkpoint_before(found.symptom.step), found.symptom.step + 1)
     else:
         if rows:
             log.warning('the records have gaps; bisecting without them')
         low, high = _bounds(replayer, good, bad)
-        symptom = _from_checkpoints(replayer, detectors, low, high)
-        _verify(replayer, symptom, low, high)
-        symptom = _of_this_run(replayer, symptom, detectors)
-    return _diagnosis(replayer, symptom, alarms), [replayer.rows[step] for step in sorted(replayer.rows)]
+        found = _from_checkpoints(replayer, detectors, low, high)
+        _verify(replayer, found.symptom, low, high)
+        found = _of_this_run(replayer, found, detectors)
+    diagnosis = _diagnosis(replayer, found, detectors, alarms)
+    if diagnosis.symptom is None and diagnosis.replay.first_mismatch is None and subject.loss is None:
+        _ask_for_loss(replayer, detectors)
+    return diagnosis, [replayer.rows[step] for step in sorted(replayer.rows)]
 
 
-def _from_records(
-    rows: list[Row], detectors: Sequence[Detector], good: int | None, bad: int | None
-) -> Symptom | None:
-    columns = telemetry.series(rows)
-    for detector in detect.applicable(columns, detectors):
-        if (symptom := _first_between(detector, columns, good, bad)) is not None:
-            return symptom
-    return None
+def _ask_for_loss(replayer: Replayer, detectors: Sequence[Detector]) -> None:
+    """Nothing shows, but most rules are about a loss that isn't known. Raises UserError where several may be it."""
+    rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
+    candidates = detect.loss_of(telemetry.series(rows)).candidates
+    if len(candidates) > 1 and any('loss' in detector.rule.fields for detector in detectors):
+        raise detect.asked_for(candidates)
 
 
-def _first_between(detector: Detector, columns: Series, good: int | None, bad: int | None) -> Symptom | None:
-    """The first step after `good`, up to `bad`, at which a rule holds."""
-    steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
-    low, high = -1 if good is None else good, np.inf if bad is None else bad
-    steps = steps[(steps > low) & (steps <= high)]
-    return Symptom(detector.kind, int(steps[0])) if steps.size else None
+def began_of(subject: Subject, diagnosis: Diagnosis, detectors: Sequence[Detector] = detect.DETECTORS) -> int:
+    """When a diagnosis' symptom began; see `detect.began`. Of a run without records what the bisect found."""
+    symptom = diagnosis.symptom
+    assert symptom is not None
+    columns = subject.columns()
+    if not columns:
+        early = diagnosis.onset_step
+        waits = symptom.kind in ('constant', 'stall', detect.WHEN)
+        return symptom.step if early is None or waits else early
+    known = detect.bound([*detectors, *detect.DETECTORS], columns, subject.loss)
+    own = next((detector for detector in known if detector.kind == symptom.kind), None)
+    return symptom.step if own is None else detect.began(own, columns, symptom, subject.loss)
 
 
 def _bounds(replayer: Replayer, good: int | None, bad: int | None) -> tuple[int, int]:
@@ -100,15 +113,19 @@ def _bounds(replayer: Replayer, good: int | None, bad: int | None) -> tuple[int,
 
 def _from_checkpoints(
     replayer: Replayer, detectors: Sequence[Detector], low: int, high: int
-) -> Symptom | None:
+) -> detect.Judgement:
     candidates = [s for s in replayer.subject.checkpoints.steps() if low <= s <= high]
     columns = telemetry.series(replayer.replay(low, low + 1))
-    usable = detect.applicable(columns, detectors)
+    loss = replayer.subject.loss
+    usable = detect.bound(detectors, columns, loss)
     for detector in usable:
-        if _holds_at(replayer, detector, high):
-            return _between(replayer, detector, *_halve(replayer, detector, candidates))
+        # What diverged may have begun with a leap, which is seen where all is judged.
+        if detector.kind != 'diverged' and _holds_at(replayer, detector, high):
+            symptom = _between(replayer, detector, *_halve(replayer, detector, candidates))
+            return detect.Judgement(symptom, None, ())
     log.warning('no rule holds at the last checkpoint (%d): replaying every step from %d on', high, low)
-    return _sweep(replayer, usable, candidates)
+    columns = telemetry.series(replayer.replay(low, high))
+    return detect.judged(columns, usable, loss) if columns else detect.Judgement(None, None, ())
 
 
 def _verify(replayer: Replayer, symptom: Symptom | None, low: int, high: int) -> None:
@@ -127,15 +144,16 @@ def _verify(replayer: Replayer, symptom: Symptom | None, low: int, high: int) ->
 
 
 def _of_this_run(
-    replayer: Replayer, symptom: Symptom | None, detectors: Sequence[Detector]
-) -> Symptom | None:
+    replayer: Replayer, found: detect.Judgement, detectors: Sequence[Detector]
+) -> detect.Judgement:
     """A symptom, unless its rule read steps whose replay led to another state than the run's."""
+    symptom = found.symptom
     if symptom is None:
-        return None
-    lookback = next(each.rule.lookback for each in detectors if each.kind == symptom.kind)
+        return found
+    lookback = max(each.rule.lookback for each in detectors if each.kind == symptom.kind)
     read = range(symptom.step - lookback, symptom.step + 1)
     misled = any(each.start <= read[-1] and each.stop > read[0] for each in replayer.broken)
-    return None if misled else symptom
+    return found._replace(symptom=None, event=None) if misled else found
 
 
 def _halve(replayer: Replayer, detector: Detector, steps: list[int]) -> tuple[int, int]:
@@ -160,14 +178,6 @@ def _between(replayer: Replayer, detector: Detector, good: int, bad: int) -> Sym
     return Symptom(detector.kind, int(_where_holds(replayer, detector, good, bad + 1)[0]))
 
 
-def _sweep(replayer: Replayer, detectors: Sequence[Detector], steps: list[int]) -> Symptom | None:
-    """The gravest symptom of the whole range, at its first step."""
-    for detector in detectors:
-        if (where := _where_holds(replayer, detector, steps[0], steps[-1])).size:
-            return Symptom(detector.kind, int(where[0]))
-    return None
-
-
 def _where_holds(replayer: Replayer, detector: Detector, start: int, stop: int) -> np.ndarray:
     """The steps of start … stop - 1 at which a rule holds, with the history that it needs replayed too."""
     history = max(start - detector.rule.lookback, replayer.subject.checkpoints.steps()[0])
@@ -176,26 +186,56 @@ def _where_holds(replayer: Replayer, detector: Detector, start: int, stop: int) 
     return steps[steps >= start]
 
 
-def _diagnosis(replayer: Replayer, symptom: Symptom | None, alarms: Sequence[Detector]) -> Diagnosis:
+def _diagnosis(
+    replayer: Replayer, found: detect.Judgement, detectors: Sequence[Detector], alarms: Sequence[Detector]
+) -> Diagnosis:
     if replayer.first_mismatch is not None:
         cause = another_run.cause_of(replayer)
-        return Diagnosis(symptom=symptom, cause=cause, replay=replayer.outcome())
-    outcome = replayer.outcome()
-    if symptom is None:
-        return Diagnosis(
-            cause=Cause('none', f'no rule holds at any step{_but_for_rounding(replayer)}'), replay=outcome
-        )
+        return Diagnosis(symptom=found.symptom, cause=cause, replay=replayer.outcome())
     rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
-    warned = detect.onset(telemetry.series(rows), symptom, alarms)
+    diagnosis = _judged(telemetry.series(rows), found, detectors, alarms, replayer.subject.loss)
+    cause = dataclasses.replace(diagnosis.cause, why=f'{diagnosis.cause.why}{_but_for_rounding(replayer)}')
+    return dataclasses.replace(diagnosis, cause=cause, replay=replayer.outcome())
+
+
+def of_records(
+    columns: Series,
+    detectors: Sequence[Detector] = detect.DETECTORS,
+    alarms: Sequence[Detector] = detect.ALARMS,
+    loss: str | None = 'loss',
+) -> Diagnosis:
+    """What the records of a run say, with nothing replayed.
+
+    Args:
+        columns: of all records.
+        detectors, alarms: as in `bisect`.
+        loss: what they call the loss; None where that isn't known.
+    """
+    if not columns:
+        return Diagnosis(cause=Cause('none', health.verdict(columns, detect.Judgement(None, None, ()))))
+    found = detect.judged(columns, detect.bound(detectors, columns, loss), loss)
+    return _judged(columns, found, detectors, alarms, loss)
+
+
+def _judged(
+    columns: Series,
+    found: detect.Judgement,
+    detectors: Sequence[Detector],
+    alarms: Sequence[Detector],
+    loss: str | None,
+) -> Diagnosis:
+    notes, symptom = health.checks(columns, found, detectors, loss), found.symptom
+    if symptom is None:
+        return Diagnosis(checks=notes, cause=Cause('none', health.verdict(columns, found)))
+    warned = detect.onset(columns, symptom, alarms)
+    own = next(d for d in detect.bound(detectors, columns, loss) if d.kind == symptom.kind)
+    began = detect.began(own, columns, symptom, loss)
     return Diagnosis(
         symptom=symptom,
         first_bad_step=symptom.step,
-        onset_step=None if warned is None else warned.step,
-        cause=Cause(
-            'none',
-            f'not looked for: bisection names the step, not the cause{_but_for_rounding(replayer)}',
-        ),
-        replay=outcome,
+        onset_step=began if warned is None else min(began, warned.step),
+        checks=notes,
+        cause=Cause('none', 'not looked for: bisection names the step, not the cause'),
     )
 
 

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import jax
 
+from jaxrnn import detect
 from jaxrnn.bisect import agreement
 from jaxrnn.bisect.agreement import Agreement
 from jaxrnn.diagnosis import Replay
 from jaxrnn.record import loop, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
-from jaxrnn.types import BatchAt, Step, Tree, UserError
+from jaxrnn.types import BatchAt, Series, Step, Tree, UserError
 
 
 class Subject(NamedTuple):
@@ -26,6 +27,11 @@ class Subject(NamedTuple):
     records: Sequence[Row] = ()  # of the run, if there are any
     digest_every: int = 1
     step: Step | None = None  # to be evaluated equation by equation
+    loss: str | None = 'loss'  # the field of a record that is the loss; None where that isn't known
+
+    def columns(self) -> Series:
+        """Of its records."""
+        return telemetry.series(self.records) if self.records else {}
 
 
 def subject(
@@ -36,6 +42,7 @@ def subject(
     *,
     digest_every: int = 1,
     checkify: bool = False,
+    loss: str = '',
 ) -> Subject:
     """Anybody's run, ready to be debugged.
 
@@ -46,9 +53,21 @@ def subject(
         records: rows of the run; without them a bisect finds its way by checkpoints alone.
         digest_every: as in the run.
         checkify: as in the run.
+        loss: the field of a record that is the loss; found by its name if not given.
+
+    Raises:
+        UserError: the records don't have the field.
     """
     observed = telemetry.instrument(step, checks=checkify)
-    return Subject(observed, batch_at, checkpoints, records, digest_every, step)
+    found = Subject(observed, batch_at, checkpoints, records, digest_every, step)
+    fields = found.columns() or _first_columns(found)
+    return found._replace(loss=detect.loss_of(fields, loss).field) if fields else found
+
+
+def _first_columns(subject: Subject) -> Series:
+    """Those of a step of a run without records; of none, where nothing can be replayed."""
+    steps = subject.checkpoints.steps()
+    return telemetry.series(Replayer(subject).replay(steps[0], steps[0] + 1)) if steps else {}
 
 
 class Replayer:

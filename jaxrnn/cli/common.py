@@ -80,7 +80,7 @@ def define_run(help: str, default: str | None = None) -> None:
 
 def define_detectors(group: str) -> None:
     """The flags that say what is looked for, and between which steps."""
-    kinds = 'nonfinite, collapse, constant, stall, spike'
+    kinds = 'nonfinite, dead, collapse, constant, stall, spike, diverged'
     define(group, 'symptom', '', f'Look for this only; else for the gravest: {kinds}.')
     define(
         group,

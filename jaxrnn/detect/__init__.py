@@ -1,45 +1,65 @@
 """Records -> symptoms, and when they began.
 
 detectors       the named rules (collapse, spike, …), and the alarms that go on before a symptom
+course          what became of a run after a rule held, and when it began
+fields          which field of a record is the loss
 rule_language   what a rule is: `loss > 3 * median(loss, 200)`
 """
 
+from jaxrnn.detect.course import SHORT, Event, Judgement, began, judged, still_as_good
 from jaxrnn.detect.detectors import (
     ALARMS,
     DETECTORS,
     HYSTERESIS,
     PASSING,
+    WHEN,
     Alarm,
     Detector,
     Watch,
     alarms_of,
     applicable,
-    began,
+    bound,
     by_name,
     custom,
     first,
     first_since,
+    named,
     onset,
     onsets,
     symptoms,
+    unjudged,
+    with_numbers,
 )
+from jaxrnn.detect.fields import asked_for, loss_of
 
 __all__ = [
     'ALARMS',
     'DETECTORS',
     'HYSTERESIS',
     'PASSING',
+    'SHORT',
+    'WHEN',
     'Alarm',
     'Detector',
+    'Event',
+    'Judgement',
     'Watch',
     'alarms_of',
     'applicable',
+    'asked_for',
     'began',
+    'bound',
     'by_name',
     'custom',
     'first',
     'first_since',
+    'judged',
+    'loss_of',
+    'named',
     'onset',
     'onsets',
+    'still_as_good',
     'symptoms',
+    'unjudged',
+    'with_numbers',
 ]

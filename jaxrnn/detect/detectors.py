@@ -32,14 +32,26 @@ def _detector(kind: str, rule: str, means: str, lasting: str = '') -> Detector:
     return Detector(kind, rule_language.parse(rule), means, rule_language.parse(lasting) if lasting else None)
 
 
-STALLED = 'median(loss, 400) > .99 * prev(median(loss, 400), 800) and smooth(cosine, 200) < .5'
+LATE = 'step >= 1400 and '
+FLAT = 'median(loss, 400) > .99 * prev(median(loss, 400), 800)'
+STALLED = FLAT + ' and smooth(cosine, 200) < .5'
+UNLEARNT = FLAT + ' and median(loss, 400) > .9 * first(loss) and first(loss) > 0'
+
+NOTHING_MOVES = 'max(state_moved, 16) == 0 and state_moved == 0'
+NO_GRADIENT = 'min(moments_fading, 16) == 1 and moments_fading == 1'
+
+MEANS = {
+    'nonfinite': 'a NaN or an infinity appeared in the loss, the gradients, the update or the state',
+    'dead': 'every gradient is exactly zero, or nothing moves, and the loss is not at its best',
+    'stall': 'the loss no longer falls, though little has been learnt',
+}
 
 DETECTORS = (
-    _detector(
-        'nonfinite',
-        'not all_finite',
-        'a NaN or an infinity appeared in the loss, the gradients, the update or the state',
-    ),
+    # What a record has beside the loss may be a NaN without harm.
+    _detector('nonfinite', 'not finite(loss) or not sound', MEANS['nonfinite']),
+    _detector('nonfinite', 'not sound', MEANS['nonfinite']),
+    _detector('dead', f'{NOTHING_MOVES} or {NO_GRADIENT}', MEANS['dead']),
+    _detector('dead', NOTHING_MOVES, MEANS['dead']),
     # Sudden: below the best of the last 200 steps by a quarter, by .1, and by 8 standard errors of a mean of
     # 16 steps, so that small batches, whose accuracy is noisy, raise no alarm.
     _detector(
@@ -60,52 +72,124 @@ DETECTORS = (
         lasting='variance_ratio < .01 and max(variance_ratio, 16) < .01',
     ),
     # Batches scatter the median of 400 losses by a hundredth; who learns slowly gains some hundredths in 800 steps. Who
-    # predicts the targets' direction by half has learnt something: such a loss has converged.
-    _detector(
-        'stall',
-        'step >= 1400 and ' + STALLED,
-        'the loss no longer falls, though little has been learnt',
-        lasting=STALLED,
-    ),
+    # predicts the targets' direction by half has learnt something: such a loss has converged. Without a cosine, who
+    # has a tenth less loss than at first.
+    _detector('stall', LATE + STALLED, MEANS['stall'], lasting=STALLED),
+    _detector('stall', LATE + UNLEARNT, MEANS['stall'], lasting=UNLEARNT),
     # Three times the trailing median is what a reader calls a spike; six standard deviations keep out noise, of the
-    # logarithm, since a loss scatters by factors.
+    # logarithm, since a loss scatters by factors. While a loss falls, its median of 200 steps lies far above it, and
+    # its spread is the fall's: then three times where a line through the last 64 leads to, and six of their standard
+    # deviations about that line; and a rise, which the bend of a curve is not. Among the first steps, a hundred times.
     _detector(
         'spike',
-        'finite(loss) and loss > 3 * median(loss, 200)'
-        ' and log(loss) > median(log(loss), 200) + 6 * spread(log(loss), 200)',
+        'finite(loss) and ('
+        'loss > 3 * median(loss, 200) and log(loss) > median(log(loss), 200) + 6 * spread(log(loss), 200)'
+        ' or log(loss) > trend(log(loss), 64) + log(3)'
+        ' and log(loss) > trend(log(loss), 64) + 6 * scatter(log(loss), 64) and loss > 2 * max(loss, 5)'
+        ' or step < 24 and first(loss) > 0 and loss > 100 * first(loss) and loss > 100 * max(loss, 2)'
+        ' or min(loss, 200) <= 0 and loss > 10 * max(abs(loss), 200)'
+        ' and loss > median(loss, 200) + 30 * spread(loss, 200))',
         'the loss leapt far above its trailing median',
     ),
+    # Worse than before the first step, by a fifth and by four standard deviations of what batches scatter: of the
+    # difference of two neighbours √2 of one, whatever the trend. Who comes back from there was not lost, as `course`
+    # says.
+    _detector(
+        'diverged',
+        'first(loss) > 0 and loss > first(loss) and median(log(loss), 64) > log(first(loss)) + log(1.2)'
+        ' and median(log(loss), 64) > log(first(loss)) + 2.8 * spread(log(loss) - prev(log(loss), 1), 64)',
+        'the loss is worse than before the first step, and stays so',
+        lasting='loss > 1.1 * first(loss)',
+    ),
 )
-"""In the order of gravity: where several fire, the first of them is what the run is said to suffer from."""
+"""In the order of gravity: where several kinds show, the first of them is what the run is said to suffer from. Of
+several of a kind the first counts whose fields the run has."""
 
 
-PASSING = {'stop': ('spike',), 'rewind': ('spike', 'stall')}
+PASSING = {'stop': ('spike',), 'rewind': ('spike', 'stall', 'dead')}
 """What a run doesn't end or go back for: most spikes recover, and those that don't end as another symptom; and what
 stalls would stall again."""
 
 
 def by_name(kind: str) -> Detector:
-    """The detector of a kind. Raises UserError for an unknown one."""
-    for detector in DETECTORS:
-        if detector.kind == kind:
-            return detector
-    raise UserError(f'--symptom: {kind!r} found, one of {", ".join(d.kind for d in DETECTORS)} expected')
+    """The first detector of a kind. Raises UserError for an unknown one."""
+    return named(kind)[0]
+
+
+def named(kind: str) -> list[Detector]:
+    """Those of a kind. Raises UserError for an unknown one."""
+    found = [detector for detector in DETECTORS if detector.kind == kind]
+    if not found:
+        kinds = ', '.join(dict.fromkeys(d.kind for d in DETECTORS))
+        raise UserError(f'--symptom: {kind!r} found, one of {kinds} expected')
+    return found
+
+
+WHEN = 'when'
 
 
 def custom(rule: str) -> Detector:
     """A detector of the user's own rule (--when)."""
-    return _detector('when', rule, 'your rule holds')
+    return _detector(WHEN, rule, 'your rule holds')
+
+
+def bound(detectors: Sequence[Detector], columns: Series, loss: str | None = 'loss') -> list[Detector]:
+    """Detectors for one run, one of each kind: with the run's own name of the loss, and its first loss as a number.
+
+    Args:
+        detectors: in the order of gravity.
+        columns: of the run, from its first record on.
+        loss: what the run calls its loss; None where that isn't known.
+
+    Raises:
+        UserError: a rule of the user's own asks for a field that the records don't have.
+    """
+    made = with_numbers(detectors, columns, loss)
+    known = _known(columns)
+    for detector in made:
+        if detector.kind == WHEN and (missing := sorted(detector.rule.fields - known)):
+            raise rule_language.unknown_field(missing[0], columns)
+    return applicable(columns, made)
+
+
+def with_numbers(detectors: Sequence[Detector], columns: Series, loss: str | None = 'loss') -> list[Detector]:
+    """As `bound`, of all of them, whatever fields they need."""
+    names = {} if loss is None or 'loss' in columns else {'loss': loss}
+
+    def for_run(rule: Rule | None) -> Rule | None:
+        return None if rule is None else rule_language.bind(rule, names, columns)
+
+    return [d._replace(rule=for_run(d.rule) or d.rule, lasting=for_run(d.lasting)) for d in detectors]
 
 
 def applicable(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Detector]:
-    """Those whose fields the records have: somebody's own step need not have an accuracy."""
-    known = columns.keys() | {rule_language.ALL_FINITE}
-    return [detector for detector in detectors if detector.rule.fields <= known]
+    """Of each kind the first whose fields the records have: somebody's own step need not have an accuracy."""
+    known = _known(columns)
+    found: dict[str, Detector] = {}
+    for detector in detectors:
+        if detector.rule.fields <= known:
+            found.setdefault(detector.kind, detector)
+    return list(found.values())
+
+
+def unjudged(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> dict[str, list[str]]:
+    """The kinds that can't be looked for, each with the fields that it would need."""
+    seen = {detector.kind for detector in applicable(columns, detectors)}
+    missing: dict[str, list[str]] = {}
+    for detector in detectors:
+        if detector.kind not in seen:
+            fields = {field for field in detector.rule.fields if '(' not in field}
+            missing.setdefault(detector.kind, sorted(fields - _known(columns)))
+    return missing
+
+
+def _known(columns: Series) -> frozenset[str]:
+    return frozenset(columns) | {rule_language.ALL_FINITE, rule_language.SOUND}
 
 
 def first(detector: Detector, columns: Series) -> Symptom | None:
     """The first step at which a detector's rule holds."""
-    return first_since(detector, columns, 0)
+    return first_since(with_numbers([detector], columns)[0], columns, 0)
 
 
 def first_since(detector: Detector, columns: Series, since: int) -> Symptom | None:
@@ -116,10 +200,10 @@ def first_since(detector: Detector, columns: Series, since: int) -> Symptom | No
 
 
 def symptoms(columns: Series, detectors: Sequence[Detector] = DETECTORS) -> list[Symptom]:
-    """The first of every kind that shows, gravest first."""
+    """The first of every kind whose rule holds, gravest first; whatever became of it (see `course.judged`)."""
     if not columns:
         return []
-    found = (first(detector, columns) for detector in applicable(columns, detectors))
+    found = (first(detector, columns) for detector in bound(detectors, columns))
     return [symptom for symptom in found if symptom is not None]
 
 
@@ -171,18 +255,6 @@ def _went_on(rule: Rule, columns: Series) -> int | None:
     return int(columns[rule_language.STEP][known][start])
 
 
-def began(detector: Detector, columns: Series, symptom: Symptom) -> int:
-    """The step from which on the state that a detector waited for lasted until its symptom; that of the symptom
-    itself for one that doesn't wait, and without records of it."""
-    if detector.lasting is None or not columns or not detector.lasting.fields <= columns.keys():
-        return symptom.step
-    until = columns[rule_language.STEP] <= symptom.step
-    steps, held = columns[rule_language.STEP][until], rule_language.holds(detector.lasting, columns)[until]
-    broken = np.flatnonzero(~held)
-    first = broken[-1] + 1 if broken.size else 0
-    return int(steps[first]) if first < steps.size else symptom.step
-
-
 class Watch:
     """Detects while a run goes on: looks at its rows every few steps, seeing what `symptoms` would.
 
@@ -197,6 +269,8 @@ class Watch:
 
     def __call__(self, row: Row) -> list[Symptom]:
         """Takes the next row; returns the symptoms that began since the last look, gravest first."""
+        if not self._rows:
+            self._detectors = with_numbers(self._detectors, series([row]))
         self._rows.append(row)
         bad = not all(value for name, value in row.items() if name.startswith('finite_'))
         step = row[rule_language.STEP]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from jaxrnn import detect
 from jaxrnn.bisect import detectors_of, inspection, replay, subject_of
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.experiment.changes import in_order
+from jaxrnn.experiment.changes import of_anybody
 from jaxrnn.experiment.engine import BUDGET, Experiments
 from jaxrnn.experiment.explain import explain
 from jaxrnn.experiment.mechanisms import Mechanism
@@ -50,14 +50,16 @@ def diagnose(
     bad: int | None = None,
     digest_every: int = 1,
     alarms: Sequence[detect.Detector] | None = None,
+    loss: str = '',
 ) -> tuple[Diagnosis, ExperimentReport | None]:
     """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
 
     Args:
         step, batch_at, directory: as in `bisect`.
-        changes: what is tried beside other batches, in this order; see `Change`.
+        changes: what is tried, in this order, beside what any step can be given: shorter steps, other batches, float64;
+            see `Change`. One that can't be made, traced or run is an outcome of its own, 'not possible: why'.
         budget: steps that may be replayed, those of the bisection included.
-        like, when, symptom, good, bad, digest_every, alarms: as in `bisect`.
+        like, when, symptom, good, bad, digest_every, alarms, loss: as in `bisect`.
 
     Returns:
         The diagnosis with cause and remedies, and what the experiments gave, None where there was nothing to explain.
@@ -80,13 +82,15 @@ def diagnose(
     (49, 'optimiser', '--rate=1.01')
     """
     detectors = detectors_of(when, symptom)
-    subject = subject_of(step, batch_at, directory, like, digest_every)
+    subject = subject_of(step, batch_at, directory, like, digest_every, loss)
     diagnosis, _ = replay.bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
     diagnosis, _ = inspection.locate(subject, diagnosis)
 
     def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
-        return in_order(subject, window, bad_batches, changes)
+        assert diagnosis.symptom is not None
+        began = replay.began_of(subject, diagnosis, detectors)
+        return of_anybody(subject, diagnosis.symptom, window, bad_batches, changes, began)
 
     return explain(subject, diagnosis, tried, detectors, budget=budget)

@@ -6,12 +6,22 @@ import numpy as np
 
 from jaxrnn.diagnosis import Cause
 from jaxrnn.experiment.mechanisms import Mechanism
-from jaxrnn.experiment.outcome import AVERTED, MARGINS, UNCHANGED, VERDICTS, ExperimentReport, Outcome
+from jaxrnn.experiment.outcome import (
+    AVERTED,
+    MARGINS,
+    NOT_POSSIBLE,
+    OTHER_BATCHES,
+    UNCHANGED,
+    VERDICTS,
+    ExperimentReport,
+    Outcome,
+)
 
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
-    """Outcomes, the strongest evidence first: what averts the symptom; of that what tolerates longer steps; then what
-    takes away the mechanism that broke the run; then by the loss at the end.
+    """Outcomes, the best advice first: what averts the symptom; of that what is evidence of the cause, or, where a
+    batch is bad, what averts it on that batch itself before what keeps away from it; then what tolerates longer steps;
+    what takes away the mechanism that broke the run; then by the loss at the end.
 
     Args:
         outcomes: of experiments.
@@ -20,16 +30,39 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
     evidence = evidence_of(outcomes, by_batch)
     mechanism = mechanism_of(outcomes, evidence)
 
-    def rank(outcome: Outcome) -> tuple[int, bool, int, bool, float]:
+    def rank(outcome: Outcome) -> tuple:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
         takes_away = mechanism is not None and outcome.change.removes == mechanism
         # What takes the mechanism away for good has no edge to keep away from.
         margin = (
             MARGINS[-1] if takes_away and outcome.change.stressed is None else outcome.margin or MARGINS[0]
         )
-        return VERDICTS.index(outcome.verdict), outcome not in evidence, -margin, not takes_away, loss
+        return (
+            VERDICTS.index(outcome.verdict),
+            _advice(outcome, evidence, by_batch),
+            -margin,
+            not takes_away,
+            loss,
+        )
 
     return sorted(outcomes, key=rank)
+
+
+def _advice(outcome: Outcome, evidence: Sequence[Outcome], by_batch: bool | None) -> int:
+    """How good an advice it is, by what kind of change it is; the lower the better."""
+    change = outcome.change
+    if change.name == OTHER_BATCHES:
+        return 9
+    if not by_batch:
+        # What somebody can switch on comes before what only shows that shorter steps help.
+        shows_only = change.shortens and not change.flags
+        return (1 if shows_only else 0) if outcome in evidence else 2
+    # What generalises: the next batch like it will come.
+    if change.avoids:
+        return 2
+    if change.shortens:
+        return 3
+    return 0 if outcome in evidence else 1
 
 
 def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause:
@@ -46,21 +79,28 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
         return Cause(kind, undecided)
     outcomes = ranked(report.outcomes, by_batch=by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
-    failed = [outcome.change.name for outcome in outcomes if outcome.verdict != AVERTED]
+    failed = [o.change.name for o in outcomes if o.verdict not in (AVERTED, NOT_POSSIBLE)]
     fails = f'; not so {_listed(failed)}' if failed else ''
     evidence = evidence_of(outcomes, by_batch)
     if not evidence:
         only = _listed([outcome.change.name for outcome in averting])
-        return Cause('none', f'undecided: {only} averts it, but an earlier state bears the batch{fails}')
+        return Cause('none', f'undecided: {only} averts it, but {NO_EVIDENCE[by_batch]}{fails}')
     mechanism = mechanism_of(outcomes, evidence)
     best, *others = averting
     kind = next(
         (o.change.points_to for o in evidence if mechanism is not None and o.change.removes == mechanism),
-        best.change.points_to,
+        evidence[0].change.points_to,
     )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
     named = '' if mechanism is None else f'{_named(mechanism)}: '
     return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
+
+
+NO_EVIDENCE = {
+    False: 'an earlier state does no worse on that batch than on others',
+    None: 'that says nothing of the cause',
+    True: 'that says nothing of the batch, which stands out',
+}
 
 
 def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
@@ -69,8 +109,21 @@ def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     of_data = [outcome for outcome in averting if outcome.change.points_to == 'data']
     if by_batch is False:
         # From a state at the edge any other batch averts a spike, too.
-        return [outcome for outcome in averting if outcome not in of_data]
-    return of_data or averting if by_batch else averting
+        others = [outcome for outcome in averting if outcome not in of_data]
+        # That steps of any length below, and any other batch, avert it says nothing of either.
+        both = bool(of_data) and all(o.change.shortens and not o.change.flags for o in others)
+        return [] if both else others
+    if not by_batch:
+        return averting
+    # Where the batch leaves nothing finite, code that bears it says more than that the batch can be left out.
+    mended = [o for o in averting if o.change.points_to == 'model' and o.change.removes is None]
+    return (mended if _nonfinite(outcomes) else []) or of_data
+
+
+def _nonfinite(outcomes: Sequence[Outcome]) -> bool:
+    """Whether what isn't averted ends in numbers that aren't finite."""
+    shown = [outcome.symptom.kind for outcome in outcomes if outcome.symptom is not None]
+    return bool(shown) and all(kind == 'nonfinite' for kind in shown)
 
 
 def mechanism_of(outcomes: Sequence[Outcome], evidence: Sequence[Outcome]) -> Mechanism | None:
@@ -102,7 +155,8 @@ def _why_undecided(report: ExperimentReport) -> str:
     if not report.outcomes:
         return 'undecided: the budget of steps allowed no experiment'
     if all(outcome.verdict != AVERTED for outcome in report.outcomes):
-        return f'undecided: nothing tried averts it: {_listed([o.change.name for o in report.outcomes])}'
+        tried = [o.change.name for o in report.outcomes if o.verdict != NOT_POSSIBLE]
+        return f'undecided: nothing tried averts it: {_listed(tried)}'
     return ''
 
 

@@ -13,12 +13,13 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import cache
 from jaxrnn.experiment.changes import nudged, step_of
-from jaxrnn.experiment.outcome import Change, Changed, Outcome
+from jaxrnn.experiment.outcome import AVERTED, NOT_POSSIBLE, UNCHANGED, Change, Changed, Outcome
 from jaxrnn.experiment.replays import Budget, ChangeReplayer
 from jaxrnn.experiment.verdict import final_loss, has_effect, judge_of
 from jaxrnn.experiment.window import Window
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
+from jaxrnn.types import UserError
 
 BUDGET = 2000
 """Steps that a diagnosis may replay."""
@@ -34,6 +35,7 @@ class Experiments:
         detectors: what counts as a symptom, gravest first; that of the symptom's kind among them.
         budget: steps that may be replayed in all.
         keep: a file for outcomes, which another process' experiments on the same symptom go on from.
+        began: when the symptom began, its own step if not given.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Experiments:
         *,
         budget: int,
         keep: Path | None = None,
+        began: int | None = None,
     ):
         self.subject, self.window = subject, window
-        self.judge = judge_of(symptom, detectors, window)
+        self.began = symptom.step if began is None else began
+        self._asked = symptom, detectors, window, began
+        self.judge = judge_of(subject.columns(), subject.loss, *self._asked)
         self.budget = Budget(budget)
         self._cache = cache.OutcomeCache(None, '')
         if keep is not None and subject.records:
@@ -56,6 +61,8 @@ class Experiments:
         self.replayer = ChangeReplayer(subject, window.start, self.budget)
         self._history = self.replayer.rows_before(window.start, self.judge.lookback)
         self._control: list[Row] = []
+        self._controlled: tuple[Outcome, bool] | None = None
+        self._judge_by([])
         self._nudged: list[Row] = []
         self._by_key: dict[Hashable, Outcome] = {}
 
@@ -65,15 +72,34 @@ class Experiments:
         Args:
             ahead: changes to be compiled meanwhile.
         """
+        if self._controlled is not None:
+            self._compile_ahead(ahead)
+            return self._controlled
         start = self.window.start
         self.replayer.load()
         self._compile_ahead(ahead)
         self._control = self.replayer.control(self.window.symptom + 1)
+        self._judge_by(self._control)
         recorded = {row['step']: row for row in self.subject.records}
         shared = [row for row in self._control if row['step'] in recorded]
         identical = all(telemetry.same(recorded[row['step']], row) for row in shared)
         unchanged = Change('none', '', lambda: Changed(step_of(self.subject), self.subject.batch_at))
-        return self._outcome(unchanged, self._control, start), identical
+        outcome = self._outcome(unchanged, self._control, start)
+        if self.judge.shows([*self._history_before(start), *self._control]):
+            symptom = self.judge.symptom
+            if self.window.lasting:
+                symptom = Symptom(symptom.kind, self._control[-1]['step'])
+            outcome = outcome._replace(symptom=symptom, verdict=UNCHANGED)
+        else:
+            outcome = outcome._replace(verdict=AVERTED, symptom=None)
+        self._controlled = outcome, identical
+        return self._controlled
+
+    def _judge_by(self, rows: Sequence[Row]) -> None:
+        """A run without records is judged by what was replayed of it."""
+        rows = [*self._history, *rows]
+        if not self.subject.records and rows:
+            self.judge = judge_of(telemetry.series(rows), self.subject.loss, *self._asked)
 
     def nudge(self) -> Outcome | None:
         """The steps from a state moved by a millionth; None where the budget doesn't reach so far."""
@@ -81,8 +107,17 @@ class Experiments:
         if not self.budget.allows(self.window.length):
             return None
         change = nudged(self.subject)
-        self._nudged = self._replay(change, start, horizon)
+        try:
+            self._nudged = self._replay(change, start, horizon)
+        except Exception as error:  # whatever JAX or the user's step raises
+            return _not_possible(change, start, error)
         return self._outcome(change, self._nudged, start)
+
+    def longer(self, horizon: int) -> None:
+        """From now on outcomes are judged up to a later horizon."""
+        self.window = self.window._replace(horizon=horizon)
+        self.judge = self.judge._replace(window=self.window)
+        self._by_key.clear()
 
     def outcome_of(self, change: Change, *, ahead: Sequence[Change] = ()) -> Outcome | None:
         """As `attempt` over the whole window; of changes that come to the same one is replayed."""
@@ -127,7 +162,10 @@ class Experiments:
                 change, cached.verdict, cached.symptom, cached.loss, cached.reached, acted=cached.acted
             )
         before = self.budget.spent
-        rows = self._replay(change, start, horizon, ahead)
+        try:
+            rows = self._replay(change, start, horizon, ahead)
+        except Exception as error:  # a change that can't be made is an outcome, not the end
+            return _not_possible(change, start, error)
         outcome = self._outcome(change, rows, start)
         known = cache.CachedOutcome(
             outcome.verdict, outcome.symptom, outcome.loss, outcome.reached, outcome.acted,
@@ -146,14 +184,15 @@ class Experiments:
             compiled,
             start,
             horizon,
-            lambda rows, since: self.judge.first([*history, *rows], since) is not None,
+            lambda rows, since: self.judge.ended([*history, *rows], start),
         )
 
     def _outcome(self, change: Change, rows: Sequence[Row], start: int) -> Outcome:
         found = self.judge.found([*self._history_before(start), *rows], start)
         reached = rows[-1]['step'] + 1 if rows else self.window.start
-        acted = has_effect(rows, self._control, self._nudged)
-        return Outcome(change, self.judge.verdict(found), found, final_loss(rows), reached, acted=acted)
+        loss = self.subject.loss
+        acted = has_effect(rows, self._control, self._nudged, loss)
+        return Outcome(change, found.verdict, found.symptom, final_loss(rows, loss), reached, acted=acted)
 
     def _history_before(self, step: int) -> list[Row]:
         """The unchanged run's records before a step, as far as the rules read."""
@@ -162,8 +201,30 @@ class Experiments:
     def _start_of(self, change: Change) -> int:
         return 0 if change.initial else self.window.start
 
+    def on_batch(self, step: int) -> Row | None:
+        """The record of the last ordinary state on the batch of another step; None where there is no such batch.
+
+        It is the state that the step starts from with which the symptom began; of one that lasts the window's first.
+        """
+        last = self.window.start if self.window.lasting else min(self.began, self.judge.symptom.step)
+        try:
+            return self.replayer.on_batch(step, max(last, self.window.start))
+        except Exception:  # of the user's batch_at, asked for a step that the run did not reach
+            return None
+
     def _compile_ahead(self, changes: Sequence[Change]) -> None:
         """Those whose outcome isn't cached."""
         for change in changes:
             if self._cache.get(change.identity, self._start_of(change), self.window.horizon) is None:
                 self.replayer.compiled(change)
+
+
+def _not_possible(change: Change, start: int, error: Exception) -> Outcome:
+    lines = str(error).strip().splitlines()
+    said = lines[0] if lines else ''
+    why = said if isinstance(error, UserError) else f'{type(error).__name__}: {said}'.rstrip(': ')
+    return Outcome(change, NOT_POSSIBLE, None, float('nan'), start, why=why[:MOST_SAID])
+
+
+MOST_SAID = 200
+"""Characters of what was raised."""

@@ -9,16 +9,24 @@ from typing import Any
 import numpy as np
 
 from jaxrnn import detect
-from jaxrnn.bisect.replay import Subject
+from jaxrnn.bisect.replay import Subject, began_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment.cause import cause_of
 from jaxrnn.experiment.changes import step_of
 from jaxrnn.experiment.engine import Experiments
-from jaxrnn.experiment.outcome import UNCHANGED, Change, Changed, ExperimentReport, Outcome
-from jaxrnn.experiment.strategies import Combine, bad_batches, confirm, in_turn, prove_best, with_margins
-from jaxrnn.experiment.window import Window, window_of
-from jaxrnn.record import telemetry
+from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Outcome
+from jaxrnn.experiment.strategies import (
+    FARTHER,
+    Combine,
+    bad_batches,
+    batches_changed,
+    confirm,
+    in_turn,
+    prove_best,
+    with_margins,
+)
+from jaxrnn.experiment.window import AFTER, LASTING, Window, window_of
 
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
@@ -45,7 +53,7 @@ def run(
     if not identical or control.verdict != UNCHANGED:
         return ExperimentReport(window, control, identical, None, (), None, tuple(changes), budget.spent)
     budget.hold_back(RESERVED)
-    nudge = experiments.nudge()
+    nudge = _nudge(experiments)
     tried = in_turn(experiments, changes)
     budget.hold_back(RESERVED / 2)
     tried = confirm(experiments, tried, by_batch)
@@ -58,6 +66,22 @@ def run(
     return ExperimentReport(
         window, control, identical, nudge, tuple(proven), at_random, untried, budget.spent
     )
+
+
+def _nudge(experiments: Experiments) -> Outcome | None:
+    """What a nudge does. At the edge, where it only puts the symptom off for a while, all are judged over the longer
+    time that it takes to come."""
+    nudge, window = experiments.nudge(), experiments.window
+    if nudge is None or nudge.verdict != AVERTED or window.lasting:
+        return nudge
+    later = window.symptom + FARTHER
+    if not experiments.budget.allows(later - window.start):
+        return nudge
+    again = experiments.attempt(nudge.change, horizon=later)
+    if again is None or again.symptom is None:
+        return nudge
+    experiments.longer(again.symptom.step + 1 + AFTER)
+    return again
 
 
 def explain(
@@ -85,7 +109,11 @@ def explain(
     hardware = diagnosis.cause.kind == 'hardware'
     if symptom is None or (not hardware and diagnosis.first_bad_step is None):
         return diagnosis, None
-    window = window_of(subject, symptom.step, _began(subject, symptom, detectors))
+    if diagnosis.cause.kind not in ('none', 'hardware'):  # found already, as that the compiler did it
+        return diagnosis, None
+    began = began_of(subject, diagnosis, detectors)
+    lasting = symptom.kind in LASTING or symptom.kind == detect.WHEN
+    window = window_of(subject, symptom.step, began, lasting=lasting)
     left = budget - diagnosis.replay.steps_replayed
     if hardware:
         report = _computed_again(subject, symptom, window, detectors, left)
@@ -93,16 +121,13 @@ def explain(
     if window is None:
         report = ExperimentReport(None, None, False, None)
         return _with(diagnosis, cause_of(report, by_batch=False), report), report
-    experiments = Experiments(subject, symptom, window, detectors, budget=left, keep=keep)
-    bad = bad_batches(experiments)
-    report = run(experiments, changes(window, bad), by_batch=bool(bad), combine=combine)
-    return _with(diagnosis, cause_of(report, by_batch=bool(bad)), report), report
-
-
-def _began(subject: Subject, symptom: Symptom, detectors: Sequence[Detector]) -> int:
-    """When the state set in that the symptom's rule waits for; see `detect.began`."""
-    own = next(detector for detector in detectors if detector.kind == symptom.kind)
-    return detect.began(own, telemetry.series(subject.records) if subject.records else {}, symptom)
+    experiments = Experiments(subject, symptom, window, detectors, budget=left, keep=keep, began=began)
+    control, identical = experiments.control()
+    shows = identical and control.verdict == UNCHANGED  # or else nothing is asked of it
+    bad = bad_batches(experiments) if shows else ()
+    by_batch = bool(bad) or (shows and batches_changed(experiments))
+    report = run(experiments, changes(window, bad), by_batch=by_batch, combine=combine)
+    return _with(diagnosis, cause_of(report, by_batch=by_batch), report), report
 
 
 def _computed_again(
@@ -138,7 +163,7 @@ def _as_remedy(outcome: Outcome) -> dict[str, Any]:
     return {
         'name': outcome.change.name,
         'flags': outcome.change.flags,
-        'outcome': outcome.verdict,
+        'outcome': f'{outcome.verdict}: {outcome.why}' if outcome.why else outcome.verdict,
         'loss_at_horizon': outcome.loss if np.isfinite(outcome.loss) else None,
         'point_of_no_return': outcome.point_of_no_return,
     }

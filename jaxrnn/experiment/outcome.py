@@ -8,9 +8,14 @@ from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.window import Window
 from jaxrnn.types import BatchAt, Step, Tree
 
-AVERTED, DELAYED, UNCHANGED, WORSE = VERDICTS = ('averted', 'delayed', 'unchanged', 'worse')
-"""The best first."""
+VERDICTS = ('averted', 'delayed', 'unchanged', 'worse', 'not possible')
+"""The best first; the last of a change that can't be made, traced or run."""
 
+AVERTED, DELAYED, UNCHANGED, WORSE, NOT_POSSIBLE = VERDICTS
+
+
+OTHER_BATCHES = 'other batches'
+"""Name of the change that is evidence alone: nobody can train on other batches than there are."""
 
 MARGINS = (1, 2, 4)
 """Factors by which steps are made longer under a change that averts a symptom, to see how far it is from the edge. Of
@@ -54,6 +59,11 @@ class Change(NamedTuple):
     initial: bool = False
     # The same as text that holds from one process to the next; '' where there is none: it is replayed anew each time.
     identity: str = ''
+    # Whether it keeps away from the batch that breaks the run, and so says nothing of the next one like it: evidence of
+    # the cause, and the last thing to advise.
+    avoids: bool = False
+    # Whether all it does is to make steps shorter, which helps against almost anything for a while.
+    shortens: bool = False
     # Itself with steps so many times as long; None where that is the run as it was, which broke.
     stressed: 'Callable[[int], Change | None] | None' = None
 
@@ -64,7 +74,7 @@ class Outcome(NamedTuple):
     change: Change
     verdict: str  # of VERDICTS
     symptom: Symptom | None  # what showed, if anything did
-    loss: float  # mean of the last steps; NaN where there is none, or one isn't finite
+    loss: float  # median of the last steps up to the horizon that all share; NaN where there is none, or not finite
     reached: int  # the step after the last
     point_of_no_return: int | None = None  # the last step from which on the change still averts
     margin: int | None = (
@@ -73,6 +83,7 @@ class Outcome(NamedTuple):
     acted: bool = (
         True  # whether it moved any loss farther than a nudge did: a clipping that never clips doesn't
     )
+    why: str = ''  # of one that is not possible
 
 
 class ExperimentReport(NamedTuple):

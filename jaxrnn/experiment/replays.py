@@ -13,7 +13,7 @@ from jaxrnn.record import loop, telemetry
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import BatchAt, Tree
 
-LOOK_EVERY = 8
+LOOK_EVERY = 16
 """Steps between looks for a symptom."""
 
 SNAPSHOTS = 8
@@ -96,16 +96,14 @@ class ChangeReplayer:
         )
         return rows
 
-    def on_batch(self, step: int) -> Row:
-        """The record of the start's state on the batch of another step, under the start's number."""
+    def on_batch(self, step: int, at: int) -> Row:
+        """The record of the state that step `at` starts from on the batch of another step."""
+        if at not in self._snapshots:
+            self._snapshots[at] = self.state(at)
         rows, _ = self._advance(
-            self._subject.observed,
-            lambda number: self._subject.batch_at(step),
-            self.state(self._start),
-            self._start,
-            self._start + 1,
+            self._subject.observed, lambda number: self._subject.batch_at(step), self.state(at), at, at + 1
         )
-        return rows[0]
+        return {**rows[0], 'step': step}
 
     def compiled(self, change: Change) -> 'Future[CompiledChange]':
         """A change compiled, or being compiled by another thread."""
@@ -129,7 +127,7 @@ class ChangeReplayer:
         begin = self.state(start)
         rows: list[Row] = []
         with jax.enable_x64(changed.wide or jax.config.values['jax_enable_x64']):
-            state = changed.convert(begin)
+            state = _copied(changed.convert(begin))  # of which a step may consume what `convert` keeps
             for first in range(start, horizon, LOOK_EVERY):
                 stop = min(first + LOOK_EVERY, horizon)
                 more, state = self._advance(observed, changed.batch_at, state, first, stop)

@@ -6,10 +6,13 @@ A new one, as several changes at once or a search for a number, is a function he
 import itertools
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from jaxrnn.detect import rule_language
 from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked
 from jaxrnn.experiment.engine import Experiments
-from jaxrnn.experiment.outcome import AVERTED, MARGINS, Change, Outcome
-from jaxrnn.experiment.verdict import is_spike, outstanding
+from jaxrnn.experiment.outcome import AVERTED, MARGINS, OTHER_BATCHES, Change, Outcome
+from jaxrnn.experiment.verdict import outstanding, stands_out
 
 FARTHER = 400
 """Steps after a symptom through which the best is replayed on, as far as the budget reaches."""
@@ -92,7 +95,7 @@ def prove_best(experiments: Experiments, outcomes: Sequence[Outcome], by_batch: 
     for _ in range(len(found)):
         best = found[0]
         horizon = min(window.symptom + FARTHER, window.start + experiments.budget.left - 2 * window.length)
-        if best.verdict != AVERTED:
+        if best.verdict != AVERTED or best.change.name == OTHER_BATCHES:
             break
         if best.change.initial:
             found[0] = best._replace(point_of_no_return=0)
@@ -103,7 +106,7 @@ def prove_best(experiments: Experiments, outcomes: Sequence[Outcome], by_batch: 
             if again.verdict != AVERTED:
                 found = ranked([again, *found[1:]], by_batch=by_batch)
                 continue
-            best = again._replace(margin=best.margin)
+            best = again._replace(margin=best.margin, loss=best.loss)  # over equal horizons
         found[0] = best._replace(point_of_no_return=point_of_no_return(experiments, best.change))
         break
     return found
@@ -125,10 +128,55 @@ def point_of_no_return(experiments: Experiments, change: Change) -> int:
 
 
 def bad_batches(experiments: Experiments, most: int = 4) -> tuple[int, ...]:
-    """Steps in the window on whose batch the state that the window starts from does badly, too: among the symptom's
-    own and those whose loss or gradient is farthest above the others."""
-    start, symptom = experiments.window.start, experiments.window.symptom
-    records = experiments.subject.records
-    inside = [row for row in records if start <= row['step'] <= symptom]
-    steps = list(dict.fromkeys([symptom, *(outstanding(inside) if inside else [])]))[:most]
-    return tuple(sorted(step for step in steps if is_spike(experiments.replayer.on_batch(step), records)))
+    """Steps in the window on whose batch an ordinary state does badly beside what it does on others: among the
+    symptom's own and those whose loss or gradient is farthest above the others. One state on many batches is measured,
+    the last before the symptom began, so that it is as good at the run's first step as anywhere."""
+    window, subject = experiments.window, experiments.subject
+    start, symptom = window.start, experiments.judge.symptom.step
+    inside = [row for row in subject.records if start <= row['step'] <= symptom]
+    found = outstanding(inside, subject.loss) if inside else []
+    steps = list(dict.fromkeys([symptom, *found]))[:most]
+    every = max((symptom - start) // COMPARED, 1)
+    near = [step for step in range(symptom, max(start - every, -1), -every) if step not in steps][:COMPARED]
+    beyond = [symptom + n for n in range(1, COMPARED - len(near) + 1)]
+    others = [row for row in map(experiments.on_batch, [*near, *beyond]) if row is not None]
+    rows = {step: experiments.on_batch(step) for step in steps}
+    return tuple(
+        sorted(
+            step for step, row in rows.items() if row is not None and stands_out(row, others, subject.loss)
+        )
+    )
+
+
+def batches_changed(experiments: Experiments) -> bool:
+    """Whether the batches from when the symptom began on are others than those before: an ordinary state does worse on
+    nearly all of them, by four standard deviations of those, as where labels are shuffled from a step on."""
+    window, loss, began = experiments.window, experiments.subject.loss, experiments.began
+    before = _spread_over(range(window.start, began))
+    after = _spread_over(range(began, window.horizon))
+    if loss is None or min(len(before), len(after)) < COMPARED // 2:
+        return False
+    ours, theirs = (
+        np.array([row[loss] for row in map(experiments.on_batch, steps) if row is not None and loss in row])
+        for steps in (after, before)
+    )
+    if not (ours.size and theirs.size and np.isfinite(theirs).all()):
+        return False
+    middle = np.median(theirs)
+    scattered = rule_language.GAUSSIAN_MAD * np.median(np.abs(theirs - middle))
+    worse = ~(ours <= middle + 4 * scattered)  # what isn't finite is worse
+    return bool(scattered > 0 and np.mean(worse) >= NEARLY_ALL)
+
+
+def _spread_over(steps: range) -> list[int]:
+    """Up to COMPARED of them, evenly."""
+    if len(steps) <= COMPARED:
+        return list(steps)
+    return [steps[n * len(steps) // COMPARED] for n in range(COMPARED)]
+
+
+NEARLY_ALL = 0.75
+"""Share of the later batches; when it began is known to some steps only."""
+
+COMPARED = 12
+"""Other batches that one state is tried on."""

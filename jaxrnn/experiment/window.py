@@ -28,15 +28,21 @@ class Window(NamedTuple):
         return self.horizon - self.start
 
 
-def window_of(subject: Subject, step: int, began: int | None = None) -> Window | None:
+LASTING = ('constant', 'stall')
+"""Kinds of a state that sets in long before its rule reports it."""
+
+
+def window_of(
+    subject: Subject, step: int, began: int | None = None, *, lasting: bool = True
+) -> Window | None:
     """From the newest checkpoint that gives changes time to act, else from the newest before the symptom.
 
     Args:
         subject: the run.
         step: of the symptom.
-        began: when the state set in that the symptom's rule waited for, the symptom's own step if it didn't wait. If
-            that was long before, changes must act from there on, and the symptom is averted if the state is gone after
-            ALIVE steps.
+        began: when the symptom began, its own step if not given. Changes must act from before that on.
+        lasting: whether it is a state that a rule waited for. If that set in long before, the symptom is averted if the
+            state is gone after ALIVE steps.
 
     Returns:
         None where there is no checkpoint before the symptom.
@@ -44,9 +50,10 @@ def window_of(subject: Subject, step: int, began: int | None = None) -> Window |
     before = [at for at in subject.checkpoints.steps() if at <= step]
     if not before:
         return None
-    early = [at for at in before if at <= step - LEAD]
+    began = step if began is None else began
+    early = [at for at in before if at <= (step if lasting else began) - LEAD]
     start = early[-1] if early else before[0]
-    if began is None or began == step or began > start:
+    if not lasting or began == step or began > start:
         return Window(start, step, step + 1 + AFTER)
     start = max((at for at in before if at <= began), default=before[0])
     return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxrnn import tree
+from jaxrnn.record import motion
 from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
 
 Row = Mapping[str, Any]
@@ -27,7 +28,9 @@ Row = Mapping[str, Any]
 FINITE_STATE, DIGEST = 'finite_state', 'digest'
 """What `instrument` adds to a record."""
 
-RESERVED = frozenset(('step', FINITE_STATE, DIGEST, 'checkify', 'debug_nans', 'all_finite'))
+RESERVED = frozenset(
+    ('step', FINITE_STATE, DIGEST, 'checkify', 'debug_nans', 'all_finite', 'sound', *motion.FIELDS)
+)
 """Names that a row, or a rule, gives a meaning of its own."""
 
 OWN = 'record_'
@@ -62,10 +65,10 @@ class InstrumentedStep:
     """The step as training compiles it, see `instrument`."""
 
     def __init__(self, step: Step, *, checks: bool):
-        def observed(state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
-            state, record = step(state, batch)
+        def observed(before: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
+            state, record = step(before, batch)
             digested = jax.lax.cond(digest, tree.digest, lambda _: jnp.asarray(NO_DIGEST), state)
-            return state, _observed(state, record, digested)
+            return state, _observed(before, state, record, digested)
 
         self._checks = checks
         whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
@@ -91,8 +94,8 @@ class PlainStep:
         )
 
         def finish(state: Tree, batch: Tree, found: Tree) -> tuple[Tree, Record]:
-            state, record = staged.finish(state, batch, found)
-            return state, _observed(state, record, NO_DIGEST)
+            after, record = staged.finish(state, batch, found)
+            return after, _observed(state, after, record, NO_DIGEST)
 
         self._begin, self._finish = jax.jit(staged.begin), jax.jit(finish, donate_argnums=0)
 
@@ -113,8 +116,9 @@ def _nothing(state: Tree, batch: Tree) -> Tree:
     return ()
 
 
-def _observed(state: Tree, record: Record, digest: Any) -> Record:
-    return _scalars(record) | {FINITE_STATE: tree.all_finite(state), DIGEST: digest}
+def _observed(before: Tree, state: Tree, record: Record, digest: Any) -> Record:
+    ours = {FINITE_STATE: tree.all_finite(state), DIGEST: digest}
+    return _scalars(record) | motion.of_step(before, state) | ours
 
 
 @functools.lru_cache(maxsize=16)
@@ -157,6 +161,11 @@ def same(recorded: Row, computed: Row) -> bool:
 def different(recorded: Row, computed: Row) -> list[str]:
     """Which of the fields that two records share differ by a bit."""
     return [name for name in recorded if name in computed and not _same(recorded[name], computed[name])]
+
+
+def sound(row: Row) -> bool:
+    """Whether each of its `finite_*` flags is set."""
+    return all(value for name, value in row.items() if name.startswith('finite_'))
 
 
 def contiguous(rows: list[Row]) -> bool:

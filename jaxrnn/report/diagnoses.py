@@ -9,7 +9,17 @@ from rich.text import Text
 
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.experiment.outcome import AVERTED, DELAYED, MARGINS, UNCHANGED, WORSE, ExperimentReport, Outcome
+from jaxrnn.experiment.outcome import (
+    AVERTED,
+    DELAYED,
+    MARGINS,
+    NOT_POSSIBLE,
+    OTHER_BATCHES,
+    UNCHANGED,
+    WORSE,
+    ExperimentReport,
+    Outcome,
+)
 from jaxrnn.report import runs, steps
 from jaxrnn.report.text import number, table
 
@@ -18,6 +28,7 @@ STYLES = {
     DELAYED: 'yellow',
     UNCHANGED: 'dim',
     WORSE: 'red',
+    NOT_POSSIBLE: 'yellow',
 }
 
 
@@ -40,12 +51,12 @@ def render_diagnosis(
         parts += steps.in_short(inspected, words)
     elif diagnosis.where is not None:
         parts.append(steps.place(diagnosis.where))
-    if diagnosis.onset_step is not None:
-        parts.append(Text(f'its first sign: step {diagnosis.onset_step}'))
     if report is not None or diagnosis.remedies:
         parts += [Text(), _why(diagnosis), _advice(diagnosis, report)]
     if report is not None:
         parts += [Text(), _experiments(report), _baselines(report)]
+    elif diagnosis.remedies:
+        parts += [Text(), _remedies(diagnosis)]
     parts += [Text(), _checks(diagnosis.checks), runs.proof(diagnosis)]
     return Group(*parts)
 
@@ -61,13 +72,19 @@ def _why(diagnosis: Diagnosis) -> Text:
 
 def advised_flags(diagnosis: Diagnosis) -> str:
     """The flags that avert the symptom, of what is evidence for the cause before others; '' where there are none."""
-    best = _best(diagnosis)
-    return '' if best is None else best['flags']
+    return next((remedy['flags'] for remedy in _averting(diagnosis) if remedy['flags']), '')
+
+
+def _averting(diagnosis: Diagnosis) -> list[Mapping[str, Any]]:
+    """Remedies that can be advised, the best first."""
+    averting = [remedy for remedy in diagnosis.remedies if remedy['outcome'] == AVERTED]
+    return [remedy for remedy in averting if remedy['name'] != OTHER_BATCHES]
 
 
 def _best(diagnosis: Diagnosis) -> Mapping[str, Any] | None:
-    averting = (remedy for remedy in diagnosis.remedies if remedy['outcome'] == AVERTED and remedy['flags'])
-    return next(averting, None)
+    """The first that has flags; of a step that has none, the first."""
+    averting = _averting(diagnosis)
+    return next((remedy for remedy in averting if remedy['flags']), averting[0] if averting else None)
 
 
 def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
@@ -77,7 +94,7 @@ def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
         return Text()
     changes = () if report is None else (outcome.change for outcome in report.outcomes)
     means = next((f' ({change.means})' for change in changes if change.name == best['name']), '')
-    lines = Text.assemble(('do: ', 'bold'), f'train again with {best["flags"]}', means)
+    lines = Text.assemble(('do: ', 'bold'), f'train again with {best["flags"] or best["name"]}', means)
     if best['point_of_no_return'] is not None:
         lines.append(
             f'\nit still averts the symptom when it is switched on at step {best["point_of_no_return"]}'
@@ -100,7 +117,18 @@ def _experiments(report: ExperimentReport) -> RenderableType:
     return Group(Text(f'the steps from {window.start} on, again, each under one change', style='dim'), made)
 
 
+def _remedies(diagnosis: Diagnosis) -> RenderableType:
+    """As `_experiments`, of what a diagnosis keeps of them."""
+    made = table('change', 'outcome', 'loss', left=('change', 'outcome'))
+    for remedy in diagnosis.remedies:
+        style = STYLES.get(remedy['outcome'].split(':')[0], '')
+        made.add_row(remedy['name'], Text(remedy['outcome'], style=style), number(remedy['loss_at_horizon']))
+    return made
+
+
 def _outcome(outcome: Outcome) -> str:
+    if outcome.why:
+        return f'{outcome.verdict}: {outcome.why}'
     if outcome.symptom is None:
         return outcome.verdict + _tolerates(outcome)
     return f'{outcome.verdict}, {outcome.symptom.kind} at {outcome.symptom.step}'

@@ -19,6 +19,10 @@ AROUND = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)
 """Steps shown around the first bad one."""
 
 
+MOST_RULE = 200
+"""Characters of a rule that can be read at a glance; longer ones are in docs/bisecting.md."""
+
+
 def render_bisection(
     diagnosis: Diagnosis,
     rows: Sequence[Row],
@@ -61,12 +65,25 @@ def verdict(diagnosis: Diagnosis, *, rule: bool = True) -> Text:
     if mismatch is not None:
         return Text(f'not reproducible: {diagnosis.cause.why}', style='bold yellow')
     if symptom is None:
-        return Text('healthy: no rule holds at any step', style='bold green')
+        return _without_symptom(diagnosis)
     means, text = _rule(symptom.kind)
     lines = Text.assemble((f'{symptom.kind} at step {symptom.step}', 'bold red'), f': {means}')
-    if rule and text:
+    if diagnosis.onset_step is not None and diagnosis.onset_step < symptom.step:
+        lines.append(f'\nit began at step {diagnosis.onset_step}, and was recognised at step {symptom.step}')
+    if rule and text and len(text) <= MOST_RULE:
         lines.append(f'\nrule: {text}', style='dim')
     return lines
+
+
+def _without_symptom(diagnosis: Diagnosis) -> Text:
+    """A failed check, or steps too few to tell, are no health."""
+    why = diagnosis.cause.why
+    if why.startswith('too short'):
+        return Text(why, style='bold yellow')
+    failed = [f'{check["name"]}: {check["why"]}' for check in diagnosis.checks if check['ok'] is False]
+    if failed:
+        return Text(f'no symptom, but not all is well ({"; ".join(failed)})', style='bold yellow')
+    return Text(f'healthy: {why}', style='bold green')
 
 
 def _rule(kind: str) -> tuple[str, str]:

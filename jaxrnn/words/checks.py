@@ -212,6 +212,9 @@ def _curvature_bears(means: Mapping[str, float]) -> Check | None:
     return _check('curvature bears the steps', share <= 1 or None, share, why)
 
 
+MEASURED_BETTER = ('something was learnt', 'loss and state are finite')
+"""Checks of anybody's run that the first and the third of the seven answer with more knowledge."""
+
 CHECKS: Sequence[Any] = (
     can_be_learnt,
     data_is_finite,

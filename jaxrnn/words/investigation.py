@@ -28,6 +28,7 @@ from jaxrnn.words.fresh_runs import in_fresh_runs
 from jaxrnn.words.run import LoadedRun, open_run
 from jaxrnn.words.signals import ALARMS
 from jaxrnn.words.suspects import Suspects
+from jaxrnn.words.symptoms import detectors_for
 
 
 class BisectionResult(NamedTuple):
@@ -60,6 +61,7 @@ def bisect_run(
     opened = open_run(directory, make_program)
     options = opened.config.training
     subject = _subject(opened, opened.records if use_records else ())
+    detectors = detectors_for(detectors, opened.dataset)
     with jax.debug_nans(options.debug_nans):
         diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad, alarms=ALARMS)
     screens = [name for name in inspection.SCREENS if getattr(options, name)]
@@ -99,6 +101,7 @@ def diagnose_run(
     bisected = bisect_run(directory, detectors, good=good, bad=bad, make_program=make_program)
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
+    detectors = detectors_for(detectors, opened.dataset)
 
     suspects = Suspects(opened, subject, detectors, make_program)
 
@@ -106,7 +109,8 @@ def diagnose_run(
         assert diagnosis.symptom is not None
         found = suspects.changes(diagnosis.symptom, window)
         say(f'replaying the steps from {window.start} on, under one change at a time')
-        return in_order(subject, window, bad_batches, found)
+        began = replay.began_of(subject, diagnosis, detectors)
+        return in_order(subject, window, bad_batches, found, began, _skipping)
 
     diagnosis, report = experiment.explain(
         subject, diagnosis, suspected, detectors, budget=budget, combine=suspects.combined,
@@ -117,11 +121,17 @@ def diagnose_run(
         say('computing the step that differs twice more, on one thread')
         diagnosis = _on_one_thread(diagnosis, directory, make_program)
     measured = _checked(diagnosis, opened, report)
-    diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *diagnosis.checks))
+    beside = [check for check in diagnosis.checks if check['name'] not in checks.MEASURED_BETTER]
+    diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *beside))
     if report is not None and report.identical:
         diagnosis = in_fresh_runs(diagnosis, opened, suspects.by_name, fresh_runs, say)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return DiagnosisResult(diagnosis, bisected, report)
+
+
+def _skipping(step: int) -> str:
+    """The flags that leave out a step's batch; there are none for the first, which has none before it."""
+    return f'--skip_batches={step}' if step else ''
 
 
 def _checked(

@@ -33,6 +33,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
             'excessive recurrent gain',
             'the recurrent weights start several times larger than any library has them', 2,
         ),
+        Mechanism('excessive learning rate', 'the rate is tens of times that at which Adam is used', 2),
         Mechanism('shut gates', 'hard gates pass no gradient where they are shut', 7, wide=True),
         Mechanism('short memory', 'gates forget a word before it ends', 8, wide=True),
         Mechanism('recurrent gain', 'the recurrent weights amplify the state from step to step', 9, wide=True),
@@ -183,6 +184,17 @@ doesn't grow with its width, so that the rate goes with 1 / width (Yang & Hu 202
 
 OUTGREW = next(signal.alarm for signal in signals.OF_ADAM if signal.name == 'step_rms')
 
+SHORTENING = {'learning_rate', 'schedule', 'decay_steps', 'warmup_steps'}
+"""Options that make steps shorter, or longer, and nothing else."""
+
+USUAL_RATE, UNUSUAL_RATE = 1e-3, 0.03
+"""Adam's stock rate, and thirty times that: above it, that rate is the first suspect."""
+
+
+def _usual_rate(config: Config) -> Overrides:
+    return {'learning_rate': USUAL_RATE} if config.optimiser.learning_rate > UNUSUAL_RATE else {}
+
+
 REMEDIES = (
     _fixed(
         'float32 products', 'precision', 'products keep their digits', 'low precision', unusual=True,
@@ -199,6 +211,10 @@ REMEDIES = (
     Remedy(
         'usual recurrent gain', 'model', _usual_gain, 'the state is not amplified from step to step',
         'excessive recurrent gain', unusual=True, initial=True,
+    ),
+    Remedy(
+        'usual learning rate', 'optimiser', _usual_rate, "steps are as long as Adam's stock rate makes them",
+        'excessive learning rate', unusual=True,
     ),
     Remedy(
         'constant learning rate', 'optimiser', _constant, 'steps do not shrink before anything is learnt',
@@ -411,7 +427,8 @@ def change(
         name = remedy.name if times == 1 else f'{remedy.name}, {times} x the rate'
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
-            MECHANISMS.get(remedy.removes), other, remedy.initial, identity, at if can_be_stressed else None,
+            MECHANISMS.get(remedy.removes), other, remedy.initial, identity,
+            shortens={*remedy.options(config)} <= SHORTENING, stressed=at if can_be_stressed else None,
         )  # fmt: skip
 
     made = at(1)

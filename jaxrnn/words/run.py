@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrnn import detect
+from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.record import loop, rewind, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
-from jaxrnn.types import Tree, UserError
+from jaxrnn.types import Series, Tree, UserError
 from jaxrnn.words import data, optimisers, train
 from jaxrnn.words.config import Config
+from jaxrnn.words.signals import ALARMS
+from jaxrnn.words.symptoms import detectors_for
 
 AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
@@ -73,7 +76,9 @@ def train_run(
     identity = {'config': config.digest(), 'data': dataset.digest}
     while True:
         rewinds = _rewound(paths)
-        stop = _Stop(config.loop.on_divergence)
+        stop = _Stop(
+            config.loop.on_divergence, detect.Watch(detectors=detectors_for(detect.DETECTORS, dataset))
+        )
         stop.see_all(telemetry.RecordFile(paths.records).read())
 
         def see(row: Row, stop: _Stop = stop) -> bool:
@@ -91,8 +96,8 @@ def train_run(
         )
         if result.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
             break
-    found = detect.symptoms(telemetry.series(telemetry.RecordFile(paths.records).read()))
-    diagnosis = _of_records(found, result)
+    columns = telemetry.series(telemetry.RecordFile(paths.records).read())
+    diagnosis = _of_records(columns, dataset, result)
     evaluation = train.evaluate(program.predict, result.state.params, dataset)
     loop.write_json(paths.evaluation, evaluation)
     loop.write_json(paths.diagnosis, diagnosis.to_json())
@@ -194,14 +199,15 @@ def _flag(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _of_records(found: list[Symptom], result: loop.RunResult) -> Diagnosis:
+def _of_records(columns: Series, dataset: data.Dataset, result: loop.RunResult) -> Diagnosis:
+    detectors = detectors_for(detect.DETECTORS, dataset)
+    diagnosis = replay.of_records(columns, detectors, ALARMS)
     if result.first_mismatch is not None:
         why = f'steps computed again on resuming differ from their records, from step {result.first_mismatch} on'
-        cause = Cause('nondeterminism', why)
-        return Diagnosis(symptom=found[0] if found else None, cause=cause)
-    if not found:
-        return Diagnosis(cause=Cause('none', 'no rule holds at any step'))
-    return Diagnosis(symptom=found[0], cause=Cause('none', 'not looked for: run diagnose.py'))
+        return dataclasses.replace(diagnosis, cause=Cause('nondeterminism', why))
+    if diagnosis.symptom is None:
+        return diagnosis
+    return dataclasses.replace(diagnosis, cause=Cause('none', 'not looked for: run jaxrnn diagnose'))
 
 
 def _rewound(paths: loop.Paths) -> list[rewind.Rewind]:
@@ -240,7 +246,7 @@ class _Stop:
     """Ends training at a symptom, where it is to go back, or some steps after it, where it is to end."""
 
     on: str  # of --on_divergence
-    watch: detect.Watch = dataclasses.field(default_factory=detect.Watch)
+    watch: detect.Watch
     at: float = float('inf')
     found: Symptom | None = None
 

@@ -1,0 +1,118 @@
+"""What a step did to its state: signals for anybody's step, of the state before and after it alone.
+
+They are read from SAMPLE numbers of each tensor, so that they cost next to nothing, and so that the state before a
+step, whose buffers the step overwrites, need not be copied.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrnn.types import Array, Tree
+
+SAMPLE = 64
+"""Numbers of a tensor that are looked at, evenly spread."""
+
+FIELDS = ('state_rms', 'state_moved', 'state_still', 'moments_fading')
+"""Names that a record has them by."""
+
+FIRST_MOMENTS = ('mu', 'trace')
+"""Fields by which optax's states keep a mean of gradients: of Adam and its kin, of momentum."""
+
+MEANS = (*FIRST_MOMENTS, 'nu', 'acc_grads')
+"""And those by which they keep whatever else of gradients."""
+
+FADES = 1 - 1e-5
+"""Most that a mean of gradients can be multiplied by in a step without a gradient; 1 is a step that was not taken."""
+
+FEWEST = 4
+"""Numbers of which it says something that all were multiplied by the same."""
+
+
+def of_step(before: Tree, after: Tree) -> dict[str, Array]:
+    """Signals of one step.
+
+        state_rms       root mean square of the state's floating-point numbers, after the step
+        state_moved     that of their change; exactly 0 where nothing moved
+        state_still     share of the tensors in which nothing moved
+
+    The three are of what is not an optimiser's own bookkeeping, where optax's is found: means of gradients move on when
+    nothing else does, as at a rate of 0.
+
+        moments_fading  1 where every mean of gradients that optax keeps was multiplied by the same number below 1, as
+                        by a gradient of exactly zero; only where there are such means
+
+    Args:
+        before: the state that the step starts from.
+        after: of the same structure.
+    """
+    pairs = [
+        (old, new)
+        for old, new in zip(_without_means(before), _without_means(after), strict=False)
+        if _is_float(old) and _is_float(new) and jnp.size(old) and jnp.shape(old) == jnp.shape(new)
+    ]
+    if not pairs or jax.tree.structure(before) != jax.tree.structure(after):  # type: ignore[operator]
+        return {}
+    old, new = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in zip(*pairs, strict=True))
+    sizes = np.array([jnp.size(leaf) for leaf, _ in pairs], np.float32)
+    weights = jnp.asarray(sizes / sizes.sum())
+    moved = new - old
+    record = {
+        'state_rms': _rms(new, weights),
+        'state_moved': _rms(moved, weights),
+        'state_still': jnp.mean((jnp.max(jnp.abs(moved), axis=1) == 0).astype(jnp.float32)),
+    }
+    means = _first_moments(before), _first_moments(after)
+    if sum(leaf.size for leaf in means[0]) >= FEWEST and len(means[0]) == len(means[1]):
+        record['moments_fading'] = _fading(*means).astype(jnp.float32)
+    return record
+
+
+def _rms(rows: Array, weights: Array) -> Array:
+    """Root mean square of samples [K, SAMPLE], of tensors that weigh so much; scaled, so that it overflows last."""
+    largest = jnp.max(jnp.abs(rows))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.sum(weights * jnp.mean(jnp.square(rows / scale), axis=1)))
+
+
+def _fading(old: list[Array], new: list[Array]) -> Array:
+    before, after = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in (old, new))
+    rounding = jnp.asarray([2 * float(jnp.finfo(leaf.dtype).eps) for leaf in old])[:, None]
+    place = jnp.argmax(jnp.abs(before))
+    largest = before.ravel()[place]
+    factor = after.ravel()[place] / jnp.where(largest == 0, 1, largest)
+    alike = jnp.abs(after - factor * before) <= rounding * jnp.abs(before)
+    return jnp.all(alike) & (factor > 0) & (factor < FADES)
+
+
+def _without_means(state: Tree) -> list[Array]:
+    """The leaves of a state beside those of optax's means and sums of gradients; all, where there are none beside."""
+
+    def is_bookkeeping(node: Any) -> bool:
+        return isinstance(node, tuple) and bool({*getattr(node, '_fields', ())} & {*MEANS})
+
+    leaves = [n for n in jax.tree.leaves(state, is_leaf=is_bookkeeping) if not is_bookkeeping(n)]
+    return leaves if any(_is_float(leaf) for leaf in leaves) else jax.tree.leaves(state)
+
+
+def _first_moments(state: Tree) -> list[Array]:
+    """The leaves of all means of gradients in a state."""
+
+    def keeps_means(node: Any) -> bool:
+        return isinstance(node, tuple) and bool({*getattr(node, '_fields', ())} & {*FIRST_MOMENTS})
+
+    nodes = [n for n in jax.tree.leaves(state, is_leaf=keeps_means) if keeps_means(n)]
+    means = [getattr(node, name) for node in nodes for name in FIRST_MOMENTS if hasattr(node, name)]
+    return [leaf for leaf in jax.tree.leaves(means) if _is_float(leaf) and leaf.size]
+
+
+def _sampled(leaf: Array) -> Array:
+    """[SAMPLE] numbers of a tensor, evenly spread; some several times where it has fewer."""
+    size = jnp.size(leaf)
+    return jnp.ravel(leaf)[np.arange(SAMPLE) * size // SAMPLE].astype(jnp.float32)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -1,0 +1,266 @@
+"""Runs that nobody here made, rebuilt small from public reports: each kind of wrong answer that was given once, right.
+
+What a fault looks like in records alone is in course_test, what a step does to its examples in axes_test.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import jaxrnn
+from jaxrnn import Change, Changed, UserError
+
+WEIGHTS = np.float32([0.5, -1.5, 2, 1])
+
+
+def regression(bad=None, spoil=lambda x, y: (x, y), rate=0.02, record=lambda loss, x: {'loss': loss}):
+    """Linear regression by momentum; one batch is spoilt."""
+
+    def init():
+        return {'w': jnp.zeros(4), 'v': jnp.zeros(4)}
+
+    def batch_at(k):
+        x = np.random.default_rng(k).normal(size=(10, 4)).astype(np.float32)
+        return spoil(x, x @ WEIGHTS) if k == bad else (x, x @ WEIGHTS)
+
+    def step(state, batch):
+        x, y = batch
+        loss, g = jax.value_and_grad(lambda w: jnp.mean((x @ w - y) ** 2) + 0.02 * jnp.mean(x**2))(state['w'])
+        v = 0.6 * state['v'] + g
+        return {'w': state['w'] - rate * v, 'v': v}, record(loss, x)
+
+    return step, batch_at, init
+
+
+def diagnosed(run, directory, steps, changes=(), **options):
+    step, batch_at, init = run
+    jaxrnn.record(step, batch_at, init, directory, max_steps=steps)
+    return jaxrnn.diagnose(step, batch_at, directory, changes, like=init, **options)[0]
+
+
+def outcomes(diagnosis):
+    return {remedy['name']: remedy['outcome'] for remedy in diagnosis.remedies}
+
+
+def as_change(name, points_to, step, batch_at):
+    return Change(name, points_to, lambda: Changed(step, batch_at))
+
+
+def all_targets(x, y):
+    return x, 500 * y
+
+
+def one_target(x, y):
+    y[7] *= 2000
+    return x, y
+
+
+def test_a_change_that_can_not_be_made_is_an_outcome(tmp_path):
+    """One mistyped, one that raises; and float64 through a carry that is written in float32."""
+
+    def init():
+        return {'w': jnp.full(3, 0.2)}
+
+    def batch_at(k):
+        x = np.random.default_rng(k).normal(size=(5, 6, 3)).astype(np.float32)
+        if k == 33:
+            x[1, 4, 0] = np.inf
+        return x
+
+    def step(state, x):
+        def loss_of(w):
+            def body(h, x_t):
+                return (0.5 * h + jnp.sin(x_t @ w)).astype(jnp.float32), None
+
+            return jnp.mean((jax.lax.scan(body, jnp.zeros(5, jnp.float32), x.swapaxes(0, 1))[0] - 1) ** 2)
+
+        loss, g = jax.value_and_grad(loss_of)(state['w'])
+        return {'w': state['w'] - 0.05 * g}, {'loss': loss}
+
+    changes = [
+        as_change('mistyped', 'model', lambda state, x: step({'w': state['W']}, x), batch_at),
+        as_change('other batches than there are', 'model', step, lambda k: batch_at(k)['x']),
+    ]
+    found = diagnosed((step, batch_at, init), tmp_path, 60, changes)
+    assert (found.first_bad_step, found.cause.kind) == (33, 'data')
+    assert found.where['examples'] in ([1], [])
+    said = outcomes(found)
+    assert said['mistyped'] == "not possible: KeyError: 'W'"
+    assert said['other batches than there are'].startswith('not possible: ')
+    assert said['float64'] == 'unchanged' and said['without the batch of step 33'] == 'averted'
+
+
+@pytest.mark.parametrize('bad', [3, 41, 260])
+def test_a_bad_batch_is_found_wherever_it_lies(bad, tmp_path):
+    found = diagnosed(regression(bad, all_targets), tmp_path, 380)
+    assert (found.first_bad_step, found.cause.kind) == (bad, 'data')
+    assert found.remedies[0]['name'] == f'without the batch of step {bad}'
+    assert not any(remedy['flags'] for remedy in found.remedies)
+
+
+def test_one_target_is_named_and_not_the_optimiser_beside_it(tmp_path):
+    found = diagnosed(regression(145, one_target), tmp_path, 330)
+    assert (found.first_bad_step, found.cause.kind) == (145, 'data')
+    assert (found.where['pass'], found.where['examples']) == ('data', [7])
+    assert 'spike at step 145' in str(found) and 'without the batch of step 145' in str(found)
+
+
+def test_steps_too_long_from_the_first_on_are_no_batch_s_fault(tmp_path):
+    found = diagnosed(regression(rate=0.75), tmp_path, 160)
+    assert found.symptom is not None and found.onset_step <= 6 and found.cause.kind == 'optimiser'
+    for remedy in found.remedies:
+        assert remedy['outcome'] != 'averted' or remedy['loss_at_horizon'] < 20, remedy
+
+
+def test_a_relu_that_dies(tmp_path):
+    """After Adam took it below zero for every example; what moves on is momentum alone."""
+    optimiser = optax.adam(0.2)
+
+    def init():
+        w = {'w': jnp.full(6, 0.2), 'b': jnp.float32(0.1)}
+        return w, optimiser.init(w)
+
+    def batch_at(k):
+        x = np.abs(np.random.default_rng(k).normal(size=(20, 6))).astype(np.float32)
+        return x, x.sum(1) - (900 if 60 <= k < 90 else 0)
+
+    def step(state, batch):
+        w, opt = state
+        loss, g = jax.value_and_grad(
+            lambda w: jnp.mean((jax.nn.relu(batch[0] @ w['w'] + w['b']) - batch[1]) ** 2)
+        )(w)
+        updates, opt = optimiser.update(g, opt, w)
+        return (optax.apply_updates(w, updates), opt), {'metrics': {'loss': loss}}
+
+    found = diagnosed((step, batch_at, init), tmp_path, 420, symptom='dead')
+    assert found.symptom.kind == 'dead' and 60 < found.onset_step < 110
+
+
+def test_a_guard_that_did_its_work_is_healthy(tmp_path):
+    optimiser = optax.apply_if_finite(optax.adamw(1e-2), 3)
+    _, batch_at, _ = regression(150, lambda x, y: (x, y * np.nan))
+
+    def init():
+        return jnp.zeros(4), optimiser.init(jnp.zeros(4))
+
+    def step(state, batch):
+        w, opt = state
+        loss, g = jax.value_and_grad(lambda w: jnp.mean((batch[0] @ w - batch[1]) ** 2))(w)
+        updates, opt = optimiser.update(g, opt, w)
+        return (optax.apply_updates(w, updates), opt), loss
+
+    found = diagnosed((step, batch_at, init), tmp_path, 260)
+    assert found.symptom is None and 'nonfinite at step 150 passed' in found.cause.why
+    assert str(found).startswith('healthy: ')
+
+
+def test_a_metric_that_is_not_a_number_is_a_note(tmp_path):
+    def record(loss, x):
+        return {'train_loss': loss, 'recall': jnp.sum(x > 2.5) / jnp.sum(x > 2.5)}
+
+    found = diagnosed(regression(record=record), tmp_path, 200)
+    assert found.symptom is None
+    (note,) = [check for check in found.checks if check['name'] == 'other numbers are finite']
+    assert 'recall' in note['why'] and note['ok'] is None
+
+
+def test_code_that_bears_the_bad_batch_comes_before_leaving_it_out(tmp_path):
+    def init():
+        return jnp.full(3, 0.3)
+
+    def batch_at(k):
+        x = np.abs(np.random.default_rng(k).normal(size=(6, 3))).astype(np.float32) + 0.2
+        if k == 77:
+            x[4] = 0
+        return x
+
+    def with_floor(floor):
+        def step(w, x):
+            def loss_of(w):
+                return jnp.mean((1 / jnp.maximum(jnp.sum(x, 1), floor) - x @ w) ** 2)
+
+            loss, g = jax.value_and_grad(loss_of)(w)
+            return w - 0.01 * g, {'loss': loss}
+
+        return step
+
+    mended = as_change('floor', 'model', with_floor(0.3), batch_at)
+    found = diagnosed((with_floor(0.0), batch_at, init), tmp_path, 200, [mended])
+    averting = [name for name, outcome in outcomes(found).items() if outcome == 'averted']
+    assert averting[0] == 'floor' and averting[-1] == 'other batches'
+    assert found.where['examples'] == [4] and found.cause.kind in ('model', 'data')
+
+
+def test_what_can_not_be_told_apart_is_asked_for(tmp_path):
+    def record(loss, x):
+        return {'actor_loss': loss, 'critic_loss': 2 * loss}
+
+    run = regression(190, all_targets, record=record)
+    with pytest.raises(UserError, match='loss: actor_loss, critic_loss found'):
+        diagnosed(run, tmp_path, 330)
+    step, batch_at, init = run
+    found, _ = jaxrnn.diagnose(step, batch_at, tmp_path, like=init, loss='critic_loss')
+    assert (found.first_bad_step, found.cause.kind) == (190, 'data')
+    for wrong in ({'loss': 'critic'}, {'when': 'critic_los > 3'}):
+        with pytest.raises(UserError, match='critic_loss'):
+            jaxrnn.diagnose(step, batch_at, tmp_path, like=init, **wrong)
+
+
+def test_fields_and_buffers_of_anybody_s_own(tmp_path):
+    """A step of its own in the metrics, one ahead; an average that starts as the weights themselves."""
+    inner, batch_at, _ = regression(88, lambda x, y: (x, y * np.inf))
+
+    def init():
+        w = jnp.zeros(4)
+        return {'now': {'w': w, 'v': jnp.zeros(4)}, 'average': w, 'n': jnp.int32(1)}
+
+    def step(state, batch):
+        now, record = inner(state['now'], batch)
+        average = 0.9 * state['average'] + 0.1 * now['w']
+        return {'now': now, 'average': average, 'n': state['n'] + 1}, {**record, 'step': state['n']}
+
+    found = diagnosed((step, batch_at, init), tmp_path, 150)
+    assert found.first_bad_step == 88 and found.replay.bit_identical and 'batch' in found.where['source']
+
+
+def test_a_run_that_was_another_in_between_is_not_reproducible(tmp_path):
+    step, batch_at, init = regression()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        advance, state = jax.jit(step), init()
+        for k in range(241):
+            if k % 40 == 0:
+                manager.save(k, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+            state, _ = advance(state, batch_at(k))
+            if k == 130:
+                state = {**state, 'v': 0 * state['v'] + 1}
+    found, _ = jaxrnn.diagnose(step, batch_at, tmp_path, like=init)
+    assert found.symptom is None and found.replay.first_mismatch in range(120, 161)
+    assert 'not reproducible between checkpoints 120 and 160' in found.cause.why
+
+
+def test_too_short_to_tell(tmp_path):
+    found = diagnosed(regression(), tmp_path, 12)
+    assert found.symptom is None and found.cause.why.startswith('too short to tell')
+    assert str(found).startswith('too short to tell')
+
+
+def test_nothing_learnt_is_no_health(tmp_path):
+    found = diagnosed(regression(rate=1e-9), tmp_path, 300)
+    assert found.symptom is None and str(found).startswith('no symptom, but not all is well')
+
+
+def test_batches_that_are_others_from_a_step_on(tmp_path):
+    """Targets of other rows from step 150 on: no single batch stands out, and shorter steps only put it off."""
+    inner, ordinary, init = regression()
+
+    def batch_at(k):
+        x, y = ordinary(k)
+        return x, (np.roll(y, 3) if k >= 150 else y)
+
+    found = diagnosed((inner, batch_at, init), tmp_path, 330)
+    assert found.symptom is not None and found.onset_step in range(148, 156)
+    assert found.cause.kind == 'data' and outcomes(found)['other batches'] == 'averted'
