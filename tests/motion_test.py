@@ -121,6 +121,23 @@ def test_a_rate_of_zero_moves_nothing_but_means():
             state = after
 
 
+@pytest.mark.parametrize('b2', [0.9, 0.999])
+def test_second_moments_that_were_set_back(b2):
+    optimiser = optax.chain(optax.clip(1.0), optax.adam(1e-3, b2=b2))
+    params = {'w': jnp.ones((6, 6))}
+    state = optimiser.init(params)
+    for number in range(9):
+        lost = number == 5
+        gradients = {'w': jax.random.normal(jax.random.key(number), (6, 6))}
+        began = optax.tree.map_params(optimiser, jnp.zeros_like, state) if lost else state
+        _, after = optimiser.update(gradients, began, params)
+        share = float(
+            motion.of_step({'opt': state, 'w': params}, {'opt': after, 'w': params})['moments_lost']
+        )
+        assert (share > 0.5) == lost, (number, share)
+        state = after
+
+
 def test_an_instrumented_step_has_them_and_its_own_fields_stay_its_own():
     def step(state, batch):
         return {'w': state['w'] - batch}, {'loss': state['w'].sum(), 'state_rms': jnp.float32(7)}

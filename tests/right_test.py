@@ -264,3 +264,27 @@ def test_batches_that_are_others_from_a_step_on(tmp_path):
     found = diagnosed((inner, batch_at, init), tmp_path, 330)
     assert found.symptom is not None and found.onset_step in range(148, 156)
     assert found.cause.kind == 'data' and outcomes(found)['other batches'] == 'averted'
+
+
+def test_checks_that_need_no_words(tmp_path):
+    """Of the bad step's batch, and of the state that it meets."""
+    found = diagnosed(regression(66, lambda x, y: (x * 1e4, y * np.nan)), tmp_path, 120)
+    checks = {check['name']: check for check in found.checks}
+    assert (
+        checks['the batch is finite']['ok'] is False
+        and '10 of 10 in batch/1' in checks['the batch is finite']['why']
+    )
+    scaled = checks['inputs and weights are scaled']
+    assert scaled['ok'] is None and 'batch/0' in scaled['why']
+    assert (
+        checks['loss and state are finite']['ok'] is False
+        and 'the loss' in checks['loss and state are finite']['why']
+    )
+    assert 'input' in checks['what broke']['why']
+    healthy = diagnosed(regression(), tmp_path / 'healthy', 120)
+    checks = {check['name']: check['ok'] for check in healthy.checks}
+    assert (
+        checks['the batch is finite']
+        and checks['inputs and weights are scaled']
+        and checks['something was learnt']
+    )

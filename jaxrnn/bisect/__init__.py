@@ -79,7 +79,8 @@ def bisect(
     diagnosis, rows = replay.bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
-    return inspection.locate(subject, diagnosis)[0], rows
+    diagnosis, _ = inspection.locate(subject, diagnosis)
+    return inspection.with_numbers(subject, diagnosis), rows
 
 
 def state(

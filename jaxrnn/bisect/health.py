@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import detect
+from jaxrnn import detect, tree
 from jaxrnn.detect import Detector, rule_language
 from jaxrnn.record import motion
-from jaxrnn.types import Series
+from jaxrnn.types import Series, Tree
 
 TOO_SHORT = 32
 """Steps of which nothing can be said yet: rules compare with what was in as many steps before."""
@@ -49,10 +50,53 @@ def checks(
         _what_was_not_finite(columns, found, loss),
         _came_back(found),
         _passed(found),
+        _moments_kept(columns),
         _numbers_finite(columns, loss),
         _looked_for(columns, detectors, loss),
     )
     return tuple(each for each in made if each is not None)
+
+
+SCALED = (1e-3, 1e2)
+"""Root mean square of inputs, targets and weights that training by stock settings expects, generously."""
+
+
+def of_numbers(batch: Tree, state: Tree, step: int) -> tuple[Check, Check]:
+    """Whether a step's batch is finite, and whether it and the state that the step starts from are scaled.
+
+    Args:
+        batch: of the step.
+        state: that it starts from.
+        step: its number.
+    """
+    inputs = _float_leaves(batch, 'batch')
+    bad = {path: int(np.sum(~np.isfinite(x))) for path, x in inputs.items() if not np.isfinite(x).all()}
+    said = ', '.join(f'{count} of {inputs[path].size} in {path}' for path, count in bad.items())
+    count = sum(x.size for x in inputs.values())
+    why = f'step {step}: not finite {said}' if bad else f'step {step}: all of {count:,} numbers are'
+    finite = check('the batch is finite', not bad, sum(bad.values()), why)
+    sizes = {
+        path: float(np.sqrt(np.mean(np.square(x[np.isfinite(x)], dtype=np.float64))))
+        for path, x in {**inputs, **_float_leaves(state, 'state')}.items()
+        if np.isfinite(x).any() and x.size > 1
+    }
+    # Of a state, momentum may be as small as it likes.
+    unusual = {
+        path: size
+        for path, size in sizes.items()
+        if size > SCALED[1] or (0 < size < SCALED[0] and path.startswith('batch'))
+    }
+    shown = sorted(unusual, key=lambda path: -abs(np.log(unusual[path])))[:3]
+    listed = ', '.join(f'{path} {unusual[path]:.3g}' for path in shown)
+    bounds = f'beyond {SCALED[0]:g} and {SCALED[1]:g}'
+    why = f'root mean squares {bounds}: {listed}' if unusual else f'no root mean square is {bounds}'
+    return finite, check('inputs and weights are scaled', None if unusual else True, len(unusual), why)
+
+
+def _float_leaves(numbers: Tree, name: str) -> dict[str, np.ndarray]:
+    leaves = tree.named_leaves(numbers).items()
+    floats = {path: leaf for path, leaf in leaves if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)}
+    return {f'{name}/{path}'.rstrip('/'): np.asarray(leaf, np.float64) for path, leaf in floats.items()}
 
 
 def _learnt(columns: Series, loss: str | None) -> Check | None:
@@ -106,6 +150,21 @@ def _passed(found: detect.Judgement) -> Check | None:
     said = '; '.join(f'{note.kind} at step {note.step}: {note.why}' for note in found.notes[:5])
     more = f'; {len(found.notes) - 5} more' if len(found.notes) > 5 else ''
     return check('what passed', None, len(found.notes), said + more)
+
+
+def _moments_kept(columns: Series) -> Check | None:
+    """Whether an optimiser's mean squares were set back: the next steps are then far too long."""
+    lost = columns.get('moments_lost')
+    if lost is None or not (lost > MOST_LOST).any():
+        return None
+    places = np.flatnonzero(lost > MOST_LOST)
+    step, share = int(columns[rule_language.STEP][places[0]]), lost[places[0]]
+    why = f'step {step}: {share:.0%} of its mean squares fell farther than they can decay; they were set back'
+    return check("the optimiser's moments are kept", False, places.size, why)
+
+
+MOST_LOST = 0.5
+"""Share of them; a few fall where a guard or a mask is at work."""
 
 
 def _numbers_finite(columns: Series, loss: str | None) -> Check | None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxrnn import detect, environment, trace, tree
+from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
@@ -112,6 +113,26 @@ def locate(
     checks = (*diagnosis.checks, *([] if finding is None else [what_broke(finding)]), *found.screens)
     cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
+
+
+def with_numbers(subject: Subject, diagnosis: Diagnosis) -> Diagnosis:
+    """A diagnosis with what can be checked of a batch and a state without knowing what they mean: those of the first
+    bad step; of a healthy run those of its last checkpoint."""
+    step = diagnosis.first_bad_step
+    if step is None:
+        if diagnosis.replay.first_mismatch is not None or diagnosis.symptom is not None:
+            return diagnosis
+        step = subject.checkpoints.steps()[-1] if subject.checkpoints.steps() else None
+    try:
+        if step is None:
+            return diagnosis
+        found = health.of_numbers(subject.batch_at(step), Replayer(subject).state(step), step)
+    except (
+        Exception
+    ) as error:  # of the user's batch_at beyond the run's last step, or of leaves that are no numbers
+        log.debug('step %d: %s', step, error)
+        return diagnosis
+    return dataclasses.replace(diagnosis, checks=(*found, *diagnosis.checks))
 
 
 def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -> Inspection:

@@ -7,7 +7,17 @@ from typing import NamedTuple
 from jaxrnn.types import UserError
 
 OURS = frozenset(
-    {'step', 'all_finite', 'sound', 'digest', 'state_rms', 'state_moved', 'state_still', 'moments_fading'}
+    {
+        'step',
+        'all_finite',
+        'sound',
+        'digest',
+        'state_rms',
+        'state_moved',
+        'state_still',
+        'moments_fading',
+        'moments_lost',
+    }
 )
 """What the recorder adds; and `finite_*`."""
 

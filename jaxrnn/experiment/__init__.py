@@ -87,6 +87,7 @@ def diagnose(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
     diagnosis, _ = inspection.locate(subject, diagnosis)
+    diagnosis = inspection.with_numbers(subject, diagnosis)
 
     def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
         assert diagnosis.symptom is not None

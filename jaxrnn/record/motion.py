@@ -4,6 +4,7 @@ They are read from SAMPLE numbers of each tensor, so that they cost next to noth
 step, whose buffers the step overwrites, need not be copied.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxrnn.types import Array, Tree
 SAMPLE = 64
 """Numbers of a tensor that are looked at, evenly spread."""
 
-FIELDS = ('state_rms', 'state_moved', 'state_still', 'moments_fading')
+FIELDS = ('state_rms', 'state_moved', 'state_still', 'moments_fading', 'moments_lost')
 """Names that a record has them by."""
 
 FIRST_MOMENTS = ('mu', 'trace')
@@ -26,6 +27,9 @@ MEANS = (*FIRST_MOMENTS, 'nu', 'acc_grads')
 
 FADES = 1 - 1e-5
 """Most that a mean of gradients can be multiplied by in a step without a gradient; 1 is a step that was not taken."""
+
+FALLS = 0.4
+"""Share of itself to which a mean square can't fall within a step: by b2, which is .9 and more."""
 
 FEWEST = 4
 """Numbers of which it says something that all were multiplied by the same."""
@@ -43,6 +47,8 @@ def of_step(before: Tree, after: Tree) -> dict[str, Array]:
 
         moments_fading  1 where every mean of gradients that optax keeps was multiplied by the same number below 1, as
                         by a gradient of exactly zero; only where there are such means
+        moments_lost    share of the mean squares of gradients that optax keeps that fell below FALLS of what they were:
+                        they decay by a few hundredths a step, unless they are set back
 
     Args:
         before: the state that the step starts from.
@@ -64,9 +70,13 @@ def of_step(before: Tree, after: Tree) -> dict[str, Array]:
         'state_moved': _rms(moved, weights),
         'state_still': jnp.mean((jnp.max(jnp.abs(moved), axis=1) == 0).astype(jnp.float32)),
     }
-    means = _first_moments(before), _first_moments(after)
+    means = _means(before, FIRST_MOMENTS), _means(after, FIRST_MOMENTS)
     if sum(leaf.size for leaf in means[0]) >= FEWEST and len(means[0]) == len(means[1]):
         record['moments_fading'] = _fading(*means).astype(jnp.float32)
+    squares = _means(before, ('nu',)), _means(after, ('nu',))
+    if squares[0] and len(squares[0]) == len(squares[1]):
+        was, now = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in squares)
+        record['moments_lost'] = jnp.mean((now < FALLS * was).astype(jnp.float32))
     return record
 
 
@@ -97,14 +107,14 @@ def _without_means(state: Tree) -> list[Array]:
     return leaves if any(_is_float(leaf) for leaf in leaves) else jax.tree.leaves(state)
 
 
-def _first_moments(state: Tree) -> list[Array]:
-    """The leaves of all means of gradients in a state."""
+def _means(state: Tree, names: Sequence[str]) -> list[Array]:
+    """The leaves that optax's states keep in fields of these names."""
 
     def keeps_means(node: Any) -> bool:
-        return isinstance(node, tuple) and bool({*getattr(node, '_fields', ())} & {*FIRST_MOMENTS})
+        return isinstance(node, tuple) and bool({*getattr(node, '_fields', ())} & {*names})
 
     nodes = [n for n in jax.tree.leaves(state, is_leaf=keeps_means) if keeps_means(n)]
-    means = [getattr(node, name) for node in nodes for name in FIRST_MOMENTS if hasattr(node, name)]
+    means = [getattr(node, name) for node in nodes for name in names if hasattr(node, name)]
     return [leaf for leaf in jax.tree.leaves(means) if _is_float(leaf) and leaf.size]
 
 
