@@ -236,7 +236,7 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     assert {name: told[name] for name in found['where']} == found['where']
     screen = call('trace', f'--run_dir={tmp_path / "run"}', f'--step={step}').stdout
     assert f'step {step}: {told["kind"]}' in screen and 'operand' in screen
-    diagnosed = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=110', '--json')
+    diagnosed = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=120', '--json')
     assert diagnosed.returncode == 3, diagnosed.stderr
     told = last_json(diagnosed)
     assert told == json.loads((tmp_path / 'run' / 'diagnosis.json').read_text())

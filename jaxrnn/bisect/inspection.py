@@ -173,9 +173,7 @@ def of_finding(finding: trace.Finding) -> dict[str, Any]:
 def what_broke(finding: trace.Finding) -> dict[str, Any]:
     """What a place alone doesn't say of a finding, as a check of a diagnosis: its kind, the ranges of its operands, the
     iteration of each loop around it, the devices, the library's line."""
-    operands = ', '.join(
-        f'{one.name or "operand"} from {one.low:.4g} to {one.high:.4g}' for one in finding.operands
-    )
+    operands = ', '.join(_numbers_of(one) for one in finding.operands)
     said = [
         f'{finding.kind} ({finding.detail or trace.KINDS[finding.kind]})',
         operands and f'operands: {operands}',
@@ -185,6 +183,14 @@ def what_broke(finding: trace.Finding) -> dict[str, Any]:
     ]
     why = '; '.join(each for each in said if each)
     return {'name': 'what broke', 'ok': False, 'value': float(finding.elements), 'why': why}
+
+
+def _numbers_of(operand: trace.Range) -> str:
+    """Its range; it has none where no number of it is finite."""
+    name = operand.name or 'operand'
+    if operand.low is None or operand.high is None:
+        return f'{name} without a finite number'
+    return f'{name} from {operand.low:.4g} to {operand.high:.4g}'
 
 
 def of_compiled(found: trace.CompiledDifference) -> dict[str, Any] | None:

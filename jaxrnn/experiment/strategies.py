@@ -12,7 +12,7 @@ from jaxrnn.detect import rule_language
 from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked
 from jaxrnn.experiment.engine import Experiments
 from jaxrnn.experiment.outcome import AVERTED, MARGINS, OTHER_BATCHES, Change, Outcome
-from jaxrnn.experiment.verdict import outstanding, stands_out
+from jaxrnn.experiment.verdict import LEAST_OTHERS, NONFINITE, outstanding, stands_out
 
 FARTHER = 400
 """Steps after a symptom through which the best is replayed on, as far as the budget reaches."""
@@ -137,8 +137,9 @@ def bad_batches(experiments: Experiments, most: int = 4) -> tuple[int, ...]:
     found = outstanding(inside, subject.loss) if inside else []
     steps = list(dict.fromkeys([symptom, *found]))[:most]
     every = max((symptom - start) // COMPARED, 1)
-    near = [step for step in range(symptom, max(start - every, -1), -every) if step not in steps][:COMPARED]
-    beyond = [symptom + n for n in range(1, COMPARED - len(near) + 1)]
+    count = min(COMPARED, max(LEAST_OTHERS, experiments.budget.left // PROBED))
+    near = [step for step in range(symptom, max(start - every, -1), -every) if step not in steps][:count]
+    beyond = [symptom + n for n in range(1, count - len(near) + 1)]
     others = [row for row in map(experiments.on_batch, [*near, *beyond]) if row is not None]
     rows = {step: experiments.on_batch(step) for step in steps}
     return tuple(
@@ -154,7 +155,8 @@ def batches_changed(experiments: Experiments) -> bool:
     window, loss, began = experiments.window, experiments.subject.loss, experiments.began
     before = _spread_over(range(window.start, began))
     after = _spread_over(range(began, window.horizon))
-    if loss is None or min(len(before), len(after)) < COMPARED // 2:
+    nonfinite = experiments.judge.symptom.kind == NONFINITE  # which one batch makes, or none
+    if nonfinite or loss is None or min(len(before), len(after)) < COMPARED // 2:
         return False
     ours, theirs = (
         np.array([row[loss] for row in map(experiments.on_batch, steps) if row is not None and loss in row])
@@ -177,6 +179,9 @@ def _spread_over(steps: range) -> list[int]:
 
 NEARLY_ALL = 0.75
 """Share of the later batches; when it began is known to some steps only."""
+
+PROBED = 20
+"""A small budget is not spent on batches alone: of so many steps one may be."""
 
 COMPARED = 12
 """Other batches that one state is tried on."""
