@@ -62,13 +62,19 @@ class CompiledStep(Protocol):
 
 
 class InstrumentedStep:
-    """The step as training compiles it, see `instrument`."""
+    """The step as training compiles it, see `instrument`.
 
-    def __init__(self, step: Step, *, checks: bool):
+    Args:
+        step: the step.
+        checks: as in `instrument`.
+        signals: whether the record has what `motion` says of the state; without, to measure what that costs.
+    """
+
+    def __init__(self, step: Step, *, checks: bool, signals: bool = True):
         def observed(before: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
             state, record = step(before, batch)
             digested = jax.lax.cond(digest, tree.digest, lambda _: jnp.asarray(NO_DIGEST), state)
-            return state, _observed(before, state, record, digested)
+            return state, _observed(before if signals else (), state, record, digested)
 
         self._checks = checks
         whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
