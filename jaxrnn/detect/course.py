@@ -18,7 +18,7 @@ SHORT = 4
 """Steps within which a leap of the loss is gone that one batch made, and not the state: it touched nothing that an
 optimiser remembers for longer."""
 
-SMALL, SLIGHT = 10, 0.01
+SMALL, SLIGHT = 20, 0.01
 """A leap that is gone at once is no more than a note if it is smaller than so many times the level, or to a loss of
 less than this share of the first: an optimiser forgets it. A larger one is a batch that ought to be looked at."""
 

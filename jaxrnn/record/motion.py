@@ -42,8 +42,8 @@ def of_step(before: Tree, after: Tree) -> dict[str, Array]:
         state_moved     that of their change; exactly 0 where nothing moved
         state_still     share of the tensors in which nothing moved
 
-    The three are of what is not an optimiser's own bookkeeping, where optax's is found: means of gradients move on when
-    nothing else does, as at a rate of 0.
+    The three are of the tensors beside an optimiser's own bookkeeping, where optax's is found: means of gradients move
+    on when nothing else does, as at a rate of 0, and so does the scale of a loss.
 
         moments_fading  1 where every mean of gradients that optax keeps was multiplied by the same number below 1, as
                         by a gradient of exactly zero; only where there are such means
@@ -104,7 +104,12 @@ def _without_means(state: Tree) -> list[Array]:
         return isinstance(node, tuple) and bool({*getattr(node, '_fields', ())} & {*MEANS})
 
     leaves = [n for n in jax.tree.leaves(state, is_leaf=is_bookkeeping) if not is_bookkeeping(n)]
-    return leaves if any(_is_float(leaf) for leaf in leaves) else jax.tree.leaves(state)
+    # Single numbers beside tensors are a rate or a scale of the loss, more often than a weight.
+    tensors = [leaf for leaf in leaves if jnp.size(leaf) > 1]
+    for found in (tensors, leaves):
+        if any(_is_float(leaf) for leaf in found):
+            return found
+    return jax.tree.leaves(state)
 
 
 def _means(state: Tree, names: Sequence[str]) -> list[Array]:
