@@ -83,7 +83,12 @@ class SymptomJudge(NamedTuple):
         """The gravest symptom from a step on. A state that lasts isn't looked for: it is judged at the end."""
         at_once = [d for d in self.detectors if not (self.window.lasting and d.kind == self.own.kind)]
         columns = _columns(rows)
-        return detect.judged(columns, detect.applicable(columns, at_once), self.loss, good=since - 1).symptom
+        found = detect.judged(columns, detect.applicable(columns, at_once), self.loss, good=since - 1)
+        event = found.event
+        if event is not None and event.kind == 'spike' != self.symptom.kind and event.back is not None:
+            # What averts another symptom may bear a batch at the cost of its own loss.
+            return found.symptom if event.back - event.step > detect.SHORT else None
+        return found.symptom
 
     def _may_pass(self, found: Symptom, last: Row) -> bool:
         return found.kind in PASSES and bool(last.get(telemetry.FINITE_STATE, True))
