@@ -80,6 +80,9 @@ def test_many_small_leaps_are_a_symptom():
     losses[np.arange(100, 600, 40)] *= 7
     found = judged(of_losses(losses))
     assert found.symptom == Symptom('spike', 100) and '13 leaps' in found.event.why
+    # One among them that the run did not come back from is the symptom.
+    losses[510:] *= 60
+    assert judged(of_losses(losses)).symptom == Symptom('spike', 510)
 
 
 def test_worse_than_at_first_for_good():

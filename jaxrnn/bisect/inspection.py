@@ -87,7 +87,11 @@ def inspect(
                 before = Replayer(subject).state(against), subject.batch_at(against)
                 comparison = trace.compare(subject.step, before, now, loss=subject.loss or 'loss')
         precision = trace.lost_precision(subject.step, *now) if float64 else None
-    checks = tuple(_check(name, SCREENS[name](subject.step, *now)) for name in screens)
+    said = {name: SCREENS[name](subject.step, *now) for name in screens}
+    checks = tuple(
+        health.check(name, not answer, bool(answer), answer or 'found nothing')
+        for name, answer in said.items()
+    )
     return Inspection(
         step, trace_report, comparison, None if comparison is None else against, checks, precision, compiled
     )
@@ -107,7 +111,7 @@ def locate(
     except Exception as error:  # of a step that can't be traced or measured; JAX raises whatever it likes
         said = f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ""}'
         log.warning("step %d can't be looked into: %s", step, said)
-        unknown = {'name': 'the step can be looked into', 'ok': None, 'value': 0.0, 'why': said[:200]}
+        unknown = health.check('the step can be looked into', None, 0, said[:200])
         return dataclasses.replace(diagnosis, checks=(*diagnosis.checks, unknown)), None
     finding = None if found.trace_report is None else found.trace_report.finding
     checks = (*diagnosis.checks, *([] if finding is None else [what_broke(finding)]), *found.screens)
@@ -182,7 +186,7 @@ def what_broke(finding: trace.Finding) -> dict[str, Any]:
         finding.library and f'in {finding.library}',
     ]
     why = '; '.join(each for each in said if each)
-    return {'name': 'what broke', 'ok': False, 'value': float(finding.elements), 'why': why}
+    return health.check('what broke', False, finding.elements, why)
 
 
 def _numbers_of(operand: trace.Range) -> str:
@@ -311,7 +315,3 @@ SCREENS: Mapping[str, Callable[[Step, Tree, Tree], str]] = {
     'debug_nans': _by_debug_nans,
 }
 """JAX's own tools: what each says of a step, nothing where it finds nothing."""
-
-
-def _check(name: str, said: str) -> dict[str, Any]:
-    return {'name': name, 'ok': not said, 'value': float(bool(said)), 'why': said or 'found nothing'}

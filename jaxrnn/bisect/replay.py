@@ -92,7 +92,7 @@ def began_of(subject: Subject, diagnosis: Diagnosis, detectors: Sequence[Detecto
     columns = subject.columns()
     if not columns:
         early = diagnosis.onset_step
-        waits = symptom.kind in ('constant', 'stall', detect.WHEN)
+        waits = symptom.kind in (*detect.LASTING, detect.WHEN)
         return symptom.step if early is None or waits else early
     known = detect.bound([*detectors, *detect.DETECTORS], columns, subject.loss)
     own = next((detector for detector in known if detector.kind == symptom.kind), None)

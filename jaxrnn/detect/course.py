@@ -126,7 +126,8 @@ def _events(
         found.append(event)
         if not event.harmless:
             break
-    if detector.kind == 'spike' and len(found) >= max(OFTEN, OFTEN_SHARE * steps.size):
+    passed = all(event.harmless for event in found)
+    if detector.kind == 'spike' and passed and len(found) >= max(OFTEN, OFTEN_SHARE * steps.size):
         why = f'{len(found)} leaps, each gone within {SHORT} steps'
         found = [found[0]._replace(harmless=False, why=why), *found[1:]]
     return found
@@ -171,7 +172,9 @@ def _after_leap(
     )
     if end is None:
         return Event(detector.kind, step, None, False, f'{times}, and did not come back'), held.size
-    left = losses[place + end :]
+    following = np.flatnonzero(held[place + max(end, 1) :])  # what comes of that is another matter
+    until = place + max(end, 1) + int(following[0]) if following.size else held.size
+    left = losses[place + end : until]
     went_on = left.size < 2 * rule_language.LEAST_HISTORY or _as_good(
         _best(left), _best(losses[:place]), scatter
     )

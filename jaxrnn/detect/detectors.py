@@ -111,6 +111,10 @@ PASSING = {'stop': ('spike',), 'rewind': ('spike', 'stall', 'dead')}
 stalls would stall again."""
 
 
+LASTING = ('constant', 'stall')
+"""Kinds of a state that sets in long before its rule reports it."""
+
+
 def by_name(kind: str) -> Detector:
     """The first detector of a kind. Raises UserError for an unknown one."""
     return named(kind)[0]

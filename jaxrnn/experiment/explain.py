@@ -26,7 +26,7 @@ from jaxrnn.experiment.strategies import (
     prove_best,
     with_margins,
 )
-from jaxrnn.experiment.window import AFTER, LASTING, Window, window_of
+from jaxrnn.experiment.window import AFTER, Window, window_of
 
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
@@ -112,7 +112,7 @@ def explain(
     if diagnosis.cause.kind not in ('none', 'hardware'):  # found already, as that the compiler did it
         return diagnosis, None
     began = began_of(subject, diagnosis, detectors)
-    lasting = symptom.kind in LASTING or symptom.kind == detect.WHEN
+    lasting = symptom.kind in (*detect.LASTING, detect.WHEN)
     window = window_of(subject, symptom.step, began, lasting=lasting)
     left = budget - diagnosis.replay.steps_replayed
     if hardware:

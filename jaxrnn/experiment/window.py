@@ -28,10 +28,6 @@ class Window(NamedTuple):
         return self.horizon - self.start
 
 
-LASTING = ('constant', 'stall')
-"""Kinds of a state that sets in long before its rule reports it."""
-
-
 def window_of(
     subject: Subject, step: int, began: int | None = None, *, lasting: bool = True
 ) -> Window | None:

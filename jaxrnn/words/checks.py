@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrnn import tree
+from jaxrnn.bisect.health import Check as Check
+from jaxrnn.bisect.health import check
 from jaxrnn.detect import rule_language
 from jaxrnn.experiment.outcome import AVERTED, ExperimentReport
 from jaxrnn.types import Series, Tree
 from jaxrnn.words import data, remedies
 from jaxrnn.words.data import Batch
-
-Check = dict[str, Any]
 
 EXPLAINED = 0.5
 """Share of the targets' variance that a training set that can be learnt has explained at some time."""
@@ -53,23 +53,18 @@ def seven(evidence: Evidence) -> tuple[Check, ...]:
     return tuple(check(evidence) for check in CHECKS)
 
 
-def _check(name: str, ok: bool | None, value: float, why: str) -> Check:
-    value = float(value)
-    return {'name': name, 'ok': ok, 'value': value if np.isfinite(value) else 0.0, 'why': why}
-
-
 def can_be_learnt(evidence: Evidence) -> Check:
     """1. The training set can be overfitted: the share of its variance that the best 50 steps explained."""
     name, losses = 'training set can be learnt', evidence.columns.get('loss', np.array([]))
     finite = losses[np.isfinite(losses)]
     if finite.size < 50:
-        return _check(name, None, 0, f'{finite.size} steps have a loss, too few to tell')
+        return check(name, None, 0, f'{finite.size} steps have a loss, too few to tell')
     targets = evidence.dataset.vectors[evidence.dataset.train]
     variance = float(np.mean(np.var(targets, axis=0)))
     best = float(np.min(np.convolve(finite, np.full(50, 1 / 50), 'valid')))
     explained = 1 - best / variance if variance else 0.0
     ok = True if explained >= EXPLAINED else False if losses.size >= TRAINED else None
-    return _check(name, ok, explained, f"the best 50 steps explain {explained:.0%} of the targets' variance")
+    return check(name, ok, explained, f"the best 50 steps explain {explained:.0%} of the targets' variance")
 
 
 def data_is_finite(evidence: Evidence) -> Check:
@@ -82,23 +77,23 @@ def data_is_finite(evidence: Evidence) -> Check:
     bad = {where: int(np.sum(~np.isfinite(array))) for where, array in arrays.items()}
     found = ', '.join(f'{count} in {where}' for where, count in bad.items() if count)
     count = sum(array.size for array in arrays.values())
-    return _check(name, not found, sum(bad.values()), found or f'all of {count:,} numbers are')
+    return check(name, not found, sum(bad.values()), found or f'all of {count:,} numbers are')
 
 
 def steps_are_finite(evidence: Evidence) -> Check:
     """3. Gradients and weights are finite: the share of steps in which they were, and which first was not."""
     name, columns = 'gradients and weights are finite', evidence.columns
     if rule_language.STEP not in columns:
-        return _check(name, None, 0, 'no records')
+        return check(name, None, 0, 'no records')
     good = rule_language.all_finite(columns)
     if good.all():
-        return _check(name, True, 1, f'in all of {good.size:,} steps')
+        return check(name, True, 1, f'in all of {good.size:,} steps')
     first = int(np.argmin(good))
     flags = [n for n, values in columns.items() if n.startswith('finite_') and values[first] != 1]
     numbers = [n for n, values in columns.items() if not np.isfinite(values[first])]
     named = ', '.join(flag.removeprefix('finite_') for flag in flags) or ', '.join(numbers)
     at = f' ({evidence.where["op"]} at {evidence.where["source"]})' if evidence.where else ''
-    return _check(
+    return check(
         name, False, good.mean(), f'step {int(columns[rule_language.STEP][first])}, first not: {named}{at}'
     )
 
@@ -107,15 +102,15 @@ def rate_may_stay(evidence: Evidence) -> Check:
     """4. Would a decaying learning rate have averted it? An experiment: 1 if it would."""
     name, report = 'a decaying learning rate is not missing', evidence.report
     if evidence.step is None:
-        return _check(name, True, 0, 'there is nothing to avert')
+        return check(name, True, 0, 'there is nothing to avert')
     outcomes = () if report is None else report.outcomes
     tried = [outcome for outcome in outcomes if outcome.change.name == remedies.DECAY]
     if not tried:
-        return _check(name, None, 0, 'not tried')
+        return check(name, None, 0, 'not tried')
     averted = tried[0].verdict == AVERTED
     since = report.window.start if report is not None and report.window is not None else 0
     said = f'replayed from step {since} with one, the symptom is {tried[0].verdict}'
-    return _check(name, not averted, averted, said)
+    return check(name, not averted, averted, said)
 
 
 def outputs_vary(evidence: Evidence) -> Check:
@@ -123,9 +118,9 @@ def outputs_vary(evidence: Evidence) -> Check:
     name, ratios = 'predictions vary', evidence.columns.get('variance_ratio', np.array([]))
     last = ratios[np.isfinite(ratios)][-16:]
     if not last.size:
-        return _check(name, None, 0, 'no record of their variance')
+        return check(name, None, 0, 'no record of their variance')
     ratio = float(np.median(last))
-    return _check(name, ratio >= CONSTANT, ratio, f"their variance is {ratio:.3g} of the targets' at the end")
+    return check(name, ratio >= CONSTANT, ratio, f"their variance is {ratio:.3g} of the targets' at the end")
 
 
 def targets_are_balanced(evidence: Evidence) -> Check:
@@ -134,7 +129,7 @@ def targets_are_balanced(evidence: Evidence) -> Check:
     classes = np.bincount(np.argmax(np.nan_to_num(targets), axis=1))
     share, same = classes.max() / len(targets), 1 - len(np.unique(targets, axis=0)) / len(targets)
     why = f'coordinate {classes.argmax()} is the largest of {share:.1%} of the words; {same:.1%} of the targets repeat'
-    return _check(name, bool(share < LARGEST_CLASS and same < LARGEST_CLASS), share, why)
+    return check(name, bool(share < LARGEST_CLASS and same < LARGEST_CLASS), share, why)
 
 
 def all_is_scaled(evidence: Evidence) -> Check:
@@ -146,7 +141,7 @@ def all_is_scaled(evidence: Evidence) -> Check:
     said = [f'target norm {norm:.3g}', 'inputs one-hot']
     said += [f'{path} {value:.3g}' for path, value in (wrong or largest).items()]
     ok = NORMS[0] <= norm <= NORMS[1] and not wrong
-    return _check('inputs, targets and initial weights are scaled', ok, norm, ', '.join(said))
+    return check('inputs, targets and initial weights are scaled', ok, norm, ', '.join(said))
 
 
 def _singular_values(params: Tree) -> dict[str, float]:
@@ -191,7 +186,7 @@ def _gates_pass(means: Mapping[str, float]) -> Check | None:
     worst = max(dead, key=lambda name: dead[name])
     gate = worst.removeprefix('dead_').replace('_', ' ')
     why = f'{dead[worst]:.0%} of the units have {gate}s that are 0 or 1 for every word and time step'
-    return _check('gates pass gradients', dead[worst] <= DEAD or None, dead[worst], why)
+    return check('gates pass gradients', dead[worst] <= DEAD or None, dead[worst], why)
 
 
 def _padding_passes(means: Mapping[str, float]) -> Check | None:
@@ -201,7 +196,7 @@ def _padding_passes(means: Mapping[str, float]) -> Check | None:
     factor = np.exp(min(abs(gain), 700.0))
     what, number = 'shrink' if gain < 0 else 'grow', f'{factor:,.0f}' if factor >= 100 else f'{factor:.3g}'
     why = f'on their way back through the padding they {what} by a factor of {number}'
-    return _check('gradients pass the padding', abs(gain) <= PASSED or None, gain, why)
+    return check('gradients pass the padding', abs(gain) <= PASSED or None, gain, why)
 
 
 def _curvature_bears(means: Mapping[str, float]) -> Check | None:
@@ -209,7 +204,7 @@ def _curvature_bears(means: Mapping[str, float]) -> Check | None:
         return None
     share = means['preconditioned_sharpness']
     why = f'the sharpest direction has {share:.2f} of the curvature at which Adam overshoots'
-    return _check('curvature bears the steps', share <= 1 or None, share, why)
+    return check('curvature bears the steps', share <= 1 or None, share, why)
 
 
 MEASURED_BETTER = ('something was learnt', 'loss and state are finite')
