@@ -16,7 +16,7 @@ ROOMS = {
     'rnn': 'ground',
     'trace': 'ground',
     'optim': 'ground',
-    'record': 'ground',
+    'record': 'ground optim trace',
     'detect': 'ground optim record',
     'bisect': 'ground optim record detect trace',
     'experiment': 'ground optim record detect trace bisect',

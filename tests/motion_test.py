@@ -11,6 +11,10 @@ import pytest
 from jaxrnn.record import motion, telemetry
 
 
+def motion_of(before, after):
+    return motion.of_step(motion.sampled(before), after)
+
+
 def params_of(seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
     return {
@@ -29,25 +33,25 @@ def test_norms_are_those_of_numpy():
         'n': jnp.int32(1),
     }
     after = {**before, 'a': before['a'] * 2, 'n': jnp.int32(2)}
-    found = motion.of_step(before, after)
+    found = motion_of(before, after)
     both = np.concatenate([np.asarray(after['a']), np.asarray(after['b']).ravel()])
     moved = np.concatenate([np.asarray(before['a']), np.zeros(64)])
     np.testing.assert_allclose(found['state_rms'], np.sqrt(np.mean(both**2)), rtol=1e-6)
     np.testing.assert_allclose(found['state_moved'], np.sqrt(np.mean(moved**2)), rtol=1e-6)
     assert found['state_still'] == 0.5 and 'moments_fading' not in found
     large = {'a': jax.random.normal(jax.random.key(0), (300, 300))}
-    found = motion.of_step(large, jax.tree.map(lambda x: x + 0.5, large))
+    found = motion_of(large, jax.tree.map(lambda x: x + 0.5, large))
     assert 0.4 < found['state_moved'] < 0.6 and 0.7 < found['state_rms'] < 1.6
 
 
 def test_extremes_do_not_overflow():
     before = {'a': jnp.full(5, 1e30), 'b': jnp.full((2, 3), -2e38)}
-    found = motion.of_step(before, before)
+    found = motion_of(before, before)
     assert np.isfinite(found['state_rms']) and found['state_moved'] == 0 and found['state_still'] == 1
-    assert motion.of_step({'n': 1}, {'n': 2}) == {}
-    assert motion.of_step({'a': jnp.zeros(0)}, {'a': jnp.zeros(0)}) == {}
-    assert float(motion.of_step(1.0, 1.5)['state_moved']) == 0.5  # a state that is one Python number
-    bad = motion.of_step({'a': jnp.ones(3)}, {'a': jnp.full(3, jnp.nan)})
+    assert motion_of({'n': 1}, {'n': 2}) == {}
+    assert motion_of({'a': jnp.zeros(0)}, {'a': jnp.zeros(0)}) == {}
+    assert float(motion_of(1.0, 1.5)['state_moved']) == 0.5  # a state that is one Python number
+    bad = motion_of({'a': jnp.ones(3)}, {'a': jnp.full(3, jnp.nan)})
     assert np.isnan(bad['state_moved'])
 
 
@@ -79,7 +83,7 @@ def test_a_gradient_of_zero_is_seen_in_the_moments(name):
         )
         updates, opt = optimiser.update(gradients, opt, params)
         after = optax.apply_updates(params, updates), opt
-        return after, motion.of_step(state, after)
+        return after, motion_of(state, after)
 
     seen = []
     for number in range(12):
@@ -99,7 +103,7 @@ def test_a_step_that_was_not_taken_is_no_gradient_of_zero():
         for number in range(9):
             given = {'w': (gradient if number == 8 else 1.0 + number) * jnp.arange(25.0).reshape(5, 5)}
             _, after = optimiser.update(given, state, params)
-            assert not motion.of_step({'opt': state}, {'opt': after})['moments_fading'], number
+            assert not motion_of({'opt': state}, {'opt': after})['moments_fading'], number
             state = after
 
 
@@ -117,7 +121,7 @@ def test_a_rate_of_zero_moves_nothing_but_means():
                 {'w': jnp.arange(20.0).reshape(4, 5) + number}, state[1], state[0]
             )
             after = optax.apply_updates(state[0], updates), opt
-            assert motion.of_step(state, after)['state_moved'] == 0
+            assert motion_of(state, after)['state_moved'] == 0
             state = after
 
 
@@ -131,9 +135,7 @@ def test_second_moments_that_were_set_back(b2):
         gradients = {'w': jax.random.normal(jax.random.key(number), (6, 6))}
         began = optax.tree.map_params(optimiser, jnp.zeros_like, state) if lost else state
         _, after = optimiser.update(gradients, began, params)
-        share = float(
-            motion.of_step({'opt': state, 'w': params}, {'opt': after, 'w': params})['moments_lost']
-        )
+        share = float(motion_of({'opt': state, 'w': params}, {'opt': after, 'w': params})['moments_lost'])
         assert (share > 0.5) == lost, (number, share)
         state = after
 

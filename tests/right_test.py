@@ -136,7 +136,7 @@ def test_a_relu_that_dies(tmp_path):
         return (optax.apply_updates(w, updates), opt), {'metrics': {'loss': loss}}
 
     found = diagnosed((step, batch_at, init), tmp_path, 420, symptom='dead')
-    assert found.symptom.kind == 'dead' and 60 < found.onset_step < 110
+    assert found.symptom.kind == 'dead' and 60 <= found.onset_step < 110  # the targets are others from 60 on
 
 
 def test_a_guard_that_did_its_work_is_healthy(tmp_path):

@@ -49,7 +49,10 @@ def diagnosed(planted: Planted, **options: Any):
     """As the README says. Where it is asked which field is the loss, that is answered."""
     run = planted.run
     changes = [
-        jaxrnn.Change(name, points_to, lambda other=other: jaxrnn.Changed(other.step, other.batch_at))
+        # A TrainState holds its optimiser: the changed run's state is to be like its own.
+        jaxrnn.Change(
+            name, points_to, lambda other=other: jaxrnn.Changed(other.step, other.batch_at, like=other.init)
+        )
         for name, points_to, other in planted.changes
     ]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:

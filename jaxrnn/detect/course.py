@@ -22,6 +22,9 @@ SMALL, SLIGHT = 20, 0.01
 """A leap that is gone at once is no more than a note if it is smaller than so many times the level, or to a loss of
 less than this share of the first: an optimiser forgets it. A larger one is a batch that ought to be looked at."""
 
+ORDINARY = 6
+"""Standard deviations of what batches scatter within which a leap that is gone at once is no more than a note, too."""
+
 OFTEN, OFTEN_SHARE = 5, 0.01
 """Leaps that are each gone at once, but of so many, and in so large a share of the steps, that they are a symptom."""
 
@@ -178,7 +181,8 @@ def _after_leap(
     went_on = left.size < 2 * rule_language.LEAST_HISTORY or _as_good(
         _best(left), _best(losses[:place]), scatter
     )
-    slight = (leapt and risen < SMALL * np.exp(level)) or abs(risen) < SLIGHT * abs(_first_of(losses))
+    ordinary = max(np.log(SMALL), ORDINARY * scatter) + level  # of its logarithm
+    slight = (leapt and np.log(risen) < ordinary) or abs(risen) < SLIGHT * abs(_first_of(losses))
     harmless = end <= SHORT and went_on and slight
     why = f'{times}, back after {_many(max(end, 1))}' + ('' if went_on else ', and never as good again')
     return Event(detector.kind, step, int(steps[place + end]), harmless, why), place + max(end, 1)
@@ -211,6 +215,8 @@ def _after_stillness(
     step = int(steps[place])
     if losses is None:
         return Event(detector.kind, step, None, True, 'nothing moved; there is no loss to judge it by'), end
+    if not _wholly_still(columns)[place]:
+        return _after_partial_stillness(detector, columns, losses, end, place)
     still = losses[max(place - rule_language.LEAST_HISTORY, 0) : end]
     best, now = _best(losses[: max(place - rule_language.LEAST_HISTORY, 1)]), _middle(still)
     first = losses[np.isfinite(losses)][:1]
@@ -220,6 +226,20 @@ def _after_stillness(
     harmless = at_best or bool(moves.size)
     why = f'nothing moved for {_many(end - place)}' if harmless else ''
     return Event(detector.kind, step, int(steps[end]) if moves.size else None, harmless, why), end
+
+
+def _after_partial_stillness(
+    detector: Detector, columns: Series, losses: np.ndarray, end: int, place: int
+) -> tuple[Event, int]:
+    """A part of the state doesn't move: harmless where the loss comes to its best again without it."""
+    steps = columns[rule_language.STEP]
+    good = _as_good(_best(losses[place:]), _best(losses[:place]), _level(losses[:place])[1])
+    back = int(steps[end]) if good and end < steps.size else None
+    share = columns['state_still'][place]
+    why = f'{share:.0%} of the tensors moved no more' + (
+        '; the loss came to its best without them' if good else ''
+    )
+    return Event(detector.kind, int(steps[place]), back, good, why), end if good else steps.size
 
 
 _ENDS = {
@@ -281,15 +301,22 @@ def still_as_good(losses: np.ndarray) -> float | None:
 
 
 def _still_since(columns: Series, step: int) -> int:
+    """The first step of the stretch up to a step in which nothing moves, or the same part of the state doesn't."""
     steps = columns[rule_language.STEP]
-    still = np.logical_or(
-        columns.get('state_moved', np.ones(steps.size)) == 0,
-        columns.get('moments_fading', np.zeros(steps.size)) == 1,
-    )
     until = steps <= step
+    still = _wholly_still(columns)
+    if not still[until][-1]:
+        still = columns.get('state_still', np.zeros(steps.size)) > 0
     moved = np.flatnonzero(~still[until])
     place = int(moved[-1]) + 1 if moved.size else 0
     return int(steps[until][min(place, int(until.sum()) - 1)])
+
+
+def _wholly_still(columns: Series) -> np.ndarray:
+    """The steps in which nothing moves, or no gradient comes to any tensor."""
+    size = columns[rule_language.STEP].size
+    no_gradient = columns.get('moments_fading', np.zeros(size)) == 1
+    return np.logical_or(columns.get('state_moved', np.ones(size)) == 0, no_gradient)
 
 
 def _left_its_best(steps: np.ndarray, losses: np.ndarray, step: int) -> int:

@@ -40,9 +40,27 @@ UNLEARNT = FLAT + ' and median(loss, 400) > .9 * first(loss) and first(loss) > 0
 NOTHING_MOVES = 'max(state_moved, 16) == 0 and state_moved == 0'
 NO_GRADIENT = 'min(moments_fading, 16) == 1 and moments_fading == 1'
 
+# Some tensors don't move any more, and all did, while the others go on at a fiftieth of the first step's pace or more:
+# at the end of a schedule, or of a convergence, they don't.
+PART_STILL = (
+    'first(state_still) == 0 and min(state_still, 64) > 0 and state_still > 0'
+    ' and median(state_moved, 64) > .02 * first(state_moved)'
+    ' and median(loss, 16) > 1.2 * min(median(loss, 16), 1000) and min(median(loss, 16), 1000) > 0'
+)
+
+# The level of 32 losses is five times as high as it was, and four standard deviations of what batches scatter; half of
+# the first loss had been learnt, and it isn't all but zero yet.
+NOW, BEST = 'median(log(loss), 32)', 'min(median(log(loss), 32), 1000)'
+RELAPSED = (
+    f'first(loss) > 0 and {NOW} > {BEST} + log(5) and {BEST} < log(first(loss)) + log(.5)'
+    f' and {NOW} > log(first(loss)) + log(.03)'
+    f' and {NOW} > {BEST} + 2.8 * spread(log(loss) - prev(log(loss), 1), 64)'
+)
+
 MEANS = {
     'nonfinite': 'a NaN or an infinity appeared in the loss, the gradients, the update or the state',
-    'dead': 'every gradient is exactly zero, or nothing moves, and the loss is not at its best',
+    'dead': 'every gradient is exactly zero, or nothing moves, or some of it, and the loss is not at its best',
+    'collapse': 'the network lost what it had learnt',
     'stall': 'the loss no longer falls, though little has been learnt',
 }
 
@@ -50,7 +68,9 @@ DETECTORS = (
     # What a record has beside the loss may be a NaN without harm.
     _detector('nonfinite', 'not finite(loss) or not sound', MEANS['nonfinite']),
     _detector('nonfinite', 'not sound', MEANS['nonfinite']),
+    _detector('dead', f'{NOTHING_MOVES} or {NO_GRADIENT} or {PART_STILL}', MEANS['dead']),
     _detector('dead', f'{NOTHING_MOVES} or {NO_GRADIENT}', MEANS['dead']),
+    _detector('dead', f'{NOTHING_MOVES} or {PART_STILL}', MEANS['dead']),
     _detector('dead', NOTHING_MOVES, MEANS['dead']),
     # Sudden: below the best of the last 200 steps by a quarter, by .1, and by 8 standard errors of a mean of
     # 16 steps, so that small batches, whose accuracy is noisy, raise no alarm.
@@ -59,7 +79,7 @@ DETECTORS = (
         'smooth(accuracy, 16) < .75 * max(smooth(accuracy, 16), 200)'
         ' and smooth(accuracy, 16) < max(smooth(accuracy, 16), 200) - .1'
         ' and smooth(accuracy, 16) < max(smooth(accuracy, 16), 200) - 2 * std(accuracy, 200)',
-        'the network lost what it had learnt',
+        MEANS['collapse'],
     ),
     # One hundredth of the targets' variance is the same output for all words. It counts where the outputs have varied,
     # or when they still don't after 1,000 steps. That they vary in the first 200 is no merit: those of the initial
@@ -79,13 +99,19 @@ DETECTORS = (
     # Three times the trailing median is what a reader calls a spike; six standard deviations keep out noise, of the
     # logarithm, since a loss scatters by factors. While a loss falls, its median of 200 steps lies far above it, and
     # its spread is the fall's: then three times where a line through the last 64 leads to, and six of their standard
-    # deviations about that line; and a rise, which the bend of a curve is not. Among the first steps, a hundred times.
+    # deviations about that line; and a rise, which the bend of a curve is not. However losses scatter: worse than
+    # before the first step, and five times as high as any of the last 64; or twice as bad as that, among batches with
+    # hardly a loss and others with a large one, as where steps are far too long. Among the first steps, a hundred
+    # times.
     _detector(
         'spike',
         'finite(loss) and ('
         'loss > 3 * median(loss, 200) and log(loss) > median(log(loss), 200) + 6 * spread(log(loss), 200)'
         ' or log(loss) > trend(log(loss), 64) + log(3)'
         ' and log(loss) > trend(log(loss), 64) + 6 * scatter(log(loss), 64) and loss > 2 * max(loss, 5)'
+        ' or first(loss) > 0 and loss > first(loss) and loss > 5 * max(loss, 64)'
+        ' or first(loss) > 0 and loss > 2 * first(loss) and median(loss, 64) < .1 * first(loss)'
+        ' and std(loss, 64) > .5 * first(loss)'
         ' or step < 24 and first(loss) > 0 and loss > 100 * first(loss) and loss > 100 * max(loss, 2)'
         ' or min(loss, 200) <= 0 and loss > 10 * max(abs(loss), 200)'
         ' and loss > median(loss, 200) + 30 * spread(loss, 200))',
@@ -101,6 +127,8 @@ DETECTORS = (
         'the loss is worse than before the first step, and stays so',
         lasting='loss > 1.1 * first(loss)',
     ),
+    # Without an accuracy, after what has a step of its own.
+    _detector('collapse', RELAPSED, MEANS['collapse']),
 )
 """In the order of gravity: where several kinds show, the first of them is what the run is said to suffer from. Of
 several of a kind the first counts whose fields the run has."""

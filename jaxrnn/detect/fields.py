@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxrnn.record.telemetry import RESERVED
+from jaxrnn.record.telemetry import OURS
 from jaxrnn.types import UserError
 
 FIRST_CHOICE = (
@@ -53,7 +53,7 @@ def loss_of(fields: Iterable[str], given: str = '') -> Loss:
     >>> loss_of(['actor_loss', 'critic_loss'])
     Loss(field=None, candidates=('actor_loss', 'critic_loss'))
     """
-    names = [name for name in fields if name not in RESERVED and not name.startswith('finite_')]
+    names = [name for name in fields if name not in OURS and not name.startswith('finite_')]
     if given:
         if given not in names:
             raise UserError(f'loss: no field {given!r} in the records; there are {", ".join(sorted(names))}')

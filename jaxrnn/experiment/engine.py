@@ -184,11 +184,11 @@ class Experiments:
             compiled,
             start,
             horizon,
-            lambda rows, since: self.judge.ended([*history, *rows], start),
+            lambda rows, since: self.judge.ended([*history, *_judged(change, rows)], start),
         )
 
     def _outcome(self, change: Change, rows: Sequence[Row], start: int) -> Outcome:
-        found = self.judge.found([*self._history_before(start), *rows], start)
+        found = self.judge.found([*self._history_before(start), *_judged(change, rows)], start)
         reached = rows[-1]['step'] + 1 if rows else self.window.start
         loss = self.subject.loss
         acted = has_effect(rows, self._control, self._nudged, loss)
@@ -217,6 +217,10 @@ class Experiments:
         for change in changes:
             if self._cache.get(change.identity, self._start_of(change), self.window.horizon) is None:
                 self.replayer.compiled(change)
+
+
+def _judged(change: Change, rows: Sequence[Row]) -> Sequence[Row]:
+    return [row for row in rows if row['step'] not in change.unjudged]
 
 
 def _not_possible(change: Change, start: int, error: Exception) -> Outcome:

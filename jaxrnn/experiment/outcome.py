@@ -3,10 +3,12 @@
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
+import jax
+
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.window import Window
-from jaxrnn.types import BatchAt, Step, Tree
+from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 VERDICTS = ('averted', 'delayed', 'unchanged', 'worse', 'not possible')
 """The best first; the last of a change that can't be made, traced or run."""
@@ -35,6 +37,24 @@ class Changed(NamedTuple):
     batch_at: BatchAt
     convert: Callable[[Tree], Tree] = lambda state: state  # the run's state -> the changed run's
     wide: bool = False  # whether it is computed where there are 64-bit types
+    # A state as the changed run's, or the function that makes one: for a state that holds more than numbers, as flax's
+    # TrainState holds its optimiser. The run's numbers are put into its structure.
+    like: Tree = None
+
+    def state(self, state: Tree) -> Tree:
+        """What the changed run starts from instead of a state of the run's. Raises UserError where `like` has other
+        numbers than the run's state has."""
+        state = self.convert(state)
+        if self.like is None:
+            return state
+        wanted, structure = jax.tree.flatten(self.like() if callable(self.like) else self.like)
+        leaves = jax.tree.leaves(state)
+        if len(wanted) != len(leaves):
+            raise UserError(
+                f'like: {len(wanted)} numbers and tensors found, {len(leaves)} as in the run expected; give '
+                'convert= for a state with others'
+            )
+        return jax.tree.unflatten(structure, leaves)
 
 
 class Change(NamedTuple):
@@ -64,6 +84,8 @@ class Change(NamedTuple):
     avoids: bool = False
     # Whether all it does is to make steps shorter, which helps against almost anything for a while.
     shortens: bool = False
+    # Steps whose records say nothing of whether it averts: of one that takes back what a step did.
+    unjudged: tuple[int, ...] = ()
     # Itself with steps so many times as long; None where that is the run as it was, which broke.
     stressed: 'Callable[[int], Change | None] | None' = None
 

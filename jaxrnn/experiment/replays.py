@@ -127,7 +127,7 @@ class ChangeReplayer:
         begin = self.state(start)
         rows: list[Row] = []
         with jax.enable_x64(changed.wide or jax.config.values['jax_enable_x64']):
-            state = _copied(changed.convert(begin))  # of which a step may consume what `convert` keeps
+            state = _copied(changed.state(begin))  # of which a step may consume what `convert` keeps
             for first in range(start, horizon, LOOK_EVERY):
                 stop = min(first + LOOK_EVERY, horizon)
                 more, state = self._advance(observed, changed.batch_at, state, first, stop)
@@ -154,7 +154,7 @@ class ChangeReplayer:
             return CompiledChange(changed, ours.observed)
         with jax.enable_x64(wide or changed.wide):
             compiled = CompiledChange(changed, telemetry.PlainStep(changed.step))
-            state = changed.convert(_copied(self._snapshots[self._start]))
+            state = changed.state(_copied(self._snapshots[self._start]))
             compiled.observed.prepare(state, changed.batch_at(self._start))
         return compiled
 

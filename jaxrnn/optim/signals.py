@@ -270,19 +270,69 @@ def of_adam(
     each = _signals(adam, sums) | {
         'epsilon_margin': _margins(adam, [leaves[4] for leaves in tensors.values()])
     }
-    whole = _joined(sums)
-    wholes = _signals(adam, whole)
-    worst = {'highest': jnp.max, 'lowest': jnp.min, 'whole': lambda x: x}
-    record = {
-        signal.name: worst[signal.worst]((wholes if signal.worst == 'whole' else each)[signal.name])
-        for signal in OF_ADAM
-    }
-    norms = dict(zip(NORMS, (whole.gg, whole.uu, whole.pp), strict=True))
+    record = _record(each, adam, sums)
     if parts == 1:
-        return record | {name: jnp.sqrt(square) for name, square in norms.items()}
+        return record
     leaves = zip(*(leaves[:3] for leaves in tensors.values()), strict=True)
     thetas, gs, us = (tree.norm(list(column)) for column in leaves)
     return record | dict(zip(NORMS, (gs, us, thetas), strict=True))
+
+
+def of_samples(
+    gradients: Array,
+    m: Array,
+    v: Array,
+    v_tm1: Array,
+    *,
+    count: Any,
+    sizes: np.ndarray,
+    params: Array | None = None,
+    moved: Array | None = None,
+    b1: float,
+    b2: float,
+    eps: float | None = None,
+) -> Record:
+    """The signals of `of_adam`, estimated from some numbers of each tensor, where no more than a state is known.
+
+    The update is taken to be m̂ / (√v̂ + ε), which is of a learning rate of 1.
+
+    Args:
+        gradients: [tensors, samples], as are the next three; that follow from the mean and the mean before it.
+        m: after the step.
+        v: after the step.
+        v_tm1: before it.
+        count: of the steps that Adam made.
+        sizes: of the tensors [tensors].
+        params: after the step, and
+        moved: how far the step moved them; without them there is no `relative_step` and no norm of theirs.
+        eps: None where it isn't known; then there is no `epsilon_margin`.
+    """
+    adam = _adam(count, 1.0, b1, b2, NO_EPSILON if eps is None else eps, False)
+    u = -(m / adam.mean) / (jnp.sqrt(v / adam.square) + adam.epsilon)
+    rounding = ULPS * (1 + 1 / (1 - b1))  # of a gradient that is a difference of means
+    theta = jnp.zeros_like(m) if params is None else params
+    sums = _scaled(_of_rows(_terms(adam, theta, gradients, u, m, v, v_tm1, rounding)), sizes)
+    record = _record(_signals(adam, sums) | {'epsilon_margin': _margins(adam, list(v))}, adam, sums)
+    if eps is None:
+        del record['epsilon_margin']
+    for name in ('relative_step', 'update_norm', 'parameter_norm'):
+        del record[name]
+    if params is None or moved is None:
+        return record
+    squares = jnp.asarray(sizes / m.shape[1], m.dtype)[None] * jnp.sum(
+        jnp.square(jnp.stack([moved, params])), axis=2
+    )
+    steps, thetas = jnp.sqrt(squares)
+    norms = jnp.sqrt(jnp.sum(squares, axis=1))
+    return record | {
+        'relative_step': jnp.max(_ratio(steps, thetas)),
+        'update_norm': norms[0],
+        'parameter_norm': norms[1],
+    }
+
+
+NO_EPSILON = 1e-18
+"""Stands for an epsilon that isn't known: its square is still a float32."""
 
 
 def per_tensor(
@@ -349,7 +399,40 @@ def _are_real(leaves: list[Array]) -> bool:
     return all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
 
 
+def _record(each: dict[str, Array], adam: Adam, sums: _Sums) -> dict[str, Array]:
+    """The worst of each tensor's signals, those that are of the whole tree, and the norms."""
+    whole = _joined(sums)
+    wholes = _signals(adam, whole)
+    worst = {'highest': jnp.max, 'lowest': jnp.min, 'whole': lambda x: x}
+    record = {
+        signal.name: worst[signal.worst]((wholes if signal.worst == 'whole' else each)[signal.name])
+        for signal in OF_ADAM
+    }
+    norms = zip(NORMS, (whole.gg, whole.uu, whole.pp), strict=True)
+    return record | {name: jnp.sqrt(square) for name, square in norms}
+
+
 def _sums(adam: Adam, p: Array, g: Array, u: Array, m: Array, v: Array, v_tm1: Array | None = None) -> _Sums:
+    return _Sums(v.size, *_reduced(_terms(adam, p, g, u, m, v, v_tm1)))
+
+
+def _of_rows(terms: tuple[Array, ...]) -> _Sums:
+    """Of terms [tensors, samples] each row's sums."""
+    zeros = tuple(np.zeros((), term.dtype) for term in terms)
+    return _Sums(terms[0].shape[1], *lax.reduce(terms, zeros, _combine, (1,)))
+
+
+def _terms(
+    adam: Adam,
+    p: Array,
+    g: Array,
+    u: Array,
+    m: Array,
+    v: Array,
+    v_tm1: Array | None = None,
+    ulps: float = ULPS,
+) -> tuple[Array, ...]:
+    """What is summed of a tensor's numbers, in the order of _Sums; of the last the maximum is taken."""
     stored = jnp.finfo(v.dtype)
     wide = jnp.promote_types(v.dtype, jnp.float32)
     p, g, u, m, v = (x.astype(wide) for x in (p, g, u, m, v))
@@ -365,10 +448,10 @@ def _sums(adam: Adam, p: Array, g: Array, u: Array, m: Array, v: Array, v_tm1: A
         v,
         g * g / jnp.maximum(v * square, jnp.maximum(adam.epsilon**2, stored.tiny)),
         (m * m > SATURATED**2 * adam.mean**2 * square * v).astype(wide),
-        (~(v >= (1 - ULPS * float(stored.eps)) * least - float(stored.tiny))).astype(wide),
+        (~(v >= (1 - ulps * float(stored.eps)) * least - float(stored.tiny))).astype(wide),
         jnp.abs(u),
     )
-    return _Sums(v.size, *_reduced(terms))
+    return tuple(term.astype(wide) for term in terms)  # under 64-bit types the constants are wider
 
 
 def _part(leaves: tuple[Array, ...], count: Array, parts: int) -> tuple[Array, ...]:

@@ -1,11 +1,11 @@
 """What a step did to its state: signals for anybody's step, of the state before and after it alone.
 
-They are read from SAMPLE numbers of each tensor, so that they cost next to nothing, and so that the state before a
-step, whose buffers the step overwrites, need not be copied.
+They are read from SAMPLE numbers of each tensor. Those of the state before a step are taken when it comes out of the
+step before: a step that read the state which it overwrites would have to copy it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,22 @@ FEWEST = 4
 """Numbers of which it says something that all were multiplied by the same."""
 
 
-def of_step(before: Tree, after: Tree) -> dict[str, Array]:
+class SampledState(NamedTuple):
+    """SAMPLE numbers of each tensor of a state, float32 [tensors, SAMPLE]; None where it has no such tensors."""
+
+    moving: Array | None  # beside an optimiser's bookkeeping
+    first_moments: Array | None
+    squares: Array | None
+
+
+def sampled(state: Tree) -> SampledState:
+    """What `of_step` needs of the state before a step."""
+    moving = [leaf for leaf in _without_means(state) if _is_float(leaf) and jnp.size(leaf)]
+    leaves = moving, _means(state, FIRST_MOMENTS), _means(state, ('nu',))
+    return SampledState(*(jnp.stack([_sampled(leaf) for leaf in kind]) if kind else None for kind in leaves))
+
+
+def of_step(before: SampledState, after: Tree) -> dict[str, Array]:
     """Signals of one step.
 
         state_rms       root mean square of the state's floating-point numbers, after the step
@@ -51,32 +66,28 @@ def of_step(before: Tree, after: Tree) -> dict[str, Array]:
                         they decay by a few hundredths a step, unless they are set back
 
     Args:
-        before: the state that the step starts from.
-        after: of the same structure.
+        before: of the state that the step starts from.
+        after: the state; of the same structure, or else there are no signals.
     """
-    pairs = [
-        (old, new)
-        for old, new in zip(_without_means(before), _without_means(after), strict=False)
-        if _is_float(old) and _is_float(new) and jnp.size(old) and jnp.shape(old) == jnp.shape(new)
-    ]
-    if not pairs or jax.tree.structure(before) != jax.tree.structure(after):  # type: ignore[operator]
+    now = sampled(after)
+    if now.moving is None or jax.tree.map(jnp.shape, before) != jax.tree.map(jnp.shape, now):
         return {}
-    old, new = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in zip(*pairs, strict=True))
-    sizes = np.array([jnp.size(leaf) for leaf, _ in pairs], np.float32)
-    weights = jnp.asarray(sizes / sizes.sum())
-    moved = new - old
+    assert before.moving is not None  # as they have the same shapes
+    sizes = [jnp.size(leaf) for leaf in _without_means(after) if _is_float(leaf) and jnp.size(leaf)]
+    weights = jnp.asarray(np.array(sizes, np.float32) / sum(sizes))
+    moved = now.moving - before.moving
     record = {
-        'state_rms': _rms(new, weights),
+        'state_rms': _rms(now.moving, weights),
         'state_moved': _rms(moved, weights),
         'state_still': jnp.mean((jnp.max(jnp.abs(moved), axis=1) == 0).astype(jnp.float32)),
     }
-    means = _means(before, FIRST_MOMENTS), _means(after, FIRST_MOMENTS)
-    if sum(leaf.size for leaf in means[0]) >= FEWEST and len(means[0]) == len(means[1]):
-        record['moments_fading'] = _fading(*means).astype(jnp.float32)
-    squares = _means(before, ('nu',)), _means(after, ('nu',))
-    if squares[0] and len(squares[0]) == len(squares[1]):
-        was, now = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in squares)
-        record['moments_lost'] = jnp.mean((now < FALLS * was).astype(jnp.float32))
+    first_moments = _means(after, FIRST_MOMENTS)
+    if sum(leaf.size for leaf in first_moments) >= FEWEST:
+        rounding = np.array([2 * float(jnp.finfo(leaf.dtype).eps) for leaf in first_moments], np.float32)
+        fading = _fading(before.first_moments, now.first_moments, rounding)
+        record['moments_fading'] = fading.astype(jnp.float32)
+    if before.squares is not None and now.squares is not None:
+        record['moments_lost'] = jnp.mean((now.squares < FALLS * before.squares).astype(jnp.float32))
     return record
 
 
@@ -87,13 +98,12 @@ def _rms(rows: Array, weights: Array) -> Array:
     return scale * jnp.sqrt(jnp.sum(weights * jnp.mean(jnp.square(rows / scale), axis=1)))
 
 
-def _fading(old: list[Array], new: list[Array]) -> Array:
-    before, after = (jnp.stack([_sampled(leaf) for leaf in leaves]) for leaves in (old, new))
-    rounding = jnp.asarray([2 * float(jnp.finfo(leaf.dtype).eps) for leaf in old])[:, None]
+def _fading(before: Any, after: Any, rounding: np.ndarray) -> Array:
+    """Of samples [K, SAMPLE], of tensors whose numbers are rounded by so much [K]."""
     place = jnp.argmax(jnp.abs(before))
     largest = before.ravel()[place]
     factor = after.ravel()[place] / jnp.where(largest == 0, 1, largest)
-    alike = jnp.abs(after - factor * before) <= rounding * jnp.abs(before)
+    alike = jnp.abs(after - factor * before) <= rounding[:, None] * jnp.abs(before)
     return jnp.all(alike) & (factor > 0) & (factor < FADES)
 
 

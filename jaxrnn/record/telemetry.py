@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxrnn import tree
-from jaxrnn.record import motion
+from jaxrnn.record import adam, motion
 from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
 
 Row = Mapping[str, Any]
@@ -32,6 +33,9 @@ RESERVED = frozenset(
     ('step', FINITE_STATE, DIGEST, 'checkify', 'debug_nans', 'all_finite', 'sound', *motion.FIELDS)
 )
 """Names that a row, or a rule, gives a meaning of its own."""
+
+OURS = RESERVED | {*adam.FIELDS}
+"""All that we add; of an optimiser's signals a step may have its own, by the same names."""
 
 OWN = 'record_'
 """What a step's own field of a reserved name is called by: its `step` is `record_step`."""
@@ -71,22 +75,25 @@ class InstrumentedStep:
     """
 
     def __init__(self, step: Step, *, checks: bool, signals: bool = True):
-        def observed(before: Tree, batch: Tree, digest: bool) -> tuple[Tree, Record]:
-            state, record = step(before, batch)
-            digested = jax.lax.cond(digest, tree.digest, lambda _: jnp.asarray(NO_DIGEST), state)
-            return state, _observed(before if signals else (), state, record, digested)
+        def observed(state: Tree, batch: Tree, before: _Sampled, digest: bool):
+            after, record = step(state, batch)
+            digested = jax.lax.cond(digest, tree.digest, lambda _: jnp.asarray(NO_DIGEST), after)
+            found = _signals(step, state, batch, before, after) if signals else {}
+            return after, _observed(found, after, record, digested), _sampled(after) if signals else UNSAMPLED
 
         self._checks = checks
+        self._samples = _Samples(signals)
         whole = checkify.checkify(observed, errors=checkify.float_checks) if checks else observed
         self._compiled = jax.jit(whole, donate_argnums=0)
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
-        out = self._compiled(state, batch, digest)
-        error, (state, record) = out if self._checks else (None, out)
+        out = self._compiled(state, batch, self._samples.of(state), digest)
+        error, (state, record, samples) = out if self._checks else (None, out)
+        self._samples.keep(state, samples)
         return state, Observation(record, error)
 
     def prepare(self, state: Tree, batch: Tree) -> None:
-        self._compiled.lower(state, batch, False).compile()
+        self._compiled.lower(state, batch, self._samples.shape(state), False).compile()
 
 
 class PlainStep:
@@ -99,20 +106,80 @@ class PlainStep:
             step if isinstance(step, Staged) else Staged(_nothing, lambda state, batch, _: step(state, batch))
         )
 
-        def finish(state: Tree, batch: Tree, found: Tree) -> tuple[Tree, Record]:
+        def finish(state: Tree, batch: Tree, found: Tree, before: _Sampled):
             after, record = staged.finish(state, batch, found)
-            return after, _observed(state, after, record, NO_DIGEST)
+            signals = _signals(step, state, batch, before, after)
+            return after, _observed(signals, after, record, NO_DIGEST), _sampled(after)
 
+        self._samples = _Samples()
         self._begin, self._finish = jax.jit(staged.begin), jax.jit(finish, donate_argnums=0)
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
-        state, record = self._finish(state, batch, self._begin(state, batch))
+        samples = self._samples.of(state)
+        state, record, samples = self._finish(state, batch, self._begin(state, batch), samples)
+        self._samples.keep(state, samples)
         return state, Observation(record, None)
 
     def prepare(self, state: Tree, batch: Tree) -> None:
         begun = jax.eval_shape(self._begin, state, batch)
         self._begin.lower(state, batch).compile()
-        self._finish.lower(state, batch, begun).compile()
+        self._finish.lower(state, batch, begun, self._samples.shape(state)).compile()
+
+
+class _Sampled(NamedTuple):
+    """What signals need of the state before a step."""
+
+    moving: motion.SampledState
+    adam: adam.SampledMoments | None
+
+
+UNSAMPLED = _Sampled(motion.SampledState(None, None, None), None)
+
+
+class _Samples:
+    """Of the state before a step: what came out of the step before with it, if it is that state."""
+
+    def __init__(self, wanted: bool = True):
+        self._wanted = wanted
+        self._kept: tuple[list[weakref.ref], _Sampled] | None = None
+
+    def of(self, state: Tree) -> _Sampled:
+        if not self._wanted:
+            return UNSAMPLED
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            leaves, (refs, samples) = jax.tree.leaves(state), kept
+            if len(leaves) == len(refs) and all(map(_is_still, leaves, refs)):
+                return samples
+        return _compiled_sampled(state)
+
+    def keep(self, state: Tree, samples: _Sampled) -> None:
+        """Without holding the state, whose buffers belong to the next step."""
+        self._kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)], samples
+
+    def shape(self, state: Tree) -> Any:
+        return jax.eval_shape(_sampled, state) if self._wanted else UNSAMPLED
+
+
+def _is_still(leaf: Any, kept: weakref.ref) -> bool:
+    return leaf is kept()
+
+
+def _sampled(state: Tree) -> _Sampled:
+    return _Sampled(motion.sampled(state), adam.sampled(state))
+
+
+_compiled_sampled = jax.jit(_sampled)
+
+
+def _signals(step: Step, state: Tree, batch: Tree, before: _Sampled, after: Tree) -> Record:
+    """Signals of a step, if it gives a state like the one that it takes."""
+    if jax.tree.structure(state) != jax.tree.structure(after):  # type: ignore[operator]
+        return {}
+    found = motion.of_step(before.moving, after)
+    if before.adam is None or (constants := adam.constants_of(step, state, batch)) is None:
+        return found
+    return {**adam.of_step(constants, before.adam, after), **found}
 
 
 NO_DIGEST = np.zeros(2, np.uint32)
@@ -122,9 +189,10 @@ def _nothing(state: Tree, batch: Tree) -> Tree:
     return ()
 
 
-def _observed(before: Tree, state: Tree, record: Record, digest: Any) -> Record:
+def _observed(signals: Record, state: Tree, record: Record, digest: Any) -> Record:
+    """A field of the step's own stays its own, also where it is called as one of Adam's signals is."""
     ours = {FINITE_STATE: tree.all_finite(state), DIGEST: digest}
-    return _scalars(record) | motion.of_step(before, state) | ours
+    return {**signals, **_scalars(record), **ours}
 
 
 @functools.lru_cache(maxsize=16)

@@ -33,6 +33,9 @@ What every file knows:
 `compiled_otherwise`, a step whose equations are finite, but not compiled together:
     compiled    the smallest piece of a program whose compiled form differs from its equations
 
+`averages.decay`, an optimiser's constants:
+    averages    by what a step multiplies the averages in its state
+
 `compare` and `lost_precision`, a step whose values are finite:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
