@@ -242,3 +242,65 @@ def test_still_as_good():
     assert 0.28 < course.still_as_good(np.full(50, 0.2) * NOISE[:50]) < 0.35
     assert course.still_as_good(np.array([])) is None
     assert course.still_as_good(np.array([np.nan, -2.0])) == pytest.approx(-1.0)
+
+
+def test_what_was_learnt_and_is_lost_again_by_the_loss_alone():
+    losses = np.r_[np.exp(-STEPS[:300] / 50), np.full(300, 0.3)] * NOISE
+    found = judged(of_losses(losses))
+    assert found.symptom.kind in ('collapse', 'spike')  # it leaps
+    slowly = np.exp(np.r_[-STEPS[:200] / 40, -5 + STEPS[:400] / 100]) * np.exp(0.5 * np.log(NOISE) * 10)
+    found = judged(of_losses(slowly))
+    assert found.symptom.kind == 'collapse' and began(of_losses(slowly)) < found.symptom.step
+    # Not where next to nothing is left to learn, nor where little was learnt, nor where it comes of itself.
+    assert (
+        judged(of_losses(np.exp(np.r_[-STEPS[:200] / 20, -10 + STEPS[:400] / 100]) * NOISE)).symptom is None
+    )
+    for scatter in (0.3, 1.0):
+        for seed in range(25):
+            falling = np.exp(-STEPS / 200 + scatter * np.random.default_rng(seed).normal(size=600))
+            assert judged(of_losses(falling)).symptom is None, (scatter, seed)
+    curved = (1 + np.cos(STEPS / 30)) / 4 + 0.4
+    assert judged(of_losses(curved * NOISE)).symptom is None
+
+
+def test_leaps_among_scattered_losses():
+    """One that stays, or many; not one that batches give now and then."""
+    scattered = np.exp(-3 + 0.9 * np.random.default_rng(3).normal(size=600))
+    scattered[:40] += np.linspace(1, 0, 40)
+    assert judged(of_losses(scattered)).symptom is None
+    stays = scattered.copy()
+    stays[500:] = 3
+    found = judged(of_losses(stays))
+    assert (found.symptom.kind, found.symptom.step) == ('spike', 500)
+    many = np.where(np.random.default_rng(1).random(600) < 0.1, 2.5, 1e-4) * NOISE
+    many[:20] = 0.7
+    assert judged(of_losses(many)).symptom.kind == 'spike'
+
+
+def partly_still(losses, since, share=0.3, moved=1e-3):
+    still = np.where(since <= STEPS, share, 0.0)
+    return of_losses(losses, state_still=still, state_moved=np.full(600, moved), moments_fading=np.zeros(600))
+
+
+def test_a_part_that_moves_no_more():
+    """It counts where the loss isn't as good any more, and the rest moves on."""
+    good = np.exp(-STEPS / 60) + 0.2
+    worse = np.where(STEPS < 200, good, 0.4)
+    found = judged(partly_still(worse * NOISE, 180))
+    assert found.symptom.kind == 'dead' and began(partly_still(worse * NOISE, 180)) == 180
+    assert judged(partly_still(good * NOISE, 180)).symptom is None
+    columns = partly_still(worse * NOISE, 180)
+    columns['state_moved'][150:] = 1e-6  # as where a schedule ends
+    assert judged(columns).symptom is None
+    columns = partly_still(worse * NOISE, 0)  # frozen from the first step on
+    assert judged(columns).symptom is None
+    found = judged(partly_still(np.where(STEPS < 400, worse, 0.21) * NOISE, 180))
+    assert found.symptom is None and any('came to its best without them' in note.why for note in found.notes)
+
+
+def test_a_leap_comes_before_the_part_that_died_of_it():
+    losses = (np.exp(-STEPS / 60) + 0.2) * NOISE
+    losses[200:] = 0.5 * NOISE[200:]
+    losses[200:230] = 9
+    found = judged(partly_still(losses, 220))
+    assert (found.symptom.kind, found.symptom.step) == ('spike', 200)

@@ -3,6 +3,8 @@
 What a fault looks like in records alone is in course_test, what a step does to its examples in axes_test.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,3 +290,124 @@ def test_checks_that_need_no_words(tmp_path):
         and checks['inputs and weights are scaled']
         and checks['something was learnt']
     )
+
+
+def adam_run(rate=lambda count: 1e-2, hit=None, at=-1, depth=2):
+    """A small network under Adam; `hit` changes its state within one step, before it trains."""
+    optimiser = optax.adam(rate)
+    teacher = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
+
+    def init():
+        keys = jax.random.split(jax.random.key(0), 2)
+        params = {
+            'first': {'w': jax.random.normal(keys[0], (6, 16)) / 3, 'b': jnp.zeros(16)},
+            'second': {'w': jax.random.normal(keys[1], (16, 3)) / 4, 'b': jnp.zeros(3)},
+        }
+        return {'params': params, 'opt': optimiser.init(params), 'count': jnp.int32(0)}
+
+    def batch_at(k):
+        x = np.random.default_rng(k).normal(size=(16, 6)).astype(np.float32)
+        return x, np.tanh(x @ teacher)
+
+    def loss_of(params, x, y):
+        hidden = jax.nn.relu(x @ params['first']['w'] + params['first']['b'][None])
+        return jnp.mean((hidden @ params['second']['w'] + params['second']['b'][None] - y) ** 2)
+
+    def step(state, batch):
+        if hit is not None:
+            now = state['count'] == at
+            state = jax.tree.map(lambda new, old: jnp.where(now, new, old), hit(state), state)
+        loss, g = jax.value_and_grad(loss_of)(state['params'], *batch)
+        updates, opt = optimiser.update(g, state['opt'])
+        params = optax.apply_updates(state['params'], updates)
+        return {'params': params, 'opt': opt, 'count': state['count'] + 1}, {'loss': loss}
+
+    return step, batch_at, init
+
+
+@pytest.mark.parametrize(
+    ('leaf', 'value'), [(('second', 'w'), 300.0), (('first', 'b'), -1e3)], ids=['corrupt', 'dead']
+)
+def test_a_step_that_wrote_to_the_state_is_named_with_the_tensor(leaf, value, tmp_path):
+    """Its batch is innocent, and so is the length of its steps."""
+
+    def hit(state):
+        params = jax.tree.map(lambda x: x, state['params'])
+        params[leaf[0]][leaf[1]] = params[leaf[0]][leaf[1]] * 0 + value
+        return {**state, 'params': params}
+
+    found = diagnosed(adam_run(hit=hit, at=137), tmp_path, 400)
+    assert found.cause.kind == 'program' and 'without step 137' in found.cause.why, found
+    path = f'state/params/{leaf[0]}/{leaf[1]}'
+    assert path in found.cause.why
+    said = outcomes(found)
+    assert said['without step 137'] == 'averted' and said['without the batch of step 137'] != 'averted'
+    if found.where['pass'] == 'update':
+        assert found.where['layer'] == path
+    assert (
+        found.remedies[0]['name'] != 'without step 137'
+        or len([*filter('averted'.__eq__, said.values())]) == 1
+    )
+
+
+def test_means_that_were_set_back_are_the_optimiser_s_fault(tmp_path):
+    def hit(state):
+        adam, *others = state['opt']
+        return {**state, 'opt': (adam._replace(nu=jax.tree.map(jnp.zeros_like, adam.nu)), *others)}
+
+    found = diagnosed(adam_run(hit=hit, at=60), tmp_path, 300)
+    assert found.cause.kind == 'optimiser' and 'set back' in found.cause.why, found
+
+
+SCHEDULES = {
+    'a jump': (lambda n: jnp.where(n >= 150, 1.0, 1e-2), 'a learning rate of 0.01, as before'),
+    'upwards': (lambda n: jnp.where(n >= 60, -1e-2, 1e-2), 'a learning rate of 0.01, as before'),
+    'far too long': (lambda n: 3.0, 'the usual learning rate, 0.001'),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_a_rate_that_is_another_is_found_without_being_told(name, tmp_path):
+    """By what the state shows of it, and proven at the rate that it had."""
+    schedule, change = SCHEDULES[name]
+    found = diagnosed(adam_run(rate=schedule), tmp_path, 400)
+    assert found.cause.kind == 'optimiser', found
+    assert outcomes(found)[change] == 'averted', found
+
+
+def test_a_rate_that_fell_to_nothing_too_soon(tmp_path):
+    found = diagnosed(adam_run(rate=lambda n: jnp.maximum(0, 1e-2 * (1 - n / 60))), tmp_path, 300)
+    assert (found.symptom.kind, found.cause.kind) == ('dead', 'optimiser'), found
+    assert any(name.endswith('as before') and said == 'averted' for name, said in outcomes(found).items())
+
+
+def test_a_state_that_holds_its_optimiser_is_changed_by_like(tmp_path):
+    """As flax's TrainState does: a changed step alone would use the run's own."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class TrainState:
+        w: jax.Array
+        rate: float = dataclasses.field(metadata={'static': True})
+
+    def step(state, x):
+        loss, g = jax.value_and_grad(lambda w: jnp.mean((w - x) ** 2))(state.w)
+        return dataclasses.replace(state, w=state.w - state.rate * g), {'loss': loss}
+
+    def batch_at(k):
+        return np.float32([0.1, 0.2, 0.3])
+
+    def init(rate=4.0):
+        return TrainState(jnp.ones(3), rate)
+
+    changes = [
+        Change('less', 'optimiser', lambda: Changed(step, batch_at, like=lambda: init(0.1))),
+        Change('no effect', 'optimiser', lambda: Changed(step, batch_at)),
+        Change(
+            'another', 'optimiser', lambda: Changed(step, batch_at, like={'w': np.ones(3), 'v': np.ones(3)})
+        ),
+    ]
+    found = diagnosed((step, batch_at, init), tmp_path, 60, changes)
+    said = outcomes(found)
+    assert said['less'] == 'averted' and said['no effect'] == 'unchanged' and found.cause.kind == 'optimiser'
+    assert said['another'].startswith('not possible: like: 2 numbers and tensors found, 1 as in the run')

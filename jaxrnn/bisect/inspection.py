@@ -16,6 +16,7 @@ from jax.experimental import checkify
 from jaxrnn import detect, environment, trace, tree
 from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
+from jaxrnn.bisect.state_leap import StateLeap, state_leap
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
@@ -41,6 +42,7 @@ class Inspection(NamedTuple):
     screens: tuple[dict[str, Any], ...] = ()  # what JAX's own tools say, as checks of a diagnosis
     precision: trace.PrecisionReport | None = None  # what float64 says, where it was asked for
     compiled: trace.CompiledDifference | None = None  # where only the compiled step isn't finite
+    leap: StateLeap | None = None  # of a finite step, where the batch did not bring it
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
@@ -48,7 +50,12 @@ class Inspection(NamedTuple):
             return of_compiled(self.compiled)
         if self.trace_report is not None and self.trace_report.finding is not None:
             return of_finding(self.trace_report.finding)
-        return None if self.comparison is None else of_comparison(self.comparison)
+        if self.comparison is None:
+            return None
+        found = of_comparison(self.comparison)
+        if self.leap is not None and self.leap.alone:
+            return {**found, 'pass': 'update', 'op': '', 'source': '', 'layer': self.leap.leaf}
+        return found
 
 
 def inspect(
@@ -114,7 +121,9 @@ def locate(
         unknown = health.check('the step can be looked into', None, 0, said[:200])
         return dataclasses.replace(diagnosis, checks=(*diagnosis.checks, unknown)), None
     finding = None if found.trace_report is None else found.trace_report.finding
-    checks = (*diagnosis.checks, *([] if finding is None else [what_broke(finding)]), *found.screens)
+    more = [] if finding is None else [what_broke(finding)]
+    more += [] if found.leap is None else [what_leapt(found.leap)]
+    checks = (*diagnosis.checks, *more, *found.screens)
     cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
 
@@ -151,11 +160,14 @@ def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -
     if symptom.kind == 'dead':
         step = max(began - 1, first)
         return inspect(subject, step, finite=True, against=_ordinary(subject, step), screens=screens)
-    step = _leap(subject, began, step)
+    seen, step = step, _leap(subject, began, step)
     against = _ordinary(subject, began)
     if against is None and step > first:
         against = first  # it began with the first step of all
-    return inspect(subject, step, finite=True, against=against, screens=screens)
+    found = inspect(subject, step, finite=True, against=against, screens=screens)
+    if found.comparison is None or found.comparison.by_batch:
+        return found
+    return found._replace(leap=state_leap(subject, began, seen))
 
 
 def _leap(subject: Subject, began: int, step: int) -> int:
@@ -187,6 +199,13 @@ def what_broke(finding: trace.Finding) -> dict[str, Any]:
     ]
     why = '; '.join(each for each in said if each)
     return health.check('what broke', False, finding.elements, why)
+
+
+def what_leapt(leap: StateLeap) -> dict[str, Any]:
+    """A step that moved a tensor as no step before it did, as a check of a diagnosis."""
+    others = 'no other tensor did nearly so' if leap.alone else 'others did so, too'
+    why = f'step {leap.step} moved {leap.leaf} {leap.times:.3g} times as far as the steps before; {others}'
+    return health.check('steps move the state alike', False, leap.times, why)
 
 
 def _numbers_of(operand: trace.Range) -> str:

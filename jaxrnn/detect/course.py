@@ -108,7 +108,17 @@ def _rank(event: Event, found: Sequence[Event], detectors: Sequence[Detector], c
         own = next(detector for detector in detectors if detector.kind == 'diverged')
         if lasted_since(own, columns, other.step) + SHORT < event.step:
             return kinds.index('diverged') + 0.5, event.step
+    if event.kind == 'spike' and any(
+        _is_partial(other, columns) and event.step <= other.step for other in found
+    ):
+        return kinds.index('dead') - 0.5, event.step
     return kinds.index(event.kind), event.step
+
+
+def _is_partial(event: Event, columns: Series) -> bool:
+    """Whether it is that a part of the state moves no more."""
+    steps = columns[rule_language.STEP]
+    return event.kind == 'dead' and not _wholly_still(columns)[steps == event.step].any()
 
 
 def _events(

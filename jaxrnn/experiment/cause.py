@@ -27,6 +27,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
         outcomes: of experiments.
         by_batch: as in `cause_of`.
     """
+    by_batch = _still_by_batch(outcomes, by_batch)
     evidence = evidence_of(outcomes, by_batch)
     mechanism = mechanism_of(outcomes, evidence)
 
@@ -51,7 +52,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
 def _advice(outcome: Outcome, evidence: Sequence[Outcome], by_batch: bool | None) -> int:
     """How good an advice it is, by what kind of change it is; the lower the better."""
     change = outcome.change
-    if change.name == OTHER_BATCHES:
+    if change.name == OTHER_BATCHES or change.unjudged:
         return 9
     if not by_batch:
         # What somebody can switch on comes before what only shows that shorter steps help.
@@ -78,6 +79,7 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
         kind = 'none' if report.control is None or report.identical else 'nondeterminism'
         return Cause(kind, undecided)
     outcomes = ranked(report.outcomes, by_batch=by_batch)
+    by_batch = _still_by_batch(outcomes, by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     failed = [o.change.name for o in outcomes if o.verdict not in (AVERTED, NOT_POSSIBLE)]
     fails = f'; not so {_listed(failed)}' if failed else ''
@@ -93,6 +95,8 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
     )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
     named = '' if mechanism is None else f'{_named(mechanism)}: '
+    if evidence[0].change.unjudged:
+        named = f'{evidence[0].change.means}: '
     return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
 
 
@@ -105,8 +109,14 @@ NO_EVIDENCE = {
 
 def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
     """Averting outcomes that may name the cause."""
+    by_batch = _still_by_batch(outcomes, by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     of_data = [outcome for outcome in averting if outcome.change.points_to == 'data']
+    of_step = [outcome for outcome in averting if outcome.change.unjudged]
+    averting = [outcome for outcome in averting if outcome not in of_step]
+    of_batch = by_batch or any(outcome.change.avoids for outcome in of_data)
+    if of_step and not of_batch and (not averting or any(o.change.decides for o in of_step)):
+        return of_step  # not its batch, and nothing else that it computes: the step did it
     if by_batch is False:
         # From a state at the edge any other batch averts a spike, too.
         others = [outcome for outcome in averting if outcome not in of_data]
@@ -118,6 +128,13 @@ def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     # Where the batch leaves nothing finite, code that bears it says more than that the batch can be left out.
     mended = [o for o in averting if o.change.points_to == 'model' and o.change.removes is None]
     return (mended if _nonfinite(outcomes) else []) or of_data
+
+
+def _still_by_batch(outcomes: Sequence[Outcome], by_batch: bool | None) -> bool | None:
+    """A batch that stands out, but without which the symptom comes all the same, is not the cause."""
+    avoiding = [outcome for outcome in outcomes if outcome.change.avoids and outcome.verdict != NOT_POSSIBLE]
+    innocent = len(avoiding) > 1 and all(outcome.verdict != AVERTED for outcome in avoiding)
+    return False if by_batch and innocent else by_batch
 
 
 def _nonfinite(outcomes: Sequence[Outcome]) -> bool:

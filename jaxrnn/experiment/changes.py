@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import trace, tree
+from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Subject
+from jaxrnn.bisect.state_leap import StateLeap, state_leap
+from jaxrnn.detect import rule_language
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.mechanisms import LOW_PRECISION
 from jaxrnn.experiment.outcome import OTHER_BATCHES, Change, Changed
 from jaxrnn.experiment.window import Window
-from jaxrnn.record import loop
-from jaxrnn.types import BatchAt, Record, Step, Tree
+from jaxrnn.record import adam, loop
+from jaxrnn.types import BatchAt, Record, Step, Tree, UserError
 
 NUDGE = 1e-6
 """Of each parameter, as a share: ten times float32's rounding, and nothing that training would notice."""
@@ -147,6 +150,99 @@ def guarded(subject: Subject) -> Change:
     )  # fmt: skip
 
 
+def without_step(subject: Subject, step: int, leap: StateLeap | None) -> Change:
+    """What one step does to the floating-point numbers of the state is left out; counters go on. That averts what the
+    step itself did, whatever its batch.
+
+    Args:
+        subject: the run.
+        step: the step that is left out.
+        leap: how it moved the state, if far; of a tensor that leapt alone no length of steps is the cause.
+    """
+    ours = step_of(subject)
+
+    def batch_at(number: int) -> Tree:
+        return subject.batch_at(number), np.bool_(number == step)
+
+    def kept(state: Tree, batch: Tree) -> tuple[Tree, Record]:
+        batch, left_out = batch
+        after, record = ours(state, batch)
+
+        def of(old: Any, new: Any) -> Any:
+            if not jnp.issubdtype(jnp.result_type(new), jnp.floating):
+                return new
+            return jnp.where(left_out, old, new).astype(jnp.result_type(new))
+
+        return jax.tree.map(of, state, after), record
+
+    set_back = _were_set_back(subject, step)
+    means = 'the step did something else to the state than to train it'
+    if set_back:
+        means = "the optimiser's means were set back in it"
+    elif leap is not None and leap.alone:
+        means = f'it moved {leap.leaf} {leap.times:.3g} times as far as the steps before, and no other tensor'
+    return Change(
+        f'without step {step}', 'optimiser' if set_back else 'program', lambda: Changed(kept, batch_at),
+        means=means, identity=f'without step {step}', unjudged=(step,),
+        decides=set_back or (leap is not None and leap.alone),
+    )  # fmt: skip
+
+
+def _were_set_back(subject: Subject, step: int) -> bool:
+    rows = (row for row in subject.records if row['step'] == step)
+    return any(row.get('moments_lost', 0) > health.MOST_LOST for row in rows)
+
+
+RATE_CHANGED = 3
+"""Times that a learning rate must be what it was to be tried as it was."""
+
+WELL_KNOWN = 32
+"""Steps before a symptom began of which the rate as it was is known."""
+
+USUAL_RATE, FAR_ABOVE = 1e-3, 50
+"""Adam's (Kingma and Ba 2015, algorithm 1), and so many times it, from where on it is tried."""
+
+
+def other_rate(subject: Subject, began: int, last: int) -> Change | None:
+    """Adam's learning rate as it was before a symptom began, if it is another since; the usual one, where it was far
+    above that from the first step on. None where neither is so, or no rate can be told from the state."""
+    columns = subject.columns()
+    rates = columns.get(adam.RATE)
+    if rates is None:
+        return None
+    steps = columns[rule_language.STEP]
+    before = rates[(steps < began - 1) & np.isfinite(rates)]
+    since = rates[(steps >= began - 1) & (steps <= last) & np.isfinite(rates)]
+    if not since.size:
+        return None
+    now, first = float(np.median(since)), np.median(rates[np.isfinite(rates)][:WELL_KNOWN])
+    if before.size >= WELL_KNOWN:
+        was = float(np.quantile(before, 0.9))
+        extreme = max(since, key=lambda rate: abs(np.log(max(abs(rate), 1e-30) / max(abs(was), 1e-30))))
+        if was > 0 and not all(was / RATE_CHANGED < rate < was * RATE_CHANGED for rate in (now, extreme)):
+            return at_rate(subject, was, f'a learning rate of {was:.3g}, as before')
+    if first > FAR_ABOVE * USUAL_RATE:
+        return at_rate(subject, USUAL_RATE, f'the usual learning rate, {USUAL_RATE:g}')
+    return None
+
+
+def at_rate(subject: Subject, rate: float, name: str) -> Change:
+    """Adam's steps at another learning rate, whatever the run's is; weight decay and the like as they are."""
+    step = step_of(subject)
+
+    def other(state: Tree, batch: Tree) -> tuple[Tree, Record]:
+        after, record = step(state, batch)
+        constants = adam.constants_of(step, state, batch)
+        if constants is None:
+            raise UserError('no Adam found in the state whose constants are written in the step')
+        return adam.at_rate(constants, state, after, rate), record
+
+    return Change(
+        name, 'optimiser', lambda: Changed(other, subject.batch_at),
+        means=f'the learning rate is {rate:.3g}', identity=name,
+    )  # fmt: skip
+
+
 def step_of(subject: Subject) -> Step:
     if subject.step is None:
         raise ValueError('a subject without its step can be replayed, not changed')
@@ -189,11 +285,24 @@ def of_anybody(
     changes: Sequence[Change],
     began: int,
 ) -> list[Change]:
-    """In their order: the user's own changes, and those that any step can be given."""
+    """In their order: the user's own changes, and those that any step can be given; what the records show first."""
     general = [in_slow_motion(subject, share, name) for share, name in SLOWER]
     if symptom.kind == 'nonfinite':
         general = [guarded(subject), *general]
-    return in_order(subject, window, bad_batches, [*changes, *general], began)
+    rate = other_rate(subject, began, symptom.step)
+    general = [*([] if rate is None else [rate]), *general]
+    if not bad_batches and not window.lasting:
+        leap = state_leap(subject, began, symptom.step)
+        step = began if leap is None else leap.step
+        if step >= window.start:
+            left_out = without_step(subject, step, leap)
+            more = [without_batch(subject, step), left_out]  # only together they say that it isn't the batch
+            general = [*more, *general] if left_out.decides else [*general, *more]
+    ordered = in_order(subject, window, bad_batches, [*changes, *general], began)
+    once: dict[str, Change] = {}
+    for change in ordered:
+        once.setdefault(change.name, change)
+    return [*once.values()]
 
 
 SLOWER = ((0.1, 'a tenth of each step'), (0.01, 'a hundredth of each step'))

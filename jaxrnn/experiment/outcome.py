@@ -86,6 +86,8 @@ class Change(NamedTuple):
     shortens: bool = False
     # Steps whose records say nothing of whether it averts: of one that takes back what a step did.
     unjudged: tuple[int, ...] = ()
+    # Whether that it averts outweighs that shorter steps do, too.
+    decides: bool = False
     # Itself with steps so many times as long; None where that is the run as it was, which broke.
     stressed: 'Callable[[int], Change | None] | None' = None
 

@@ -308,7 +308,7 @@ def of_samples(
         eps: None where it isn't known; then there is no `epsilon_margin`.
     """
     adam = _adam(count, 1.0, b1, b2, NO_EPSILON if eps is None else eps, False)
-    u = -(m / adam.mean) / (jnp.sqrt(v / adam.square) + adam.epsilon)
+    u = direction(m, v, count=count, b1=b1, b2=b2, eps=eps)
     rounding = ULPS * (1 + 1 / (1 - b1))  # of a gradient that is a difference of means
     theta = jnp.zeros_like(m) if params is None else params
     sums = _scaled(_of_rows(_terms(adam, theta, gradients, u, m, v, v_tm1, rounding)), sizes)
@@ -329,6 +329,12 @@ def of_samples(
         'update_norm': norms[0],
         'parameter_norm': norms[1],
     }
+
+
+def direction(m: Array, v: Array, *, count: Any, b1: float, b2: float, eps: float | None = None) -> Array:
+    """-m̂ / (√v̂ + ε): a step of Adam at a learning rate of 1; of moments after `count` steps."""
+    adam = _adam(count, 1.0, b1, b2, NO_EPSILON if eps is None else eps, False)
+    return -(m / adam.mean) / (jnp.sqrt(v / adam.square) + adam.epsilon)
 
 
 NO_EPSILON = 1e-18

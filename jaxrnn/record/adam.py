@@ -16,12 +16,15 @@ import optax
 from jaxrnn import tree
 from jaxrnn.optim import signals
 from jaxrnn.trace import averages
-from jaxrnn.types import Array, Record, Step, Tree
+from jaxrnn.types import Array, Record, Step, Tree, UserError
 
 SAMPLE = 256
 """Numbers of a tensor that are looked at, evenly spread."""
 
-FIELDS = (*(signal.name for signal in signals.OF_ADAM), *signals.NORMS)
+RATE = 'estimated_rate'
+"""The learning rate as a state shows it: how far the parameters moved along Adam's direction, by least squares."""
+
+FIELDS = (*(signal.name for signal in signals.OF_ADAM), *signals.NORMS, RATE)
 """Names that a record has them by, unless the step has fields of these names."""
 
 
@@ -94,19 +97,60 @@ def of_step(constants: Constants, before: SampledMoments, after: Tree) -> Record
     if now.params is not None and before.params is not None:
         moved = now.params - before.params
     gradients = (now.m - constants.b1 * before.m) / (1 - constants.b1)
-    return signals.of_samples(
+    sizes = np.array([jnp.size(leaves[n]) for n in found.m])
+    record = signals.of_samples(
         gradients,
         now.m,
         now.v,
         before.v,
         count=leaves[found.steps],
-        sizes=np.array([jnp.size(leaves[n]) for n in found.m]),
+        sizes=sizes,
         params=now.params,
         moved=moved,
         b1=constants.b1,
         b2=constants.b2,
         eps=constants.eps,
     )
+    if moved is None:
+        return record
+    direction = signals.direction(
+        now.m, now.v, count=leaves[found.steps], b1=constants.b1, b2=constants.b2, eps=constants.eps
+    )
+    return {**record, RATE: _rate([*moved], [*direction], sizes / moved.shape[1])}
+
+
+def at_rate(constants: Constants, before: Tree, after: Tree, rate: float) -> Tree:
+    """The state after a step as at another learning rate: what the step did along Adam's direction is replaced.
+
+    Raises:
+        UserError: it isn't clear which leaves of the state the parameters are.
+    """
+    found = _leaves(after)
+    if found is None or found.params is None:
+        raise UserError("it isn't clear which leaves of the state are Adam's parameters")
+    old, (new, structure) = jax.tree.leaves(before), jax.tree.flatten(after)
+    directions = [
+        signals.direction(
+            new[m], new[v], count=new[found.steps], b1=constants.b1, b2=constants.b2, eps=constants.eps
+        )
+        for m, v in zip(found.m, found.v, strict=True)
+    ]
+    seen = _rate([new[n] - old[n] for n in found.params], directions, np.ones(len(directions)))
+    for n, direction in zip(found.params, directions, strict=True):
+        new[n] = (new[n] + (rate - seen) * direction).astype(jnp.result_type(new[n]))
+    return jax.tree.unflatten(structure, new)
+
+
+def _rate(moved: Sequence[Array], directions: Sequence[Array], weights: np.ndarray) -> Array:
+    """By least squares over all tensors; 0 where no direction is known yet."""
+    along, squares = (
+        sum(
+            (w * jnp.sum(d * other) for w, d, other in zip(weights, directions, of, strict=True)),
+            jnp.float32(0),
+        )
+        for of in (moved, directions)
+    )
+    return jnp.where(squares == 0, 0, along / jnp.where(squares == 0, 1, squares))
 
 
 def _leaves(state: Tree) -> _Leaves | None:

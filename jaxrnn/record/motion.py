@@ -107,6 +107,13 @@ def _fading(before: Any, after: Any, rounding: np.ndarray) -> Array:
     return jnp.all(alike) & (factor > 0) & (factor < FADES)
 
 
+def moving(state: Tree) -> list[int]:
+    """Which leaves of a state, by their numbers, are floating-point tensors beside an optimiser's bookkeeping."""
+    leaves = jax.tree.leaves(state)
+    beside = {id(leaf) for leaf in _without_means(state)}
+    return [n for n, leaf in enumerate(leaves) if id(leaf) in beside and _is_float(leaf) and jnp.size(leaf)]
+
+
 def _without_means(state: Tree) -> list[Array]:
     """The leaves of a state beside those of optax's means and sums of gradients; all, where there are none beside."""
 
