@@ -350,6 +350,19 @@ def test_a_step_that_wrote_to_the_state_is_named_with_the_tensor(leaf, value, tm
     )
 
 
+def test_a_part_that_died_is_named_by_its_tensors(tmp_path):
+    """A layer whose units are off: its tensors get no gradient any more, and those behind it go on."""
+
+    def hit(state):
+        params = state['params']
+        return {**state, 'params': {**params, 'first': {'w': params['first']['w'], 'b': jnp.full(16, -1e3)}}}
+
+    found = diagnosed(adam_run(hit=hit, at=80), tmp_path, 700, symptom='dead')
+    assert found.symptom.kind == 'dead' and found.where['layer'].startswith('state/params/first/'), found
+    (check,) = [check for check in found.checks if check['name'] == 'all tensors move']
+    assert 'state/params/first/b' in check['why'] and 'second/b' not in check['why']
+
+
 def test_means_that_were_set_back_are_the_optimiser_s_fault(tmp_path):
     def hit(state):
         adam, *others = state['opt']

@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from jaxrnn import detect, environment, trace, tree
 from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
-from jaxrnn.bisect.state_leap import StateLeap, state_leap
+from jaxrnn.bisect.state_leap import StateLeap, state_leap, still_tensors
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record import telemetry
 from jaxrnn.record.telemetry import Row
@@ -43,6 +43,7 @@ class Inspection(NamedTuple):
     precision: trace.PrecisionReport | None = None  # what float64 says, where it was asked for
     compiled: trace.CompiledDifference | None = None  # where only the compiled step isn't finite
     leap: StateLeap | None = None  # of a finite step, where the batch did not bring it
+    still: tuple[str, ...] = ()  # tensors that don't move, where others do, of a run that died
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
@@ -53,9 +54,9 @@ class Inspection(NamedTuple):
         if self.comparison is None:
             return None
         found = of_comparison(self.comparison)
-        if self.leap is not None and self.leap.alone:
-            return {**found, 'pass': 'update', 'op': '', 'source': '', 'layer': self.leap.leaf}
-        return found
+        alone = self.leap.leaf if self.leap is not None and self.leap.alone else ''
+        leaf = self.still[0] if self.still else alone
+        return {**found, 'pass': 'update', 'op': '', 'source': '', 'layer': leaf} if leaf else found
 
 
 def inspect(
@@ -123,6 +124,7 @@ def locate(
     finding = None if found.trace_report is None else found.trace_report.finding
     more = [] if finding is None else [what_broke(finding)]
     more += [] if found.leap is None else [what_leapt(found.leap)]
+    more += [what_stands_still(step, found.still)] if found.still else []
     checks = (*diagnosis.checks, *more, *found.screens)
     cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
@@ -158,8 +160,10 @@ def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -
     began = min(began_of(subject, diagnosis), step)
     first = subject.checkpoints.steps()[0]
     if symptom.kind == 'dead':
+        still = tuple(still_tensors(subject, step))
         step = max(began - 1, first)
-        return inspect(subject, step, finite=True, against=_ordinary(subject, step), screens=screens)
+        found = inspect(subject, step, finite=True, against=_ordinary(subject, step), screens=screens)
+        return found._replace(still=still)
     seen, step = step, _leap(subject, began, step)
     against = _ordinary(subject, began)
     if against is None and step > first:
@@ -206,6 +210,16 @@ def what_leapt(leap: StateLeap) -> dict[str, Any]:
     others = 'no other tensor did nearly so' if leap.alone else 'others did so, too'
     why = f'step {leap.step} moved {leap.leaf} {leap.times:.3g} times as far as the steps before; {others}'
     return health.check('steps move the state alike', False, leap.times, why)
+
+
+def what_stands_still(step: int, leaves: Sequence[str]) -> dict[str, Any]:
+    """Tensors that a step doesn't move, where it moves others, as a check of a diagnosis."""
+    more = f', and {len(leaves) - MOST_NAMED} more' if len(leaves) > MOST_NAMED else ''
+    why = f'step {step} does not move {", ".join(leaves[:MOST_NAMED])}{more}, and moves the others'
+    return health.check('all tensors move', False, len(leaves), why)
+
+
+MOST_NAMED = 5
 
 
 def _numbers_of(operand: trace.Range) -> str:

@@ -1,5 +1,5 @@
-"""Whether one step moved a state as no step before it did, and which tensor: as where something else than the optimiser
-wrote to it."""
+"""Which tensors of a state a step moved: as no step before it did, as where something else than the optimiser wrote to
+it; or not at all."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,6 +63,20 @@ def state_leap(subject: Subject, began: int, last: int) -> StateLeap | None:
         moved.append(np.asarray(_compiled_moves(before, state)))
     found = [_leap_of(k, names, np.array(moved[: k - start + 1])) for k in candidates]
     return max((leap for leap in found if leap is not None), key=lambda leap: leap.times, default=None)
+
+
+def still_tensors(subject: Subject, step: int) -> list[str]:
+    """The tensors that a step doesn't move, as state/params/w; none where nothing moves at all.
+
+    Raises:
+        UserError: there is no checkpoint before the step.
+    """
+    before = Replayer(subject).state(step)
+    after, _ = subject.observed(jax.tree.map(jnp.copy, before), subject.batch_at(step), False)
+    moved = np.asarray(_compiled_moves(before, after))
+    return (
+        [name for name, far in zip(_tensors(before), moved, strict=True) if far == 0] if moved.any() else []
+    )
 
 
 def _candidates(columns: Series, began: int, last: int) -> list[int]:
