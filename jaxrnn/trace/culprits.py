@@ -123,10 +123,17 @@ class Recomputation:
 
     def bad_elements(self, arguments: Sequence[Any]) -> int:
         """How many elements of the equation's results aren't finite; none if it isn't computed for these arguments."""
-        results = self._at(self.closed.jaxpr, self.closed.consts, arguments, 0)
-        floats = [np.asarray(x) for x in results if is_float(x)]
         nans = self.node.bad.nan
-        return sum(int((np.isnan(x) if nans else ~np.isfinite(x)).sum()) for x in floats)
+        return sum(int((np.isnan(x) if nans else ~np.isfinite(x)).sum()) for x in self._floats(arguments))
+
+    def is_faithful(self, arguments: Sequence[Any]) -> bool:
+        """Whether no NaN comes out for the function's own arguments, where none did: the loops around an equation are
+        compiled here, and XLA may make a NaN of what overflows only when it is multiplied in another order."""
+        return self.node.bad.nan or not any(np.isnan(x).any() for x in self._floats(arguments))
+
+    def _floats(self, arguments: Sequence[Any]) -> list[np.ndarray]:
+        results = self._at(self.closed.jaxpr, self.closed.consts, arguments, 0)
+        return [np.asarray(x) for x in results if is_float(x)]
 
     def _at(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], depth: int) -> Sequence[Any]:
         """The results of the equation that went bad."""
@@ -213,6 +220,8 @@ def found_out(
     if len(counts) != 1 or not again.is_possible or again.node.birth is None:
         return None
     (count,) = counts
+    if not again.is_faithful(arguments):
+        return None
     # What was bad before this equation, as a mask of -inf, is bad whatever the examples.
     usual = max(0, again.bad_elements(arguments) - again.node.birth.elements)
 

@@ -61,12 +61,13 @@ class Judge:
         self, node: Node, kind: str, new: np.ndarray, result: Value, operands: Sequence[Value], name: str
     ) -> None:
         new = self.devices.layout.seen(new)
-        places, along, examples = self._places(new, result.axes, operands)
+        places, along, examples, guessed = self._places(new, result.axes, operands)
         node.birth = Birth(
             kind=kind,
             places=tuple(places),
             along=frozenset(along),
             examples=examples,
+            guessed=guessed,
             elements=int(new.sum()),
             operands=tuple(range_of(origin(o.node), o.array) for o in operands if not is_key(o.array)),
             results=tuple(range_of(name, r.array) for r in (result,) if not is_key(r.array)),
@@ -76,8 +77,9 @@ class Judge:
 
     def _places(
         self, new: np.ndarray, meaning: Axes, operands: Sequence[Value]
-    ) -> tuple[list[dict[str, int]], set[str], tuple[int, ...]]:
-        """Where new elements are, the names of the axes along which that is known, and their examples."""
+    ) -> tuple[list[dict[str, int]], set[str], tuple[int, ...], bool]:
+        """Where new elements are, the names of the axes along which that is known, and their examples; and whether all
+        that is the largest operands' place, for want of axes."""
         places = [dict(meaning.fixed)]
         if new.ndim:
             places = [meaning.places(index) for index in np.argwhere(new)[:MOST_PLACES].tolist()]
@@ -86,7 +88,8 @@ class Judge:
         if not examples and (found := largest(operands, self.examples)):
             examples, along = self._examples(found), along | {name for at in found for name in at}
             places = [{**of_operand, **at} for at in places[:1] for of_operand in found]
-        return places, along, examples
+            return places, along, examples, True
+        return places, along, examples, False
 
     def _examples(self, places: Sequence[dict[str, int]]) -> tuple[int, ...]:
         found = {int(place) for at in places for name, place in at.items() if name in self.examples}

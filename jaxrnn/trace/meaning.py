@@ -16,6 +16,21 @@ from jaxrnn.trace.sharded import entered, left, sliced, starts, through_collecti
 from jaxrnn.trace.times import TRANSPOSED, Times
 from jaxrnn.trace.values import Place, Value, is_backward
 
+
+def solver(params: dict, ins: Sequence[Axes]) -> tuple[Any, list[Axes]] | None:
+    """Of a linear system the jaxpr that solves it, and the axes of its arguments; None in a version of JAX that keeps
+    them otherwise."""
+    try:
+        of_each, lengths = params['jaxprs'], params['const_lengths']
+        start = lengths.matvec + lengths.vecmat
+        constants, right_side = ins[start : start + lengths.solve], ins[sum(lengths) :]
+        jaxpr = of_each.solve.jaxpr
+    except (AttributeError, KeyError, TypeError):
+        return None
+    arguments = [*constants, *right_side]
+    return (jaxpr, arguments) if len(arguments) == len(jaxpr.invars) else None
+
+
 MOST_SETTLING = 4
 """So many times a loop's body is followed until what it carries means the same as before."""
 
@@ -136,6 +151,8 @@ class AxisMeaning:
                 return self._through_shards(equation, ins, late)
         if not shapes:
             return []
+        if equation.primitive.name == 'custom_linear_solve' and (held := solver(params, ins)) is not None:
+            return self.through(held[0], held[1], late)
         if (passed := through_collective(equation, ins, shapes, self.devices.layout)) is not None:
             return passed
         return axes.follow(equation.primitive.name, params, ins, shapes, late)

@@ -38,6 +38,9 @@ def report(
         # An update is of all examples, unless its axes say otherwise.
         asked = first.kind != WRITTEN and (first.pass_ != 'update' or first.examples)
         if asked and (found := culprits(earliest)) is not None:
+            assert earliest.birth is not None
+            if earliest.birth.guessed and found != first.examples:
+                first = first._replace(time_step=None)  # it was that of other elements
             first = first._replace(examples=found[:MOST_EXAMPLES])
         leaks = [node for node in reached if node.birth is not None and node.birth.kind == LEAK]
         if first.pass_ == 'backward' and any(earliest in caused([leak]) for leak in leaks):

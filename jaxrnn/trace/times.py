@@ -86,11 +86,14 @@ class Times:
     def looped(self) -> set[str]:
         """Names of the axes that loops over time run over."""
         loops = (names for equation, names in self.loops.values() if not self._is_over_parts(equation))
-        found = {name for names in loops for name in names}
+        return self._with_alike({name for names in loops for name in names})
+
+    def _with_alike(self, found: set[str]) -> set[str]:
+        """Names and those of axes that are one with them: what is added to a sequence place by place is one, too."""
         left = list(found)
-        while left:  # what is added to a sequence place by place is one, too
+        while left:
             more = self.alike.get(left.pop(), set()) - found
-            found |= more
+            found = found | more
             left += more
         return found
 
@@ -141,7 +144,7 @@ class Times:
             if primitive in MOVERS:  # which may only take an array apart
                 continue
             found |= {name for name, places in at.items() if len(places) == self.sizes.get(name, 0) > 1}
-        return found
+        return self._with_alike(found)
 
     def _is_repeated(self, node: Node, name: str) -> bool:
         """Whether code is repeated over an axis: it and each call around it compute with several places of the axis."""

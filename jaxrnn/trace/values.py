@@ -100,6 +100,7 @@ class Birth(NamedTuple):
     results: tuple[Range, ...]
     devices: tuple[dict[str, int], ...] = ()
     detail: str = ''
+    guessed: bool = False  # whether places and examples are those of the largest operands, for want of axes
 
 
 class Value(NamedTuple):
