@@ -388,6 +388,14 @@ def test_a_rate_that_is_another_is_found_without_being_told(name, tmp_path):
     assert outcomes(found)[change] == 'averted', found
 
 
+def test_a_rate_far_above_the_usual_is_said_whatever_comes_of_it(tmp_path):
+    found = diagnosed(adam_run(rate=lambda n: 0.2), tmp_path, 60)
+    (check,) = [check for check in found.checks if check['name'] == 'the learning rate is usual']
+    assert check['ok'] is None and check['value'] == pytest.approx(0.2, rel=1e-3)
+    found = diagnosed(adam_run(), tmp_path / 'usual', 60)
+    assert 'the learning rate is usual' not in {check['name'] for check in found.checks}
+
+
 def test_a_rate_that_fell_to_nothing_too_soon(tmp_path):
     found = diagnosed(adam_run(rate=lambda n: jnp.maximum(0, 1e-2 * (1 - n / 60))), tmp_path, 300)
     assert (found.symptom.kind, found.cause.kind) == ('dead', 'optimiser'), found

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrnn import detect, tree
 from jaxrnn.detect import Detector, rule_language
-from jaxrnn.record import motion
+from jaxrnn.record import adam, motion
 from jaxrnn.types import Series, Tree
 
 TOO_SHORT = 32
@@ -51,6 +51,7 @@ def checks(
         _came_back(found),
         _passed(found),
         _moments_kept(columns),
+        _rate_usual(columns),
         _numbers_finite(columns, loss),
         _looked_for(columns, detectors, loss),
     )
@@ -162,6 +163,25 @@ def _moments_kept(columns: Series) -> Check | None:
     why = f'step {step}: {share:.0%} of its mean squares fell farther than they can decay; they were set back'
     return check("the optimiser's moments are kept", False, places.size, why)
 
+
+def _rate_usual(columns: Series) -> Check | None:
+    """Whether Adam's learning rate, as its state shows it, is far above what it is usually given."""
+    rates = columns.get(adam.RATE, np.zeros(0))
+    first = np.abs(rates[np.isfinite(rates)][:FIRST_RATES])
+    if not first.size or np.median(first) <= FAR_ABOVE * USUAL_RATE:
+        return None
+    rate = float(np.median(first))
+    why = f'Adam began with a learning rate of {rate:.3g}, as its state shows; {USUAL_RATE:g} is usual'
+    return check('the learning rate is usual', None, rate, why)
+
+
+USUAL_RATE = 1e-3
+"""Adam's (Kingma and Ba 2015, algorithm 1)."""
+
+FAR_ABOVE = 50
+"""So many times the usual rate is said, and tried without."""
+
+FIRST_RATES = 32
 
 MOST_LOST = 0.5
 """Share of them; a few fall where a guard or a mask is at work."""

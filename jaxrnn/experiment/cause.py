@@ -13,6 +13,7 @@ from jaxrnn.experiment.outcome import (
     OTHER_BATCHES,
     UNCHANGED,
     VERDICTS,
+    WORSE,
     ExperimentReport,
     Outcome,
 )
@@ -131,9 +132,9 @@ def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
 
 
 def _still_by_batch(outcomes: Sequence[Outcome], by_batch: bool | None) -> bool | None:
-    """A batch that stands out, but without which the symptom comes all the same, is not the cause."""
+    """A batch that stands out, but without which the symptom comes all the same, and no later, is not the cause."""
     avoiding = [outcome for outcome in outcomes if outcome.change.avoids and outcome.verdict != NOT_POSSIBLE]
-    innocent = len(avoiding) > 1 and all(outcome.verdict != AVERTED for outcome in avoiding)
+    innocent = len(avoiding) > 1 and all(outcome.verdict in (UNCHANGED, WORSE) for outcome in avoiding)
     return False if by_batch and innocent else by_batch
 
 

@@ -199,9 +199,6 @@ RATE_CHANGED = 3
 WELL_KNOWN = 32
 """Steps before a symptom began of which the rate as it was is known."""
 
-USUAL_RATE, FAR_ABOVE = 1e-3, 50
-"""Adam's (Kingma and Ba 2015, algorithm 1), and so many times it, from where on it is tried."""
-
 
 def other_rate(subject: Subject, began: int, last: int) -> Change | None:
     """Adam's learning rate as it was before a symptom began, if it is another since; the usual one, where it was far
@@ -215,14 +212,14 @@ def other_rate(subject: Subject, began: int, last: int) -> Change | None:
     since = rates[(steps >= began - 1) & (steps <= last) & np.isfinite(rates)]
     if not since.size:
         return None
-    now, first = float(np.median(since)), np.median(rates[np.isfinite(rates)][:WELL_KNOWN])
+    now, first = float(np.median(since)), np.median(rates[np.isfinite(rates)][: health.FIRST_RATES])
     if before.size >= WELL_KNOWN:
         was = float(np.quantile(before, 0.9))
         extreme = max(since, key=lambda rate: abs(np.log(max(abs(rate), 1e-30) / max(abs(was), 1e-30))))
         if was > 0 and not all(was / RATE_CHANGED < rate < was * RATE_CHANGED for rate in (now, extreme)):
             return at_rate(subject, was, f'a learning rate of {was:.3g}, as before')
-    if first > FAR_ABOVE * USUAL_RATE:
-        return at_rate(subject, USUAL_RATE, f'the usual learning rate, {USUAL_RATE:g}')
+    if first > health.FAR_ABOVE * health.USUAL_RATE:
+        return at_rate(subject, health.USUAL_RATE, f'the usual learning rate, {health.USUAL_RATE:g}')
     return None
 
 
