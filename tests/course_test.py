@@ -275,6 +275,11 @@ def test_leaps_among_scattered_losses():
     many = np.where(np.random.default_rng(1).random(600) < 0.1, 2.5, 1e-4) * NOISE
     many[:20] = 0.7
     assert judged(of_losses(many)).symptom.kind == 'spike'
+    # Hardly a loss or a large one, so that no leap stands out: of a perceptron whose steps are far too long.
+    rng = np.random.default_rng(2)
+    either = np.where(rng.random(600) < 0.3, rng.uniform(0.1, 4, 600), np.exp(rng.uniform(-16, -3, 600)))
+    either[:10] = np.linspace(0.7, 0.5, 10)
+    assert judged(of_losses(either)).symptom.kind == 'spike'
 
 
 def partly_still(losses, since, share=0.3, moved=1e-3):
