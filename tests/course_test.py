@@ -149,6 +149,13 @@ def test_nothing_moves_although_the_loss_is_not_at_its_best():
     assert judged(no_loss, None).symptom is None
 
 
+def test_at_the_floor_of_rounding_nothing_moves_and_no_loss_is_the_best():
+    floor = np.where((STEPS > 300) & (STEPS < 340), 1e-14, 5e-14) * NOISE
+    assert judged(dead(np.exp(-STEPS / 8) + floor, 420)).symptom is None
+    risen = np.where(STEPS < 420, np.exp(-STEPS / 12), 1e-3) * NOISE
+    assert judged(dead(risen, 420)).symptom is not None
+
+
 def test_gradients_of_exactly_zero_while_momentum_moves_on():
     losses = np.r_[0.97 ** STEPS[:100], np.full(500, 0.5)] * NOISE
     columns = dead(losses, 600) | {'moments_fading': (STEPS >= 100).astype(float)}

@@ -204,6 +204,11 @@ def test_watch_sees_what_the_whole_run_shows(kind):
     assert seen == expected and kind in seen
 
 
+def test_watch_sees_a_loss_without_flags():
+    (found,) = detect.Watch(25)({'step': 0, 'loss': float('nan'), 'debug_nans': 'invalid value'})
+    assert (found.kind, found.step) == ('nonfinite', 0)
+
+
 def warned(columns, step: int, kind: str = 'spike') -> dict[str, int]:
     return dict(detect.onsets(columns, Symptom(kind, step)))
 

@@ -41,6 +41,9 @@ MOST_STILL, CONVERGED = 0.4, 1e-3
 """Share of a run in which nothing may move at its end, as a schedule ends; and the share of the first loss below which
 there is nothing more to learn."""
 
+FLOOR = 1e-6
+"""Share of the first loss at which steps are shorter than the rounding of what they move, and losses are rounding."""
+
 LEAPT = 5
 """Times all losses before it, by which a divergence has begun."""
 
@@ -233,7 +236,8 @@ def _after_stillness(
     learnt = first.size and best < 0.9 * first[0]
     converged = first.size and now < CONVERGED * first[0]
     at_best = bool(learnt) and _as_good(now, best) and (converged or end - place < MOST_STILL * held.size)
-    harmless = at_best or bool(moves.size)
+    at_floor = first.size and 0 <= now < FLOOR * first[0]
+    harmless = at_best or bool(at_floor) or bool(moves.size)
     why = f'nothing moved for {_many(end - place)}' if harmless else ''
     return Event(detector.kind, step, int(steps[end]) if moves.size else None, harmless, why), end
 

@@ -305,6 +305,7 @@ class Watch:
             self._detectors = with_numbers(self._detectors, series([row]))
         self._rows.append(row)
         bad = not all(value for name, value in row.items() if name.startswith('finite_'))
+        bad |= not np.isfinite(row.get('loss', 0.0))  # of a step that --debug_nans ended there are no flags
         step = row[rule_language.STEP]
         due = [d for d in self._detectors if bad or not (step + 1) % _pace(d, self._every)]
         if not due:

@@ -179,7 +179,11 @@ def _signals(step: Step, state: Tree, batch: Tree, before: _Sampled, after: Tree
     found = motion.of_step(before.moving, after)
     if before.adam is None or (constants := adam.constants_of(step, state, batch)) is None:
         return found
-    return {**adam.of_step(constants, before.adam, after), **found}
+    of_adam = adam.of_step(constants, before.adam, after)
+    # Of numbers whose squares overflow no ratio is known; a NaN would be taken for the step's own (--debug_nans).
+    sound = tree.all_finite(after)
+    known = {name: jnp.where(sound & jnp.isnan(value), 0, value) for name, value in of_adam.items()}
+    return {**known, **found}
 
 
 NO_DIGEST = np.zeros(2, np.uint32)
