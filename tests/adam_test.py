@@ -1,5 +1,9 @@
 """Adam's signals of a state alone: beside those of a step that hands over its gradients; and where nothing is said."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,3 +233,34 @@ def test_what_is_read_is_of_the_state_that_was_given():
         state, seen = observed(state, batch(0), False)
         moved.append((telemetry.row(0, seen)['state_moved'], before['params']['dense']['b'][0]))
     assert [m for m, _ in moved] == [0.0] * 4
+
+
+EXPLICIT = """
+import jax, jax.numpy as jnp, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxrnn.record import telemetry
+
+mesh = jax.make_mesh((2,), ('d',), axis_types=(AxisType.Explicit,))
+with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, PartitionSpec('d', None))
+    w = jax.device_put(jnp.ones((8, 6)), place)
+    optimiser = optax.adam(1e-2)
+
+    def step(state, target):
+        w, opt = state
+        loss, g = jax.value_and_grad(lambda w: jnp.mean((w - target) ** 2))(w)
+        updates, opt = optimiser.update(g, opt)
+        return (optax.apply_updates(w, updates), opt), {'loss': loss}
+
+    observed, state = telemetry.instrument(step), (w, optimiser.init(w))
+    for number in range(3):
+        state, seen = observed(state, 1.5, False)
+        print(sorted(telemetry.row(number, seen)))
+"""
+
+
+def test_a_mesh_with_explicit_axes_has_no_signals_and_goes_on():
+    env = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+    done = subprocess.run([sys.executable, '-c', EXPLICIT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['finite_state', 'loss', 'step']"] * 3

@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import json
+import logging
 import math
 import os
 import weakref
@@ -22,6 +23,8 @@ from jax.experimental import checkify
 from jaxrnn import tree
 from jaxrnn.record import adam, motion
 from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
+
+log = logging.getLogger('jaxrnn')
 
 Row = Mapping[str, Any]
 """A record on the host: `step`, then the scalars by name, `digest` as hex or absent."""
@@ -166,7 +169,12 @@ def _is_still(leaf: Any, kept: weakref.ref) -> bool:
 
 
 def _sampled(state: Tree) -> _Sampled:
-    return _Sampled(motion.sampled(state), adam.sampled(state))
+    """Nothing of a state that can't be sampled, as where its arrays lie on a mesh with explicit axes."""
+    try:
+        return _Sampled(motion.sampled(state), adam.sampled(state))
+    except Exception as error:  # JAX raises whatever it likes; signals are beside a run, and never its end
+        log.debug("no signals of the state: it can't be sampled: %s", error)
+        return UNSAMPLED
 
 
 _compiled_sampled = jax.jit(_sampled)
@@ -174,7 +182,8 @@ _compiled_sampled = jax.jit(_sampled)
 
 def _signals(step: Step, state: Tree, batch: Tree, before: _Sampled, after: Tree) -> Record:
     """Signals of a step, if it gives a state like the one that it takes."""
-    if jax.tree.structure(state) != jax.tree.structure(after):  # type: ignore[operator]
+    alike = jax.tree.structure(state) == jax.tree.structure(after)  # type: ignore[operator]
+    if before.moving.moving is None or not alike:
         return {}
     found = motion.of_step(before.moving, after)
     if before.adam is None or (constants := adam.constants_of(step, state, batch)) is None:
