@@ -10,6 +10,7 @@ ROOMS = {
     'errors': '',
     'types': 'errors',
     'package': '',
+    'files': 'errors',
     'environment': '',
     'tree': 'types',
     'diagnosis': 'environment',
@@ -27,7 +28,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('errors', 'types', 'package', 'environment', 'tree', 'diagnosis')
+GROUND = ('errors', 'types', 'package', 'files', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

@@ -19,9 +19,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxrnn.files import replacing
 from jaxrnn.types import UserError
 from jaxrnn.words import config
-from jaxrnn.words.data.files import opened, raw, replacing
+from jaxrnn.words.data.files import opened, raw
 from jaxrnn.words.data.formats import LONGEST_VECTOR
 
 SAMPLE = 'test/test_data/enwiki-latest-pages-articles1*shortened.bz2'  # 2 MB, part of gensim's wheel
@@ -211,7 +212,6 @@ def _keep(cache: str, found: TrainedVectors) -> None:
         os.makedirs(os.path.dirname(cache), exist_ok=True)
         with replacing(cache) as file:
             np.savez(file, words=words, vectors=found.vectors, tokens=found.tokens)
-    except OSError as error:
-        logger.warning(
-            '%s: cannot be written (%s); the next run trains Word2Vec again', cache, error.strerror
-        )
+    except (OSError, UserError) as error:
+        why = getattr(error, 'strerror', None) or error
+        logger.warning('%s: cannot be written (%s); the next run trains Word2Vec again', cache, why)
