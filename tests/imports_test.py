@@ -11,7 +11,8 @@ ROOMS = {
     'types': 'errors',
     'package': '',
     'files': 'errors',
-    'environment': '',
+    'programs': '',
+    'environment': 'programs',
     'tree': 'types',
     'diagnosis': 'environment',
     'rnn': 'ground',
@@ -28,7 +29,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('errors', 'types', 'package', 'files', 'environment', 'tree', 'diagnosis')
+GROUND = ('errors', 'types', 'package', 'files', 'programs', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

@@ -23,14 +23,14 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
-    common.keep_compiled()
+    environment.keep_compiled()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
     found = investigation.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
     diagnosis, opened = found.diagnosis, found.opened

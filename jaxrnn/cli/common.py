@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -123,14 +122,6 @@ def run_dir() -> str:
     if not flags.FLAGS.run_dir:
         raise UserError('--run_dir: nothing found, the directory of a run expected')
     return flags.FLAGS.run_dir
-
-
-def keep_compiled() -> None:
-    """Keeps compiled steps with the run, so that whoever looks into it later need not wait for them again."""
-    from jaxrnn import environment
-    from jaxrnn.record import loop
-
-    environment.keep_compiled(loop.Paths(pathlib.Path(run_dir())).compiled)
 
 
 def print_json(value: Any) -> None:

@@ -35,7 +35,7 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.bisect import inspection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, step = common.run_dir(), flags.FLAGS.step
-    common.keep_compiled()
+    environment.keep_compiled()
     if step is None:
         raise UserError(
             '--step: nothing found, the number of a step expected; '

@@ -55,14 +55,14 @@ class Display:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import run
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     config, directory = common.config_from_flags(), common.run_dir()
-    common.keep_compiled()
+    environment.keep_compiled()
     console = Console(stderr=True, soft_wrap=True)
     display = Display(console, config.loop.max_steps)
     with display.progress:

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxrnn import environment
 from jaxrnn.files import replacing
 from jaxrnn.types import UserError
 from jaxrnn.words import config
@@ -176,10 +177,7 @@ def _write_sentences(path: str, lines: BinaryIO) -> int:
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> str:
-    if cache_dir is not None:
-        return os.fspath(cache_dir)
-    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return os.environ.get('JAXRNN_CACHE') or os.path.join(home, 'jaxrnn')
+    return os.fspath(environment.cache_folder() if cache_dir is None else cache_dir)
 
 
 def _digest(path: str, settings: dict[str, int]) -> str:
