@@ -16,6 +16,7 @@ from jaxrnn.cli import common, invocation
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define_detectors('diagnose')
     common.define(
         'diagnose',
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
         fresh_runs=flags.FLAGS.fresh_runs,
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
+        source=common.source(),
         say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
     )
     diagnosis, opened = found.diagnosis, found.bisected.opened

@@ -19,6 +19,7 @@ from jaxrnn.cli import common, invocation
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define('trace', 'step', None, 'The step to look into.')
     common.define(
         'trace',
@@ -51,7 +52,12 @@ def main(arguments: list[str]) -> int:
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
     inspected, words = investigation.inspect_run(
-        directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
+        directory,
+        step,
+        against=flags.FLAGS.against,
+        screens=screens,
+        float64=flags.FLAGS.float64,
+        source=common.source(),
     )
     if flags.FLAGS.json:
         common.print_json(report.inspection_json(inspected, words))

@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> int:
     console = Console(stderr=True, soft_wrap=True)
     display = Display(console, config.loop.max_steps)
     with display.progress:
-        trained = run.train_run(config, directory, say=console.print, on_row=display)
+        trained = run.train_run(
+            config, directory, allow_pickle=common.pickle_allowed(), say=console.print, on_row=display
+        )
     result, diagnosis = trained.result, trained.diagnosis
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
