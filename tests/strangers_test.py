@@ -271,6 +271,26 @@ def test_a_checkpoint_without_digests_is_believed(copied):
     run.open_run(copied)
 
 
+def test_weights_of_another_step_are_not_taken(copied):
+    """A checkpoint's state is the one that was saved with its digest, for whoever asks for vectors, too."""
+    opened, checkpoints = run.open_run(copied), copied / 'checkpoints'
+    assert run.newest_params(opened)
+    shutil.rmtree(checkpoints / '40' / 'state')
+    shutil.copytree(checkpoints / '20' / 'state', checkpoints / '40' / 'state')
+    with pytest.raises(UserError, match='40: the checkpoint was altered on disk'):
+        run.newest_params(opened)
+
+
+@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'3', b'\xff', b'[' * 100_000, b'{"config": [1]}'])
+def test_digests_that_cannot_be_read(content, copied):
+    found = [path for path in (copied / 'checkpoints' / '40' / 'meta').iterdir() if path.is_file()]
+    (written,) = [path for path in found if b'"config"' in path.read_bytes()]
+    written.write_bytes(content)
+    with pytest.raises(UserError, match='40') as raised:
+        run.open_run(copied)
+    assert len(str(raised.value)) < 700
+
+
 # Damages
 
 
@@ -415,11 +435,7 @@ def damaged(kept: Path, folder: Path) -> dict[tuple[str, str], Path]:
 def test_every_damage_is_one_line(command, kept, tmp_path):
     """No traceback, no waiting for a FIFO, and nothing outside of the run is read or written."""
     runs = damaged(kept, tmp_path)
-    if command == 'train':
-        runs = {key: directory for key, directory in runs.items() if key[0] != 'config.json'}
-        more = [f'--flagfile={kept}/flags.txt', '--max_steps=45']
-    else:
-        more = COMMANDS[command]
+    more = COMMANDS.get(command, [f'--flagfile={kept}/flags.txt', '--max_steps=45'])
     answers = call(command, *([f'--run_dir={directory}', *more] for directory in runs.values()))
     wrong = {}
     for (name, kind), (code, errors, _) in zip(runs, answers, strict=True):

@@ -143,11 +143,13 @@ def open_run(
 
 
 def newest_params(opened: LoadedRun) -> Tree:
-    """The parameters of the newest checkpoint."""
+    """The parameters of the newest checkpoint. Raises UserError where there is none, or one that was altered."""
     steps = opened.checkpoints.steps()
     if not steps:
         raise UserError(f'--run_dir: {opened.checkpoints.directory} holds no checkpoint; train first')
-    return opened.checkpoints.restore(steps[-1]).params
+    state = opened.checkpoints.restore(steps[-1])
+    loop.check_digest(opened.checkpoints, steps[-1], state)
+    return state.params
 
 
 def read_config(paths: loop.Paths) -> Config:
