@@ -31,10 +31,9 @@ def folder(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """
     path = root / name
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for made in (root, path):
-            with contextlib.suppress(FileExistsError):
-                made.mkdir(mode=0o700)
+            made.mkdir(mode=0o700, exist_ok=True)
         if not (_is_mine(root.parent, 0o022) and _is_mine(root, 0o077) and _is_mine(path, 0o077)):
             return None
         if not os.access(path, os.W_OK | os.X_OK):

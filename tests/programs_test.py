@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxrnn import environment, programs
+from jaxrnn.words.data import corpus
 
 USED = """
 import sys, warnings
@@ -63,6 +65,21 @@ def test_only_its_user_has_the_folder(tmp_path):
     assert folder == tmp_path / 'jaxrnn' / 'compiled' / 'here'
     for path in (folder, folder.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_a_user_whose_files_are_open_to_their_group_has_one(tmp_path):
+    """As many systems have it: umask 002. The trained vectors beside it need be no secret, but nobody may put another
+    folder there."""
+    before = os.umask(0o002)
+    try:
+        corpus._keep(
+            str(tmp_path / 'vectors' / 'kept.npz'), corpus.TrainedVectors(('a',), np.ones((1, 2)), 1)
+        )
+        for home in ('home', 'vectors'):
+            assert programs.folder(tmp_path / home / 'compiled', 'here')
+            assert not (tmp_path / home).stat().st_mode & 0o022
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize('mode', [0o701, 0o710, 0o770, 0o777])

@@ -291,6 +291,19 @@ def test_digests_that_cannot_be_read(content, copied):
     assert len(str(raised.value)) < 700
 
 
+def test_a_sample_that_is_another_is_not_called_data_npz(copied, monkeypatch):
+    """A run without a source was made from gensim's own sample, which may have changed since."""
+    edited(copied, vectors='')
+    found = data.read_dataset(copied / 'data.npz')
+    (copied / 'data.npz').unlink()
+    monkeypatch.setattr(data, 'load', lambda *_, **__: found._replace(digest='another'))
+    for step in (0, 20, 40):  # of which the configuration alone would be another now
+        shutil.rmtree(copied / 'checkpoints' / str(step) / 'meta')
+    monkeypatch.setattr(opening, '_meta', lambda *_: {'data': found.digest})
+    with pytest.raises(UserError, match=r"has no data\.npz, and gensim's sample of Wikipedia is not the one"):
+        run.open_run(copied)
+
+
 # Damages
 
 
@@ -340,6 +353,13 @@ OF_REWINDS = {
     'a number for a kind': b'[{"kind": 7, "step": 5, "to": 0, "skipped": null, "done": true}]',
     'one end': b'[{"kind": "spike", "step": 5, "to": 0, "skipped": [3], "done": true}]',
     'from before the start': b'[{"kind": "spike", "step": 5, "to": 0, "skipped": [0, 5], "done": true}]',
+    'a checkpoint of none': b'[{"kind": "spike", "step": 5, "to": -1, "skipped": null, "done": false}]',
+    'too much in all': json.dumps(
+        [
+            {'kind': 'spike', 'step': 5, 'to': 0, 'skipped': [i, i + 999_999], 'done': True}
+            for i in range(1, 2000)
+        ]
+    ).encode(),
     'without end': b'[{"kind": "spike", "step": 5, "to": 0, "skipped": [1, 1000000000000], "done": true}]',
 }
 

@@ -25,7 +25,7 @@ TRIES = 3
 
 
 MOST_SKIPPED = 1_000_000
-"""Batches left out at once."""
+"""Batches left out in all."""
 
 
 class Rewind(NamedTuple):
@@ -46,7 +46,13 @@ def read(path: Path) -> list[Rewind]:
         rows = files.read_json(path)
         if not isinstance(rows, list):
             raise ValueError('no list')
-        return [_checked(row) for row in rows]
+        found = [_checked(row) for row in rows]
+        if (
+            sum(last - first + 1 for first, last in filter(None, (each.skipped for each in found)))
+            > MOST_SKIPPED
+        ):
+            raise ValueError(f'more than {MOST_SKIPPED:,} batches left out')
+        return found
     except (OSError, ValueError, TypeError, KeyError, UserError) as error:
         said = str(error).removeprefix(f'{path}: ')
         raise UserError(
@@ -60,8 +66,8 @@ def _checked(row: Any) -> Rewind:
     found = [type(each) for each in (made.kind, made.step, made.to, made.done, *(made.skipped or ()))]
     if found != [str, int, int, bool, *[int] * (2 * (made.skipped is not None))]:
         raise ValueError('fields of other types')
-    if made.skipped and not (1 <= made.skipped[0] <= made.skipped[1] < made.skipped[0] + MOST_SKIPPED):
-        raise ValueError(f'steps {made.skipped[0]} to {made.skipped[1]} left out')
+    if min(made.step, made.to) < 0 or (made.skipped and not 1 <= made.skipped[0] <= made.skipped[1]):
+        raise ValueError('steps of no run')
     return made
 
 

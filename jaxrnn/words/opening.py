@@ -46,13 +46,9 @@ def check_allowed(paths: loop.Paths, config: Config, source: Source) -> None:
 def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, source: Source) -> None:
     """Raises UserError for a configuration or data that the run's checkpoints were not trained with: what follows from
     them would be said of the machine."""
-    if paths.data.exists() or not (source.vectors or source.corpus):
-        origin = f'--run_dir: {paths.data}'
-    else:
-        origin = f'--vectors: {source.vectors}' if source.vectors else f'--corpus: {source.corpus}'
     found = {
         'config': (f'--run_dir: {paths.config}', config.digest()),
-        'data': (origin, dataset.digest),
+        'data': (_origin(paths, source), dataset.digest),
     }
     steps = Checkpoints(paths.checkpoints).steps()
     for step in {*steps[:1], *steps[-1:]}:
@@ -63,6 +59,15 @@ def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, sou
                     f'{file} is not the one that the run was trained with (its digest is {digest}, and '
                     f'{str(meta[name])[:16]!a} in checkpoint {step}); put the original back, or copy the run again'
                 )
+
+
+def _origin(paths: loop.Paths, source: Source) -> str:
+    """Where the data is from, as an error begins."""
+    if paths.data.exists():
+        return f'--run_dir: {paths.data}'
+    if source.vectors or source.corpus:
+        return f'--vectors: {source.vectors}' if source.vectors else f'--corpus: {source.corpus}'
+    return f"--run_dir: {paths.root} has no data.npz, and gensim's sample of Wikipedia"
 
 
 def _meta(paths: loop.Paths, step: int) -> Mapping[str, Any]:

@@ -207,7 +207,7 @@ def _cached(cache: str, size: int) -> TrainedVectors | None:
 def _keep(cache: str, found: TrainedVectors) -> None:
     words = np.frombuffer('\n'.join(found.words).encode(), np.uint8)
     try:
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
+        os.makedirs(os.path.dirname(cache), mode=0o700, exist_ok=True)
         with replacing(cache) as file:
             np.savez(file, words=words, vectors=found.vectors, tokens=found.tokens)
     except (OSError, UserError) as error:
