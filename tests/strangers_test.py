@@ -2,6 +2,7 @@
 user's word, and whatever is wrong with it is one line.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import environment, files
+from jaxrnn.record import loop
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data, investigation, opening, run
 from jaxrnn.words.config import Config
@@ -516,6 +518,22 @@ def test_data_is_not_written_through_a_link(kept, tmp_path):
         data.write_dataset(tmp_path / 'data.npz', data.read_dataset(kept / 'data.npz'))
     (tmp_path / 'data.npz').unlink()
     data.write_dataset(tmp_path / 'data.npz', data.read_dataset(kept / 'data.npz'))
+    assert outside.read_text() == 'kept'
+
+
+@pytest.mark.parametrize(
+    'name', ['config.json', 'flags.txt', 'evaluation.json', 'diagnosis.json', 'rewinds.json']
+)
+def test_nothing_is_written_through_a_foreseen_name(name, copied, tmp_path):
+    outside = tmp_path / 'outside'
+    outside.write_text('kept')
+    (copied / f'{name}.part').symlink_to(outside)
+    for write in (
+        lambda: investigation.bisect_run(copied),
+        lambda: run.train_run(run.read_config(loop.Paths(copied)), copied),
+    ):
+        with contextlib.suppress(UserError):
+            write()
     assert outside.read_text() == 'kept'
 
 

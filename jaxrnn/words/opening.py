@@ -27,6 +27,8 @@ def check_files(paths: loop.Paths) -> None:
         paths.diagnosis, paths.flags, paths.lock,
     ):  # fmt: skip
         files.check_regular(path)
+        # What a killed process left half written is a file; a link is somebody's, to have what it leads to overwritten.
+        files.check_regular(path.with_name(f'{path.name}.part'))
     files.check_within(paths.checkpoints)
 
 
