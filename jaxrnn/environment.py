@@ -13,6 +13,7 @@ import re
 import jax
 
 import jaxrnn
+from jaxrnn import programs
 
 VERSIONED = ('jaxrnn', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 """Packages whose versions a result states."""
@@ -107,14 +108,23 @@ def keep_memory() -> bool:
     return all([mallopt(M_ARENA_MAX, 1), mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)])
 
 
-def keep_compiled(directory: str | os.PathLike) -> None:
-    """Has JAX keep compiled programs in a directory, and find them there again; call it before it compiles any.
+def cache_folder() -> pathlib.Path:
+    """Where this user's caches are: $JAXRNN_CACHE, $XDG_CACHE_HOME/jaxrnn or ~/.cache/jaxrnn."""
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return pathlib.Path(os.environ.get('JAXRNN_CACHE') or os.path.join(home, 'jaxrnn'))
+
+
+def keep_compiled() -> None:
+    """Has JAX keep compiled programs with this user, and find them there again; call it before it compiles any.
 
     Programs are kept apart by all that `describe` knows of: one that was compiled for another processor can crash
-    this one. Nothing is changed where the user has set a directory of their own (JAX_COMPILATION_CACHE_DIR).
+    this one. Within that JAX tells them apart by a key of its own. Nothing is changed where the user has set a
+    directory of their own (JAX_COMPILATION_CACHE_DIR), nor where none is safe (see `programs.folder`).
     """
-    if not jax.config.values['jax_compilation_cache_dir']:
-        jax.config.update('jax_compilation_cache_dir', os.path.join(directory, digest(describe())))
+    if jax.config.values['jax_compilation_cache_dir']:
+        return
+    if (folder := programs.folder(cache_folder() / 'compiled', digest(describe()))) is not None:
+        jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from jaxrnn.experiment import cache
 from jaxrnn.experiment.explain import run
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.experiment.window import window_of
+from jaxrnn.types import UserError
 
 
 def named(name, step, made=None, **more) -> Change:
@@ -121,3 +122,46 @@ def test_the_scope_is_of_all_that_decides(subject, monkeypatch):
     monkeypatch.setattr(cache.environment, 'sources', lambda: 'edited')
     others.append(cache.scope(rows, symptom, window, [LARGE]))
     assert len({base, *others}) == 6
+
+
+OTHERS = {
+    'not UTF-8': b'{"scope": "\xff"}\n',
+    'deep': b'[' * 100_000,
+    'a list': b'[]',
+    'lists in lists': b'{"scope": ' + b'[' * 100_000 + b']' * 100_000 + b'}\n',
+}
+
+
+@pytest.mark.parametrize('kind', OTHERS)
+def test_a_damaged_file_is_begun_anew(subject, tmp_path, kind):
+    path, made = tmp_path / 'experiments.jsonl', []
+    path.write_bytes(OTHERS[kind])
+    told(subject, path, changes(made))
+    assert len(made) == 3 and path.read_text().startswith('{"scope"')
+
+
+WRONG = (
+    {'verdict': 'splendid'}, {'verdict': ['averted']}, {'symptom': [1, 2]}, {'symptom': ['spike', '1']}, {'symptom': 7},
+    {'loss': 'low'}, {'loss': [1]}, {'reached': 1.5}, {'acted': 1}, {'steps': '4'}, {'change': ['slower']},
+    {'start': None}, {'symptom': ['spike', [[]]]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('field', WRONG, ids=str)
+def test_an_outcome_of_another_shape_is_not_taken(subject, tmp_path, field):
+    path = tmp_path / 'experiments.jsonl'
+    whole = told(subject, path, changes())
+    head, *lines = path.read_text().splitlines()
+    path.write_text('\n'.join([head, *(json.dumps({**json.loads(line), **field}) for line in lines)]))
+    made = []
+    assert summary(told(subject, path, changes(made))) == summary(whole)
+    assert made == ['slower', 'still', 'not finite']
+
+
+def test_outcomes_are_not_written_through_a_link(subject, tmp_path):
+    path, outside = tmp_path / 'experiments.jsonl', tmp_path / 'outside'
+    outside.write_text('kept')
+    path.symlink_to(outside)
+    with pytest.raises(UserError, match='a link found'):
+        told(subject, path, changes())
+    assert outside.read_text() == 'kept'

@@ -26,9 +26,10 @@ import numpy as np
 import pytest
 from gensim.models import KeyedVectors
 
+from jaxrnn import files
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data
-from jaxrnn.words.data import corpus, dataset, files, letters
+from jaxrnn.words.data import corpus, dataset, letters
 
 WORDS = ('the', 'cat', 'naïve', 'слово', 'λόγος', '日本語', 'हिन्दी')
 VECTORS = np.array(

@@ -22,6 +22,7 @@ def test_examples(name, tmp_path, monkeypatch, capsys):
 PAGES = [
     ROOT / 'README.md',
     ROOT / 'BUILD.md',
+    ROOT / 'SECURITY.md',
     ROOT / 'benchmarks' / 'README.md',
     *(ROOT / 'docs').rglob('*.md'),
 ]

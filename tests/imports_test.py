@@ -10,7 +10,9 @@ ROOMS = {
     'errors': '',
     'types': 'errors',
     'package': '',
-    'environment': '',
+    'files': 'errors',
+    'programs': '',
+    'environment': 'programs',
     'tree': 'types',
     'diagnosis': 'environment',
     'rnn': 'ground',
@@ -27,7 +29,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('errors', 'types', 'package', 'environment', 'tree', 'diagnosis')
+GROUND = ('errors', 'types', 'package', 'files', 'programs', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

@@ -253,15 +253,17 @@ def test_a_diverging_run_ends_with_3_and_is_bisected(vectors, tmp_path):
     assert told['cause']['why']
 
 
-def test_compiled_steps_are_kept_with_the_run(vectors, tmp_path):
+def test_compiled_steps_are_kept_with_the_user(vectors, tmp_path):
     """Unless the user keeps them elsewhere; what is found there gives the same bits."""
-    run, kept = f'--run_dir={tmp_path / "run"}', {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    run, home = f'--run_dir={tmp_path / "run"}', tmp_path / 'home'
+    kept = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAXRNN_CACHE': str(home)}
     command = ['train', f'--vectors={vectors}', *SMALL, '--max_steps=30', run]
-    assert call(*command, **kept).returncode == 0 and not (tmp_path / 'run/compiled').exists()
+    assert call(*command, **kept).returncode == 0 and not (home / 'compiled').exists()
     shutil.rmtree(tmp_path / 'run')
     kept['JAX_COMPILATION_CACHE_DIR'] = ''
     assert call(*command, **kept).returncode == 0
-    (environment,) = (tmp_path / 'run/compiled').iterdir()
+    assert not (tmp_path / 'run/compiled').exists()
+    (environment,) = (home / 'compiled').iterdir()
     before = content(environment)
     assert before
     done = call('bisect', run, '--norecords', '--json', **kept)

@@ -16,6 +16,7 @@ from jaxrnn.cli import common, invocation
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define_detectors('bisect')
     common.define(
         'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
@@ -23,16 +24,18 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
-    common.keep_compiled()
+    environment.keep_compiled()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
-    found = investigation.bisect_run(directory, detectors, use_records=flags.FLAGS.records, **bounds)
+    found = investigation.bisect_run(
+        directory, detectors, use_records=flags.FLAGS.records, source=common.source(), **bounds
+    )
     diagnosis, opened = found.diagnosis, found.opened
     step = diagnosis.first_bad_step
     if flags.FLAGS.json:

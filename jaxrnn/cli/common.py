@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
+from jaxrnn import files
 from jaxrnn.errors import UserError
 from jaxrnn.words import config
 
@@ -78,6 +79,44 @@ def define_run(help: str, default: str | None = None) -> None:
     )
 
 
+SOURCE = ('vectors', 'corpus', 'allow_pickle')
+"""What may be read from outside of a run, and only on the user's own word, typed anew each time."""
+
+_typed: frozenset[str] = frozenset()
+
+
+def define_source() -> None:
+    """The flags that say what may be read where a run has no copy of its data: never what the run itself names."""
+    of_data = {field.name: field for field in dataclasses.fields(config.Data)}
+    where = (
+        "Where the run's data.npz is gone: read its data from here; what its config.json names is not opened."
+    )
+    for name in SOURCE:
+        define(
+            'source',
+            name,
+            of_data[name].default,
+            of_data[name].metadata['help'] if name == 'allow_pickle' else where,
+        )
+
+
+def source():
+    """What the user lets be read from outside of a run. Raises UserError for what stands in a file of flags."""
+    from jaxrnn.words import opening
+
+    for name in SOURCE:
+        if flags.FLAGS[name].value and name not in _typed:
+            raise UserError(
+                f'--{name}: found in a file of flags; type it on the command line itself if you trust it'
+            )
+    return opening.Source(flags.FLAGS.vectors, flags.FLAGS.corpus, flags.FLAGS.allow_pickle)
+
+
+def pickle_allowed() -> bool:
+    """Whether --allow_pickle was typed on this command line: what a file of flags says is the word of who wrote it."""
+    return flags.FLAGS.allow_pickle and 'allow_pickle' in _typed
+
+
 def define_detectors(group: str) -> None:
     """The flags that say what is looked for, and between which steps."""
     kinds = 'nonfinite, dead, collapse, constant, stall, spike, diverged'
@@ -125,14 +164,6 @@ def run_dir() -> str:
     return flags.FLAGS.run_dir
 
 
-def keep_compiled() -> None:
-    """Keeps compiled steps with the run, so that whoever looks into it later need not wait for them again."""
-    from jaxrnn import environment
-    from jaxrnn.record import loop
-
-    environment.keep_compiled(loop.Paths(pathlib.Path(run_dir())).compiled)
-
-
 def print_json(value: Any) -> None:
     """The machine-readable result, on one line."""
     print(json.dumps(value, allow_nan=False), flush=True)
@@ -156,6 +187,7 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
         show(_help(doc))
         return HEALTHY
     try:
+        _remember(arguments)
         words = flags.FLAGS([name, *arguments])
         start()
         return call(words[1:])
@@ -169,6 +201,43 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
     except BrokenPipeError:
         _close_output()
         return HEALTHY
+
+
+MOST_BYTES = 1 << 20
+"""Of a file of flags; a run's own has 2 kB."""
+
+
+def _remember(arguments: list[str]) -> None:
+    """Notes which flags were typed. Raises UserError for a file of flags that can't be read, or names another."""
+    global _typed
+    _typed = frozenset()
+    words = iter(arguments)
+    for word in words:
+        if word == '--' or not word.startswith('-'):
+            return
+        name, equals, value = word.lstrip('-').partition('=')
+        if name == 'flagfile':
+            _check_flags((value if equals else next(words, '')).strip())
+        elif name.startswith('no') or (equals and value.lower() in ('false', 'f', '0', 'no', 'n')):
+            _typed -= {name, name.removeprefix('no')}
+        else:
+            _typed |= {name}
+        if not equals and name in flags.FLAGS and not flags.FLAGS[name].boolean:
+            next(words, '')
+
+
+def _check_flags(path: str) -> None:
+    path = os.path.expanduser(path)
+    try:
+        text = files.read_text(pathlib.Path(path), MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'--flagfile: {path} can not be read ({getattr(error, "strerror", None) or error})'
+        ) from error
+    if '\0' in text:
+        raise UserError(f'--flagfile: {path} has zero bytes, flags were expected, one a line')
+    if re.search(r'^\s*--?flagfile\b', text, re.MULTILINE):
+        raise UserError(f'--flagfile: {path} names another file of flags; give that one by itself')
 
 
 def show(text: str) -> None:

@@ -16,6 +16,7 @@ from jaxrnn.cli import common, invocation
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define_detectors('diagnose')
     common.define(
         'diagnose',
@@ -27,14 +28,14 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import experiment, report
+    from jaxrnn import environment, experiment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
-    common.keep_compiled()
+    environment.keep_compiled()
     budget = flags.FLAGS.budget_steps
     if flags.FLAGS.fresh_runs < 0:
         raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
         fresh_runs=flags.FLAGS.fresh_runs,
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
+        source=common.source(),
         say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
     )
     diagnosis, opened = found.diagnosis, found.bisected.opened

@@ -18,6 +18,7 @@ from jaxrnn.cli import common
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
     common.define(
         'embed',
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
     if flags.FLAGS.neighbours < 1:
         raise UserError(f'--neighbours: {flags.FLAGS.neighbours} found, at least 1 expected')
-    opened = run.open_run(common.run_dir())
+    opened = run.open_run(common.run_dir(), source=common.source())
     dataset = opened.dataset
     words = arguments or (list(dataset.words) if flags.FLAGS.export else [])
     if not words:

@@ -19,6 +19,7 @@ from jaxrnn.cli import common, invocation
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
+    common.define_source()
     common.define('trace', 'step', None, 'The step to look into.')
     common.define(
         'trace',
@@ -35,7 +36,7 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.bisect import inspection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, step = common.run_dir(), flags.FLAGS.step
-    common.keep_compiled()
+    environment.keep_compiled()
     if step is None:
         raise UserError(
             '--step: nothing found, the number of a step expected; '
@@ -51,7 +52,12 @@ def main(arguments: list[str]) -> int:
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
     inspected, words = investigation.inspect_run(
-        directory, step, against=flags.FLAGS.against, screens=screens, float64=flags.FLAGS.float64
+        directory,
+        step,
+        against=flags.FLAGS.against,
+        screens=screens,
+        float64=flags.FLAGS.float64,
+        source=common.source(),
     )
     if flags.FLAGS.json:
         common.print_json(report.inspection_json(inspected, words))

@@ -55,18 +55,20 @@ class Display:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn import environment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import run
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     config, directory = common.config_from_flags(), common.run_dir()
-    common.keep_compiled()
+    environment.keep_compiled()
     console = Console(stderr=True, soft_wrap=True)
     display = Display(console, config.loop.max_steps)
     with display.progress:
-        trained = run.train_run(config, directory, say=console.print, on_row=display)
+        trained = run.train_run(
+            config, directory, allow_pickle=common.pickle_allowed(), say=console.print, on_row=display
+        )
     result, diagnosis = trained.result, trained.diagnosis
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())

@@ -11,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrnn import environment
+from jaxrnn import environment, files
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment.outcome import VERDICTS
 from jaxrnn.experiment.window import Window
 from jaxrnn.record.telemetry import Row
+from jaxrnn.types import UserError
+
+MOST_BYTES = 64 << 20
+"""Of the file; an outcome has 200 bytes."""
 
 
 class CachedOutcome(NamedTuple):
@@ -35,6 +40,9 @@ class OutcomeCache:
     Args:
         path: of the file; None to keep nothing.
         scope: of `scope`.
+
+    Raises:
+        UserError: where something other than a regular file is at `path`.
     """
 
     def __init__(self, path: Path | None, scope: str):
@@ -52,12 +60,10 @@ class OutcomeCache:
         line = {'change': change, 'start': start, 'horizon': horizon, **known._asdict()}
         line['symptom'] = None if known.symptom is None else [known.symptom.kind, known.symptom.step]
         line['loss'] = known.loss if math.isfinite(known.loss) else None
-        with open(self._path, 'a' if self._begun else 'w', encoding='utf-8') as file:
-            if not self._begun:
-                file.write(json.dumps({'scope': self._scope}))
-            file.write(
-                '\n' + json.dumps(line)
-            )  # the break first: a line that was half written is ended by it
+        # The break first: a line that was half written is ended by it.
+        begin = '' if self._begun else json.dumps({'scope': self._scope})
+        with files.open_appending(self._path, anew=not self._begun) as file:
+            file.write(f'{begin}\n{json.dumps(line)}'.encode())
         self._begun = True
 
 
@@ -77,23 +83,41 @@ def scope(rows: Sequence[Row], symptom: Symptom, window: Window, detectors: Sequ
 
 def _read(path: Path, scope: str) -> dict[tuple[str, int, int], CachedOutcome]:
     """Those of the same scope; a line that was half written is as if it weren't there."""
+    files.check_regular(path)
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
-    except OSError:
+        lines = files.read_text(path, MOST_BYTES).splitlines()
+    except (OSError, UserError):
         return {}
     found: dict[tuple[str, int, int], CachedOutcome] = {}
     for number, text in enumerate(lines):
         try:
-            line = json.loads(text)
+            line = files.parse_json(text, str(path))
             if number == 0 and line != {'scope': scope}:
                 return {}
             if number:
-                symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
-                loss = math.nan if line['loss'] is None else line['loss']
-                values = {**line, 'symptom': symptom, 'loss': loss}
-                known = CachedOutcome(**{name: values[name] for name in CachedOutcome._fields})
-                found[line['change'], line['start'], line['horizon']] = known
-        except (ValueError, KeyError, TypeError):
+                found[line['change'], line['start'], line['horizon']] = _outcome(line)
+        except (ValueError, KeyError, TypeError, UserError):
             if number == 0:
                 return {}
     return found
+
+
+def _outcome(line: Mapping[str, Any]) -> CachedOutcome:
+    """Raises ValueError, KeyError or TypeError for what isn't one that `put` wrote."""
+    symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
+    loss = math.nan if line['loss'] is None else float(line['loss'])
+    made = CachedOutcome(line['verdict'], symptom, loss, line['reached'], line['acted'], line['steps'])
+    whole = [
+        made.reached,
+        made.steps,
+        line['start'],
+        line['horizon'],
+        *([] if symptom is None else [symptom.step]),
+    ]
+    if made.verdict not in VERDICTS or any(type(each) is not int for each in whole):
+        raise ValueError(line)
+    if type(made.acted) is not bool or not isinstance(line['change'], str):
+        raise ValueError(line)
+    if symptom is not None and not isinstance(symptom.kind, str):
+        raise ValueError(line)
+    return made

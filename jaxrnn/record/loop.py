@@ -65,10 +65,6 @@ class Paths(NamedTuple):
         return self.root / 'rewinds.json'
 
     @property
-    def compiled(self) -> Path:
-        return self.root / 'compiled'
-
-    @property
     def lock(self) -> Path:
         return self.root / 'lock'
 

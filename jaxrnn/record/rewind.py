@@ -5,11 +5,11 @@ batches around it. The moments go back with the weights, never to zero. What was
 part of what a replay of the run repeats.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxrnn import files
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.record import loop
 from jaxrnn.types import UserError
@@ -22,6 +22,10 @@ AROUND = 10
 
 TRIES = 3
 """Times that a run goes back on account of the same steps."""
+
+
+MOST_SKIPPED = 1_000_000
+"""Batches left out in all."""
 
 
 class Rewind(NamedTuple):
@@ -39,15 +43,32 @@ def read(path: Path) -> list[Rewind]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding='utf-8'))
-        return [
-            Rewind(**{**row, 'skipped': None if row['skipped'] is None else tuple(row['skipped'])})
-            for row in rows
-        ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        rows = files.read_json(path)
+        if not isinstance(rows, list):
+            raise ValueError('no list')
+        found = [_checked(row) for row in rows]
+        if (
+            sum(last - first + 1 for first, last in filter(None, (each.skipped for each in found)))
+            > MOST_SKIPPED
+        ):
+            raise ValueError(f'more than {MOST_SKIPPED:,} batches left out')
+        return found
+    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+        said = str(error).removeprefix(f'{path}: ')
         raise UserError(
-            f'--run_dir: {path} can not be read ({error}); without it the run can not be repeated'
+            f'--run_dir: {path} can not be read ({said}); without it the run can not be repeated'
         ) from error
+
+
+def _checked(row: Any) -> Rewind:
+    """Raises ValueError, TypeError or KeyError for what isn't one that `write` wrote."""
+    made = Rewind(**{**row, 'skipped': None if row['skipped'] is None else tuple(row['skipped'])})
+    found = [type(each) for each in (made.kind, made.step, made.to, made.done, *(made.skipped or ()))]
+    if found != [str, int, int, bool, *[int] * (2 * (made.skipped is not None))]:
+        raise ValueError('fields of other types')
+    if min(made.step, made.to) < 0 or (made.skipped and not 1 <= made.skipped[0] <= made.skipped[1]):
+        raise ValueError('steps of no run')
+    return made
 
 
 def write(path: Path, rewinds: Sequence[Rewind]) -> None:

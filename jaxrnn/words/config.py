@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -33,17 +34,23 @@ def option(
     return dataclasses.field(default=default, metadata={'help': help, 'later': later, **bounds})
 
 
+LARGEST = 10**300
+"""Whole numbers that a float has room for."""
+
+
 def _check(field: dataclasses.Field, value: Any) -> None:
     flag, bounds = f'--{field.name}', field.metadata
-    if field.type is float and type(value) is int:
+    if field.type is float and type(value) is int and abs(value) < LARGEST:
         pass  # an integer is a fine float
     elif type(value) is not field.type:
         kind = getattr(field.type, '__name__', field.type)
-        raise UserError(f'{flag}: {value!r} found, {kind} expected')
+        raise UserError(f'{flag}: {reprlib.repr(value)} found, {kind} expected')
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'{flag}: {value} found, a finite number expected')
     if bounds['choices'] and value not in bounds['choices']:
-        raise UserError(f'{flag}: {value!r} found, one of {", ".join(bounds["choices"])} expected')
+        raise UserError(
+            f'{flag}: {reprlib.repr(value)} found, one of {", ".join(bounds["choices"])} expected'
+        )
     for bound, holds, words in (
         ('at_least', lambda x, b: x >= b, 'at least'),
         ('above', lambda x, b: x > b, 'more than'),
@@ -239,6 +246,11 @@ class Loop(OptionGroup):
     )
 
 
+def _check_group(name: str, values: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f'{name}: {reprlib.repr(values)} found, names and their values expected')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A run's whole configuration."""
@@ -254,14 +266,17 @@ class Config:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Reads what `to_json` wrote. Raises UserError for a group or option it doesn't know."""
+        """Reads what `to_json` wrote. Raises UserError for a group or option it doesn't know, or a value that isn't of
+        its type or out of bounds."""
         groups: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         made: dict[str, Any] = {}
+        _check_group('config', values)
         for name, options in values.items():
             if name not in groups:
                 raise UserError(
                     f'config: unknown group {name!r}; it was written by another version of jaxrnn'
                 )
+            _check_group(f'config: {name!r}', options)
             known = {field.name for field in dataclasses.fields(groups[name])}
             if unknown := set(options) - known:
                 raise UserError(

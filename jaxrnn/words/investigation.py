@@ -25,6 +25,7 @@ from jaxrnn.types import UserError
 from jaxrnn.words import checks, train
 from jaxrnn.words.data import Batch
 from jaxrnn.words.fresh_runs import in_fresh_runs
+from jaxrnn.words.opening import Source
 from jaxrnn.words.run import LoadedRun, open_run
 from jaxrnn.words.signals import ALARMS
 from jaxrnn.words.suspects import Suspects
@@ -56,9 +57,13 @@ def bisect_run(
     bad: int | None = None,
     use_records: bool = True,
     make_program: train.MakeProgram = train.make_program,
+    source: Source | None = None,
 ) -> BisectionResult:
-    """Bisects a run of jaxrnn's own (see `replay.bisect`), inspects the step, and writes the diagnosis."""
-    opened = open_run(directory, make_program)
+    """Bisects a run of jaxrnn's own (see `replay.bisect`), inspects the step, and writes the diagnosis.
+
+    Raises UserError as `open_run`, to which `source` goes, and as `replay.bisect`.
+    """
+    opened = open_run(directory, make_program, source=source)
     options = opened.config.training
     subject = _subject(opened, opened.records if use_records else ())
     detectors = detectors_for(detectors, opened.dataset)
@@ -83,6 +88,7 @@ def diagnose_run(
     bad: int | None = None,
     fresh_runs: int = 0,
     make_program: train.MakeProgram = train.make_program,
+    source: Source | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> DiagnosisResult:
     """Bisects a run, inspects the step, makes the seven checks and, where there is a symptom, experiments; writes the
@@ -96,9 +102,13 @@ def diagnose_run(
         fresh_runs: how many of the remedies that avert are also trained with from the start, with another seed, as far
             again as the symptom took to come.
         make_program: as in `train_run`; it is given the changed configurations, too.
+        source: as in `open_run`.
         say: gets a line before slow work.
+
+    Raises:
+        UserError: as `bisect_run`.
     """
-    bisected = bisect_run(directory, detectors, good=good, bad=bad, make_program=make_program)
+    bisected = bisect_run(directory, detectors, good=good, bad=bad, make_program=make_program, source=source)
     diagnosis, opened = bisected.diagnosis, bisected.opened
     subject = _subject(opened, opened.records)
     detectors = detectors_for(detectors, opened.dataset)
@@ -119,7 +129,7 @@ def diagnose_run(
     )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
         say('computing the step that differs twice more, on one thread')
-        diagnosis = _on_one_thread(diagnosis, directory, make_program)
+        diagnosis = _on_one_thread(diagnosis, directory, make_program, source)
     measured = _checked(diagnosis, opened, report)
     beside = [check for check in diagnosis.checks if check['name'] not in checks.MEASURED_BETTER]
     diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *beside))
@@ -153,7 +163,10 @@ def _checked(
 
 
 def _on_one_thread(
-    diagnosis: Diagnosis, directory: str | os.PathLike, make_program: train.MakeProgram
+    diagnosis: Diagnosis,
+    directory: str | os.PathLike,
+    make_program: train.MakeProgram,
+    source: Source | None,
 ) -> Diagnosis:
     """Whether a step that comes out differently each time does so on one thread, too: asked of a process that has no
     other, as XLA starts its threads once."""
@@ -163,7 +176,7 @@ def _on_one_thread(
         1, multiprocessing.get_context('spawn'), environment.use_threads, (1,)
     ) as pool:
         try:
-            agree = pool.submit(_repeats, directory, make_program, step).result()
+            agree = pool.submit(_repeats, directory, make_program, source, step).result()
         except (
             pickle.PicklingError,
             AttributeError,
@@ -182,9 +195,11 @@ def _on_one_thread(
     return dataclasses.replace(diagnosis, cause=cause, remedies=(*diagnosis.remedies, remedy))
 
 
-def _repeats(directory: str | os.PathLike, make_program: train.MakeProgram, step: int) -> bool:
+def _repeats(
+    directory: str | os.PathLike, make_program: train.MakeProgram, source: Source | None, step: int
+) -> bool:
     """Whether two replays up to a step agree."""
-    opened = open_run(directory, make_program)
+    opened = open_run(directory, make_program, source=source)
     subject = _subject(opened, ())
     start = max(at for at in subject.checkpoints.steps() if at <= step)
     first, second = (replay.Replayer(subject).replay(start, step + 1) for _ in range(2))
@@ -199,6 +214,7 @@ def inspect_run(
     screens: Sequence[str] = (),
     float64: bool = False,
     make_program: train.MakeProgram = train.make_program,
+    source: Source | None = None,
 ) -> tuple[inspection.Inspection, list[str]]:
     """Inspects one step of a run (see `inspection.inspect`).
 
@@ -206,9 +222,9 @@ def inspect_run(
         What was found, and the words of the step's batch.
 
     Raises:
-        UserError: no run, no such step, or no checkpoint before it.
+        UserError: as `open_run`, to which `source` goes; no such step, or no checkpoint before it.
     """
-    opened = open_run(directory, make_program)
+    opened = open_run(directory, make_program, source=source)
     for flag, value in (('--step', step), ('--against', against)):
         if value is None:
             continue

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrnn import detect
+from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.record import loop, rewind, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import Series, Tree, UserError
-from jaxrnn.words import data, optimisers, train
-from jaxrnn.words.config import Config
+from jaxrnn.words import data, opening, optimisers, train
+from jaxrnn.words.config import Config, Data
+from jaxrnn.words.opening import Source
 from jaxrnn.words.signals import ALARMS
 from jaxrnn.words.symptoms import detectors_for
 
@@ -50,6 +50,7 @@ def train_run(
     directory: str | os.PathLike,
     *,
     make_program: train.MakeProgram = train.make_program,
+    allow_pickle: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> TrainingResult:
@@ -60,6 +61,7 @@ def train_run(
         directory: its home.
         make_program: what the configuration and its data are made into. Whatever opens the run later must be
             given the same.
+        allow_pickle: whether vectors may be unpickled; None: as the caller's configuration says.
         say: gets a line before slow work.
         on_row: sees every record, a step late.
 
@@ -67,13 +69,14 @@ def train_run(
         UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
     """
     paths = loop.Paths(Path(directory))
+    opening.check_files(paths)
     _check_same_config(paths, config)
     optimisers.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
     with _directory(paths.root):
-        dataset = _dataset(paths, config, say)
+        options = config.data if allow_pickle is None else config.changed(allow_pickle=allow_pickle).data
+        dataset = _dataset(paths, options, config.training.seed, say)
     program = make_program(config, dataset)
     _describe(paths, config, dataset)
-    identity = {'config': config.digest(), 'data': dataset.digest}
     while True:
         rewinds = _rewound(paths)
         stop = _Stop(
@@ -91,7 +94,7 @@ def train_run(
             program.init,
             directory,
             _loop_options(config, most=stop.at),
-            identity=identity,
+            identity={'config': config.digest(), 'data': dataset.digest},
             on_row=see,
         )
         if result.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
@@ -104,11 +107,32 @@ def train_run(
     return TrainingResult(result, diagnosis, evaluation)
 
 
-def open_run(directory: str | os.PathLike, make_program: train.MakeProgram = train.make_program) -> LoadedRun:
-    """Reads a run back. Raises UserError where the directory holds none, or not a whole one."""
+def open_run(
+    directory: str | os.PathLike,
+    make_program: train.MakeProgram = train.make_program,
+    *,
+    source: Source | None = None,
+) -> LoadedRun:
+    """Reads a run back: within its directory, and nothing else but what `source` says.
+
+    Args:
+        directory: of the run, which may be a stranger's.
+        make_program: as in `train_run`.
+        source: what its data may be read from where its own copy is gone.
+
+    Raises:
+        UserError: no run, not a whole one, one whose configuration or data isn't what its checkpoints were trained
+            with, or one that leads out of its directory.
+    """
     paths = loop.Paths(Path(directory))
+    opening.check_files(paths)
     config = read_config(paths)
-    dataset = _dataset(paths, config, say=lambda line: None)
+    source = source or Source()
+    if not paths.data.exists():
+        opening.check_allowed(paths, config, source)
+    options = dataclasses.replace(config.data, **source._asdict())
+    dataset = _dataset(paths, options, config.training.seed, say=lambda line: None)
+    opening.check_identity(paths, config, dataset, source)
     program = make_program(config, dataset)
     program = program._replace(
         batch_at=loop.without(program.batch_at, rewind.skipped(rewind.read(paths.rewinds)))
@@ -119,24 +143,27 @@ def open_run(directory: str | os.PathLike, make_program: train.MakeProgram = tra
 
 
 def newest_params(opened: LoadedRun) -> Tree:
-    """The parameters of the newest checkpoint."""
+    """The parameters of the newest checkpoint. Raises UserError where there is none, or one that was altered."""
     steps = opened.checkpoints.steps()
     if not steps:
         raise UserError(f'--run_dir: {opened.checkpoints.directory} holds no checkpoint; train first')
-    return opened.checkpoints.restore(steps[-1]).params
+    state = opened.checkpoints.restore(steps[-1])
+    loop.check_digest(opened.checkpoints, steps[-1], state)
+    return state.params
 
 
 def read_config(paths: loop.Paths) -> Config:
     """The configuration of a run. Raises UserError where there is none."""
     try:
-        return Config.from_json(json.loads(paths.config.read_text(encoding='utf-8')))
+        return Config.from_json(files.read_json(paths.config))
     except OSError as error:
         raise UserError(
             f'--run_dir: {paths.root} holds no run (config.json: {error.strerror}); '
             'name the directory that training was given'
         ) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({error})') from error
+    except UserError as error:
+        said = str(error).removeprefix(f'{paths.config}: ')
+        raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({said})') from error
 
 
 def _loop_options(config: Config, most: float) -> loop.LoopOptions:
@@ -174,11 +201,11 @@ def _directory(root: Path) -> Iterator[None]:
         raise
 
 
-def _dataset(paths: loop.Paths, config: Config, say: Callable[[str], None]) -> data.Dataset:
+def _dataset(paths: loop.Paths, options: Data, seed: int, say: Callable[[str], None]) -> data.Dataset:
     """The run's own copy of its data, so that it can be diagnosed anywhere; else made from its source."""
     if paths.data.exists():
         return data.read_dataset(paths.data)
-    dataset = data.load(config.data, config.training.seed, progress=say)
+    dataset = data.load(options, seed, progress=say)
     dropped = ', '.join(f'{count:,} {reason}' for reason, count in dataset.dropped.items())
     say(f'{len(dataset.words):,} words from {dataset.source}; dropped: {dropped or "none"}')
     return dataset

@@ -19,9 +19,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxrnn import environment
+from jaxrnn.files import replacing
 from jaxrnn.types import UserError
 from jaxrnn.words import config
-from jaxrnn.words.data.files import opened, raw, replacing
+from jaxrnn.words.data.files import opened, raw
 from jaxrnn.words.data.formats import LONGEST_VECTOR
 
 SAMPLE = 'test/test_data/enwiki-latest-pages-articles1*shortened.bz2'  # 2 MB, part of gensim's wheel
@@ -175,10 +177,7 @@ def _write_sentences(path: str, lines: BinaryIO) -> int:
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> str:
-    if cache_dir is not None:
-        return os.fspath(cache_dir)
-    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return os.environ.get('JAXRNN_CACHE') or os.path.join(home, 'jaxrnn')
+    return os.fspath(environment.cache_folder() if cache_dir is None else cache_dir)
 
 
 def _digest(path: str, settings: dict[str, int]) -> str:
@@ -208,10 +207,9 @@ def _cached(cache: str, size: int) -> TrainedVectors | None:
 def _keep(cache: str, found: TrainedVectors) -> None:
     words = np.frombuffer('\n'.join(found.words).encode(), np.uint8)
     try:
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
+        os.makedirs(os.path.dirname(cache), mode=0o700, exist_ok=True)
         with replacing(cache) as file:
             np.savez(file, words=words, vectors=found.vectors, tokens=found.tokens)
-    except OSError as error:
-        logger.warning(
-            '%s: cannot be written (%s); the next run trains Word2Vec again', cache, error.strerror
-        )
+    except (OSError, UserError) as error:
+        why = getattr(error, 'strerror', None) or error
+        logger.warning('%s: cannot be written (%s); the next run trains Word2Vec again', cache, why)

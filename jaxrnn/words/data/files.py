@@ -6,10 +6,9 @@ import gzip
 import io
 import os
 import stat
-import uuid
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrnn.types import UserError
 
@@ -54,21 +53,6 @@ def opened(path: str) -> Iterator[OpenFile]:
             if not stream.peek(1):
                 raise UserError(f'{path}: an empty file found; give one with words')
             yield OpenFile(stream, most)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes its place at `path` only when all is written."""
-    # Not tempfile's, whose files are for the owner's eyes only.
-    temporary = f'{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp'
-    try:
-        with open(temporary, 'xb') as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 class _Guarded(io.RawIOBase):

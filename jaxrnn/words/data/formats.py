@@ -160,7 +160,7 @@ def _keyed_vectors(path: str, allow_pickle: bool) -> VectorTable:
     if not allow_pickle:
         raise UserError(
             f'{path}: a pickled file, as gensim saves KeyedVectors; unpickling can run any code in it. If you'
-            ' trust it, give --allow_pickle, or convert it: python -c "from gensim.models import KeyedVectors'
+            ' trust it, type --allow_pickle, or convert it: python -c "from gensim.models import KeyedVectors'
             f' as K; K.load({path!r}).save_word2vec_format({path + ".bin"!r}, binary=True)"'
         )
     try:

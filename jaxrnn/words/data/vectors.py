@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrnn.files import replacing
 from jaxrnn.types import UserError
-from jaxrnn.words.data.files import replacing
 from jaxrnn.words.data.formats import VectorTable, shown, vector_table
 from jaxrnn.words.data.letters import why_unusable
 

@@ -1,0 +1,149 @@
+"""Files that somebody else may have made: read within bounds, and written where nobody has laid a link.
+
+The one way to a run's own files. A link leads out of the run, a FIFO or a device waits or never ends: none is opened.
+"""
+
+import contextlib
+import json
+import os
+import re
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxrnn.errors import UserError
+
+MOST_BYTES = 4 << 20
+"""Of a JSON file of a run. A configuration has 3 kB, a note of going back some 100 bytes a time."""
+
+MOST_DEPTH = 16
+"""Lists and dictionaries within each other; what we write has 3."""
+
+AGAIN = 'it is damaged or was altered: copy the run again'
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')  # a string, whose brackets don't count; or a bracket
+
+
+def check_regular(path: Path) -> None:
+    """Raises UserError for what is there and is no regular file, as a link, a directory, a FIFO or a device."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _check(path, os.lstat(path).st_mode)
+
+
+def check_within(root: Path) -> None:
+    """Raises UserError for anything below a directory that leads out of it, or is neither file nor directory; and
+    where something else than a directory is at `root`."""
+    if os.path.lexists(root) and not stat.S_ISDIR(mode := os.lstat(root).st_mode):
+        raise UserError(f'{root}: {_kind(mode)} found, a directory expected; {AGAIN}')
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # a checkpoint that training just thinned out
+                if not stat.S_ISDIR(mode := os.lstat(path).st_mode):
+                    _check(path, mode)
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, to read. Raises UserError for anything else, and OSError where it can't be opened."""
+    try:
+        # Not to wait for a FIFO's other end; of no meaning for a file.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        check_regular(Path(path))
+        raise
+    try:
+        _check(Path(path), os.fstat(handle).st_mode)
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """All of a regular file. Raises UserError for another kind, or a larger one; OSError where it can't be read."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f'{path}: more than {most:,} bytes found, at most so many expected; {AGAIN}')
+    return content
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """As `read_bytes`. Raises UserError for what isn't UTF-8, too."""
+    try:
+        return read_bytes(path, most).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: byte {error.start} is not UTF-8 text, which is expected; {AGAIN}') from None
+
+
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """As `read_text`. Raises UserError for what isn't JSON, or has more within each other than anything we write."""
+    return parse_json(read_text(path, most), str(path))
+
+
+def parse_json(text: str, name: str) -> Any:
+    """What a JSON text says; `name` stands in front of an error. Raises UserError as `read_json`."""
+    if depth(text) > MOST_DEPTH:
+        raise UserError(f'{name}: more than {MOST_DEPTH} levels found, JSON of fewer expected; {AGAIN}')
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f'{name}: not JSON, which is expected ({error}); {AGAIN}') from None
+
+
+def depth(text: str) -> int:
+    """The most brackets that are open at once in a JSON text; found without descending into them."""
+    deepest = now = 0
+    for found in TOKEN.finditer(text):
+        now += (found[0] in '[{') - (found[0] in ']}')
+        deepest = max(deepest, now)
+    return deepest
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that takes its place at `path` only when all is written.
+
+    Raises UserError where something other than a regular file is there; OSError where nothing can be written.
+    """
+    check_regular(Path(path))
+    # Not tempfile's, whose files are for the owner's eyes only. A new name, which must not be there yet.
+    temporary = f'{os.fspath(path)}.{uuid.uuid4().hex[:8]}.tmp'
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o666), 'wb') as file:
+            yield file
+        check_regular(Path(path))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def open_appending(path: Path, *, anew: bool) -> BinaryIO:
+    """A regular file, to write on at its end; emptied first if it is begun `anew`. Raises as `open_regular`."""
+    check_regular(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), 'ab')
+    if anew:
+        file.truncate(0)
+    return file
+
+
+def _check(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UserError(
+            f'{path}: {_kind(mode)} found, a regular file expected; remove it, or name another path'
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFREG: 'a file',
+        stat.S_IFDIR: 'a directory',
+        stat.S_IFLNK: 'a link',
+        stat.S_IFIFO: 'a FIFO',
+    }
+    return kinds.get(stat.S_IFMT(mode), 'a device or socket')

@@ -1,0 +1,87 @@
+"""What is asked of a run's directory before anything in it is believed: it may be a stranger's."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxrnn import files
+from jaxrnn.record import loop
+from jaxrnn.record.checkpoint import Checkpoints
+from jaxrnn.types import UserError
+from jaxrnn.words import data
+from jaxrnn.words.config import Config
+
+
+class Source(NamedTuple):
+    """What a person lets a run's data be read from where the run has no copy of it. None of it is the run's word."""
+
+    vectors: str = ''
+    corpus: str = ''
+    allow_pickle: bool = False
+
+
+def check_files(paths: loop.Paths) -> None:
+    """Raises UserError for a run that leads out of its directory, or has a FIFO, a device or the like in it."""
+    for path in (
+        paths.config, paths.data, paths.records, paths.rewinds, paths.experiments, paths.evaluation,
+        paths.diagnosis, paths.flags, paths.lock,
+    ):  # fmt: skip
+        files.check_regular(path)
+        # What a killed process left half written is a file; a link is somebody's, to have what it leads to overwritten.
+        files.check_regular(path.with_name(f'{path.name}.part'))
+    files.check_within(paths.checkpoints)
+
+
+def check_allowed(paths: loop.Paths, config: Config, source: Source) -> None:
+    """Raises UserError for a run whose data would be read from where the run says, and not the user."""
+    if source.vectors or source.corpus:
+        return
+    for name in ('vectors', 'corpus'):
+        if path := getattr(config.data, name):
+            shown = shlex.quote(path) if path.isprintable() else ascii(path)
+            raise UserError(
+                f'--run_dir: {paths.root} has no data.npz, and a file that its config.json names is not opened on the '
+                f"run's word ({shown}); if you trust that file, give it yourself: --{name}={shown}"
+            )
+
+
+def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, source: Source) -> None:
+    """Raises UserError for a configuration or data that the run's checkpoints were not trained with: what follows from
+    them would be said of the machine."""
+    found = {
+        'config': (f'--run_dir: {paths.config}', config.digest()),
+        'data': (_origin(paths, source), dataset.digest),
+    }
+    steps = Checkpoints(paths.checkpoints).steps()
+    for step in {*steps[:1], *steps[-1:]}:
+        meta = _meta(paths, step)
+        for name, (file, digest) in found.items():
+            if meta.get(name, digest) != digest:
+                raise UserError(
+                    f'{file} is not the one that the run was trained with (its digest is {digest}, and '
+                    f'{str(meta[name])[:16]!a} in checkpoint {step}); put the original back, or copy the run again'
+                )
+
+
+def _origin(paths: loop.Paths, source: Source) -> str:
+    """Where the data is from, as an error begins."""
+    if paths.data.exists():
+        return f'--run_dir: {paths.data}'
+    if source.vectors or source.corpus:
+        return f'--vectors: {source.vectors}' if source.vectors else f'--corpus: {source.corpus}'
+    return f"--run_dir: {paths.root} has no data.npz, and gensim's sample of Wikipedia"
+
+
+def _meta(paths: loop.Paths, step: int) -> Mapping[str, Any]:
+    """What was saved beside a checkpoint. Raises UserError where it can't be read."""
+    try:
+        meta = Checkpoints(paths.checkpoints).meta(step)
+        if not isinstance(meta, Mapping):
+            raise ValueError('no names and values')
+        return meta
+    except Exception as error:  # orbax raises whatever it likes
+        said = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f"{paths.checkpoints / str(step) / 'meta'}: can't be read ({said}); delete the checkpoint's folder to "
+            'go on without it'
+        ) from error
