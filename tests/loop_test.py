@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,151 @@ class TestResume:
         path.write_text(path.read_text().replace('"state": "', '"state": "f'))
         with pytest.raises(UserError, match='altered on disk'):
             run(tmp_path)
+
+
+class TestRecordsReachEveryCheckpoint:
+    """Whatever ends a run: no step before its newest checkpoint is without a record."""
+
+    @staticmethod
+    def run(directory, batch_at, **options):
+        return loop.run(
+            lambda state, batch: (state + batch, {'loss': state}),
+            batch_at,
+            lambda: jnp.float32(0),
+            directory,
+            loop.LoopOptions(**{'max_steps': 12, 'checkpoint_every': 5, **options}),
+        )
+
+    @pytest.mark.parametrize('at', [3, 5])
+    def test_a_batch_that_fails(self, at, tmp_path):
+        def batch_at(step):
+            if step == at:
+                raise RuntimeError('no batch')
+            return np.float32(step)
+
+        with pytest.raises(RuntimeError, match='no batch'):
+            self.run(tmp_path, batch_at)
+        assert [row['step'] for row in rows(tmp_path)] == list(range(at))
+
+    def test_a_checkpoint_that_fails(self, tmp_path, monkeypatch):
+        def save(writer, step, state, meta):
+            assert [row['step'] for row in rows(tmp_path)] == list(range(step))
+            if step:
+                raise UserError('no room')
+
+        monkeypatch.setattr(checkpoint.Writer, 'save', save)
+        with pytest.raises(UserError, match='no room'):
+            self.run(tmp_path, np.float32)
+        assert len(rows(tmp_path)) == 5
+
+    def test_a_record_that_fails_is_not_written_twice_and_none_after_it(self, tmp_path):
+        def ends(row):
+            if row['step'] == 7:
+                raise KeyboardInterrupt
+            return False
+
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(
+                lambda state, batch: (state + batch, {'loss': state}), np.float32, lambda: jnp.float32(0), tmp_path,
+                loop.LoopOptions(max_steps=12, checkpoint_every=5), on_row=ends,
+            )  # fmt: skip
+        assert [row['step'] for row in rows(tmp_path)] == list(range(8))
+
+    def test_killed_while_a_batch_is_made(self, tmp_path):
+        code = [sys.executable, '-c', SLOW_BATCH, str(tmp_path)]
+        with subprocess.Popen(code, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b'waiting\n'
+            _wait_for(tmp_path / 'checkpoints' / '5')
+            process.kill()
+        assert [row['step'] for row in rows(tmp_path)] == list(range(5))
+
+
+SLOW_BATCH = """
+import sys, time
+sys.path.insert(0, 'tests')
+import loop_test
+def batch_at(step):
+    if step == 5:
+        print('waiting', flush=True)
+        time.sleep(100)
+    return loop_test.np.float32(step)
+loop_test.TestRecordsReachEveryCheckpoint.run(sys.argv[1], batch_at)
+"""
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f'{path} never came'
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of 50 steps, with a checkpoint at every 10th."""
+    directory = tmp_path_factory.mktemp('finished')
+    run(directory, checkpoint_every=10)
+    return directory
+
+
+class TestGaps:
+    """Records that are missing before the checkpoint that a run goes on from."""
+
+    @staticmethod
+    def lose(directory, lost):
+        path = directory / 'records.jsonl'
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(''.join(line for step, line in enumerate(lines) if step not in lost))
+
+    def again(self, finished, tmp_path, lost, without=(), **options):
+        """The run without the records of some steps, and without some checkpoints, gone on with."""
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        for step in without:
+            shutil.rmtree(tmp_path / 'checkpoints' / str(step))
+        self.lose(tmp_path, lost)
+        return run(tmp_path, checkpoint_every=10, **options)
+
+    @pytest.mark.parametrize(
+        ('lost', 'says'),
+        [
+            ({49}, 'step 49'),
+            ({13, 14, 15}, 'steps 13 to 15'),
+            ({0, 9, 12, *range(18, 33)}, 'steps 0, 9, 12, 18 to 32'),
+            (set(range(50)), 'steps 0 to 49'),
+        ],
+    )
+    def test_are_computed_again(self, lost, says, finished, tmp_path, caplog):
+        self.again(finished, tmp_path, lost, max_steps=52)
+        assert [record.getMessage() for record in caplog.records] == [
+            f'the records of {says} are missing: computing them again, from the checkpoints before them'
+        ]
+        assert rows(tmp_path)[:50] == rows(finished) and len(rows(tmp_path)) == 52
+
+    def test_without_a_checkpoint_before_them_it_is_said(self, finished, tmp_path, caplog):
+        self.again(finished, tmp_path, {13, 25}, without=(0, 10))
+        assert [record.getMessage() for record in caplog.records] == [
+            'the records of step 13 are missing for good: no checkpoint before them is left',
+            'the records of step 25 are missing: computing them again, from the checkpoints before them',
+        ]
+        assert [row['step'] for row in rows(tmp_path)] == [*range(13), *range(14, 50)]
+
+    def test_of_a_run_that_comes_out_otherwise_stay(self, finished, tmp_path, caplog):
+        """What is computed is held against the records around it, and no other is put in their place."""
+        shutil.copytree(finished, tmp_path / 'a')
+        path = tmp_path / 'a' / 'records.jsonl'
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[12]['loss'] *= 1.0001
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        self.again(tmp_path / 'a', tmp_path / 'b', {14, 31})
+        assert 'step 14 stay missing: computed again, step 12 comes out otherwise' in caplog.text
+        assert [row['step'] for row in rows(tmp_path / 'b')] == [*range(14), *range(15, 50)]
+
+    def test_are_held_against_the_next_checkpoint(self, finished, tmp_path, caplog, monkeypatch):
+        program, made = small.program('lstm'), small.program
+        batch_at = lambda n: program.batch_at(n if n != 15 else 3)  # noqa: E731
+        monkeypatch.setattr(small, 'program', lambda network: made(network)._replace(batch_at=batch_at))
+        self.again(finished, tmp_path, set(range(12, 22)))
+        assert 'stay missing: computed again, step 19 comes out otherwise' in caplog.text
 
 
 class TestBadDirectory:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment, tree
-from jaxrnn.record import checkpoint, telemetry
+from jaxrnn.record import checkpoint, gaps, telemetry
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
@@ -127,26 +127,28 @@ def run(
     make_directory(paths.root)
     with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
         observed = telemetry.instrument(step, checks=options.checkify)
-        first, state, resumed = _start(paths, init, dict(identity or {}))
+        checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
+        first, state, resumed = _start(paths, checkpoints, init, dict(identity or {}))
         records = telemetry.RecordFile(paths.records)
         sink = _Sink(records, records.keep_before(first), on_row)
+
+        def going(number: int, state: Tree) -> bool:
+            return not (signals.caught or sink.ended)
+
+        _heal(records, checkpoints, first, observed, batch_at, options.digest_every, going)
         writer = checkpoint.Writer(
             paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
         )
 
-        def before(number: int, state: Tree) -> bool:
-            if signals.caught or sink.ended:
-                return False
-            if number % options.checkpoint_every == 0:
-                writer.save(number, state, _meta(number, state, identity))
-            return True
+        def save(number: int, state: Tree) -> None:
+            writer.save(number, state, _meta(number, state, identity))
 
         try:
             done, state = advance(
                 observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
-                put=sink.put, before=before,
+                put=sink.put, before=going, save=save, save_every=options.checkpoint_every,
             )  # fmt: skip
-            writer.save(done, state, _meta(done, state, identity))
+            save(done, state)
             writer.wait()
         finally:
             records.close()
@@ -164,10 +166,13 @@ def advance(
     digest_every: int,
     put: Callable[[Row], None],
     before: Callable[[int, Tree], bool] = lambda number, state: True,
+    save: Callable[[int, Tree], None] = lambda number, state: None,
+    save_every: int = 0,
 ) -> tuple[int, Tree]:
     """The loop proper, of training and of every replay: steps `first` up to `stop`, which isn't done.
 
-    The record of a step is read while the device computes the next one.
+    The record of a step is read while the device computes the next one; before a save, and whatever ends the loop,
+    every record there is has been put.
 
     Args:
         observed: the compiled step; it consumes `state`.
@@ -178,25 +183,57 @@ def advance(
         digest_every: steps between digests; the states at its multiples have one.
         put: takes each record.
         before: called with the number and the state before each step; False ends the loop.
+        save: called likewise before the steps at multiples of `save_every`, after it.
+        save_every: steps between saves; 0 for none.
 
     Returns:
         The number of the next step, and its state.
     """
-    pending: tuple[int, telemetry.Observation] | None = None
-    number, state = first, unshared(state)
-    while number < stop and before(number, state):
-        batch = batch_at(number)
-        try:
-            state, observation = observed(state, batch, (number + 1) % digest_every == 0)
-        except FloatingPointError as error:  # of debug_nans, which keeps the state
-            _emit(pending, put)
-            put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
-            return number, state
-        _emit(pending, put)
-        pending = number, observation
-        number += 1
-    _emit(pending, put)
+    late, number, state = _Late(put), first, unshared(state)
+    try:
+        while number < stop and before(number, state):
+            if save_every and number % save_every == 0:
+                late.flush()
+                save(number, state)
+            batch = batch_at(number)
+            try:
+                state, observation = observed(state, batch, (number + 1) % digest_every == 0)
+            except FloatingPointError as error:  # of debug_nans, which keeps the state
+                late.flush()
+                put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
+                break
+            late.put(number, observation)
+            number += 1
+    except BaseException:
+        with contextlib.suppress(Exception):  # what ended the loop is what is to be said
+            late.flush()
+        raise
+    late.flush()
     return number, state
+
+
+class _Late:
+    """Puts the record of a step when the next one has been started."""
+
+    def __init__(self, put: Callable[[Row], None]):
+        self._put = put
+        self._pending: list[tuple[int, telemetry.Observation]] = []
+
+    def put(self, number: int, observation: telemetry.Observation) -> None:
+        self._pending.append((number, observation))
+        if len(self._pending) > 1:
+            self._pop()
+
+    def flush(self) -> None:
+        while self._pending:
+            self._pop()
+
+    def _pop(self) -> None:
+        """After one that fails none is put: it must be there once, and none after it without it."""
+        (number, observation), *later = self._pending
+        self._pending = []
+        self._put(telemetry.row(number, observation))
+        self._pending = later
 
 
 def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
@@ -217,12 +254,6 @@ def rewind(directory: str | os.PathLike, step: int) -> None:
     with _locked(paths):
         checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
         telemetry.RecordFile(paths.records).keep_before(step)
-
-
-def _emit(pending: tuple[int, telemetry.Observation] | None, put: Callable[[Row], None]) -> None:
-    if pending is not None:
-        number, observation = pending
-        put(telemetry.row(number, observation))
 
 
 class _Sink:
@@ -248,9 +279,10 @@ class _Sink:
         self.ended = bool(self.on_row(row)) or self.ended
 
 
-def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> tuple[int, Tree, bool]:
+def _start(
+    paths: Paths, checkpoints: checkpoint.Checkpoints, init: Callable[[], Tree], identity: dict[str, str]
+) -> tuple[int, Tree, bool]:
     """The step to begin with, its state, and whether it comes from a checkpoint."""
-    checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
     steps = checkpoints.steps()
     if not steps:
         return 0, jax.tree.map(_owned, init()), False
@@ -272,6 +304,35 @@ def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> 
             newest,
         )
     return newest, state, True
+
+
+def _heal(
+    records: telemetry.RecordFile,
+    checkpoints: checkpoint.Checkpoints,
+    first: int,
+    observed: telemetry.CompiledStep,
+    batch_at: BatchAt,
+    digest_every: int,
+    going: Callable[[int, Tree], bool],
+) -> None:
+    """Computes again what records lack before the step that a run goes on with."""
+
+    def replay(start: int, stop: int) -> gaps.Replayed:
+        rows: list[Row] = []
+        try:
+            state = checkpoints.restore(start)
+            check_digest(checkpoints, start, state)
+        except UserError as error:
+            return gaps.Replayed(rows, '', str(error))
+        _, state = advance(
+            observed, batch_at, state, start, stop, digest_every=digest_every, put=rows.append, before=going
+        )
+        return gaps.Replayed(rows, state_digest(state))
+
+    def digest_of(step: int) -> str | None:
+        return checkpoints.meta(step).get('state')
+
+    gaps.heal(records, first, checkpoints.steps(), digest_of, replay)
 
 
 def _owned(leaf: Any) -> jax.Array:

@@ -279,9 +279,16 @@ class RecordFile:
         """
         if self._file is None:
             self._file = io.FileIO(self.path, 'a')
-        line = json.dumps(_encode(row)).encode() + b'\n'
+        line = _line(row)
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rewrite(self, rows: Iterable[Row]) -> None:
+        """Puts other rows in their place, all or none. Raises OSError where the system takes less than all."""
+        self.close()
+        temporary = self.path.with_name(self.path.name + '.part')
+        temporary.write_bytes(b''.join(map(_line, rows)))
+        os.replace(temporary, self.path)
 
     def close(self) -> None:
         if self._file is not None:
@@ -359,6 +366,10 @@ def _plain(value: np.ndarray) -> float | int | bool:
 
 # JSON has no NaN and no infinities; a file with Python's own spellings can't be read by other languages.
 _SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(_encode(row)).encode() + b'\n'
 
 
 def _encode(row: Row) -> Row:
