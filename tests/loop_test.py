@@ -166,8 +166,9 @@ class TestResume:
 
     def test_altered_checkpoint_is_refused(self, tmp_path):
         run(tmp_path, max_steps=20)
-        path = tmp_path / 'checkpoints' / '20' / 'meta' / 'metadata'
-        path.write_text(path.read_text().replace('"state": "', '"state": "f'))
+        for step in ('0', '20'):
+            path = tmp_path / 'checkpoints' / step / 'meta' / 'metadata'
+            path.write_text(path.read_text().replace('"state": "', '"state": "f'))
         with pytest.raises(UserError, match='altered on disk'):
             run(tmp_path)
 
@@ -317,6 +318,138 @@ class TestGaps:
         assert 'stay missing: computed again, step 19 comes out otherwise' in caplog.text
 
 
+class TestDamagedCheckpoints:
+    """A run goes on from the newest checkpoint that is what it was, and keeps those that aren't aside."""
+
+    @pytest.fixture
+    def copy(self, finished, tmp_path):
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        return tmp_path
+
+    @staticmethod
+    def truncate(checkpoint):
+        for path in (checkpoint / 'state').rglob('*'):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10])
+
+    @staticmethod
+    def put(name, checkpoint):
+        """State or meta of the checkpoint of step 20."""
+        shutil.rmtree(checkpoint / name)
+        shutil.copytree(checkpoint.parent / '20' / name, checkpoint / name)
+
+    def damage(self, how, checkpoint):
+        match how:
+            case 'truncated':
+                self.truncate(checkpoint)
+            case 'state of another step':
+                self.put('state', checkpoint)
+            case 'state of another step, no meta':
+                self.put('state', checkpoint)
+                shutil.rmtree(checkpoint / 'meta')
+            case 'all of another step':
+                self.put('state', checkpoint)
+                self.put('meta', checkpoint)
+            case 'no state':
+                shutil.rmtree(checkpoint / 'state')
+
+    HOWS = (
+        'truncated',
+        'state of another step',
+        'state of another step, no meta',
+        'all of another step',
+        'no state',
+    )
+
+    @pytest.mark.parametrize('how', HOWS)
+    def test_an_older_one_is_gone_on_from(self, how, copy, caplog):
+        self.damage(how, copy / 'checkpoints' / '50')
+        ended = run(copy, checkpoint_every=10, max_steps=55)
+        assert ended.resumed_from == 40 and ended.first_mismatch is None
+        assert loop.state_digest(ended.state) == loop.state_digest(straight(55)[0])
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert said.startswith('going on from the checkpoint of step 40: that of step 50 is damaged (')
+        assert said.endswith('), and kept as 50.damaged') and '\n' not in said
+        assert sorted(path.name for path in (copy / 'checkpoints').iterdir()) == sorted(
+            ['50.damaged', *map(str, range(0, 60, 10)), '55']
+        )
+        assert [row['step'] for row in rows(copy)] == list(range(55))
+
+    def test_none_that_was_kept_aside_is_written_over(self, copy):
+        for _ in range(3):
+            self.truncate(copy / 'checkpoints' / '50')
+            run(copy, checkpoint_every=10)
+        asides = [f'50.damaged{more}' for more in ('', '.2', '.3')]
+        assert all((copy / 'checkpoints' / name / 'state').is_dir() for name in asides)
+        assert checkpoints(copy).steps() == [0, 10, 20, 30, 40, 50]
+
+    def test_several_and_one_lost_between_them(self, copy, caplog):
+        """What is lost is written again when the run passes it."""
+        for step in (30, 50):
+            self.truncate(copy / 'checkpoints' / str(step))
+        shutil.rmtree(copy / 'checkpoints' / '40')
+        assert run(copy, checkpoint_every=10).resumed_from == 20
+        assert 'those of steps 30, 50 are damaged (' in caplog.text
+        assert 'kept as 30.damaged, 50.damaged' in caplog.text
+        for step in (30, 40, 50):
+            assert loop.state_digest(checkpoints(copy).restore(step)) == checkpoints(copy).meta(step)['state']
+
+    def test_without_an_intact_one_nothing_is_touched(self, copy):
+        for path in (copy / 'checkpoints').iterdir():
+            self.truncate(path)
+        before = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+        with pytest.raises(UserError, match=r"checkpoints/50/state: the checkpoint can't be read"):
+            run(copy)
+        assert before == {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+
+    @pytest.mark.parametrize('how', ['no meta', 'meta of another step', 'damaged meta'])
+    def test_a_record_vouches_for_a_state(self, how, copy, caplog):
+        newest = copy / 'checkpoints' / '50'
+        if how == 'meta of another step':
+            self.put('meta', newest)
+        elif how == 'damaged meta':
+            (newest / 'meta' / 'metadata').write_text('{')
+        else:
+            shutil.rmtree(newest / 'meta')
+        ended = run(copy, checkpoint_every=10, max_steps=55)
+        assert ended.resumed_from == 50 and not caplog.records
+        assert loop.state_digest(ended.state) == loop.state_digest(straight(55)[0])
+
+    def test_one_with_neither_digest_is_as_somebody_elses(self, tmp_path, caplog):
+        run(tmp_path, max_steps=20, digest_every=1000)
+        shutil.rmtree(tmp_path / 'checkpoints' / '20' / 'meta')
+        assert run(tmp_path, max_steps=21, digest_every=1000).resumed_from == 20
+        assert [record.getMessage() for record in caplog.records] == [
+            f'{tmp_path}/checkpoints/20: no digest says whether this checkpoint is of this run, or is still what it was'
+        ]
+
+    def test_one_of_another_step_that_no_record_vouches_for_is_damaged(self, tmp_path, caplog):
+        run(tmp_path, max_steps=40, digest_every=1000)
+        self.damage('all of another step', tmp_path / 'checkpoints' / '40')
+        assert run(tmp_path, max_steps=41, digest_every=1000).resumed_from == 20
+        assert 'its meta is of step 20' in caplog.text
+
+    @pytest.mark.parametrize('how', ['no meta', 'damaged meta'])
+    def test_identity_is_asked_of_another_meta(self, how, tmp_path):
+        run(tmp_path, max_steps=40, identity={'config': 'a'})
+        meta = tmp_path / 'checkpoints' / '40' / 'meta'
+        if how == 'no meta':
+            shutil.rmtree(meta)
+        else:
+            (meta / 'metadata').write_text('{')
+        with pytest.raises(UserError, match=r'another config .*\(a, not b\)'):
+            run(tmp_path, identity={'config': 'b'})
+
+    def test_a_gap_is_not_filled_from_a_damaged_one(self, copy, caplog):
+        self.truncate(copy / 'checkpoints' / '20')
+        TestGaps.lose(copy, {25})
+        assert run(copy, checkpoint_every=10).resumed_from == 50
+        assert (
+            'the records of step 25 stay missing: ' in caplog.text
+            and "20/state: the checkpoint can't" in caplog.text
+        )
+
+
 class TestBadDirectory:
     def test_in_use(self, tmp_path):
         with loop._locked(loop.Paths(tmp_path)), pytest.raises(UserError, match='in use'):
@@ -329,9 +462,8 @@ class TestBadDirectory:
 
     def test_truncated_checkpoint(self, tmp_path):
         run(tmp_path, max_steps=20)
-        for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[:10])
+        for step in ('0', '20'):
+            TestDamagedCheckpoints.truncate(tmp_path / 'checkpoints' / step)
         with pytest.raises(UserError, match="checkpoint can't be read"):
             run(tmp_path)
 

@@ -3,6 +3,7 @@
 Checkpoint k holds the state that step k starts from, so that 0 is the initial state.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -39,10 +40,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
-        if not self.directory.is_dir():
-            return []
-        numbered = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
-        return sorted(step for step in numbered if self._item(step) is not None)
+        return sorted(step for step in self._numbered() if self._item(step) is not None)
 
     def restore(self, step: int) -> Tree:
         """The state that step `step` starts from. Raises UserError where it can't be read."""
@@ -66,17 +64,40 @@ class Checkpoints:
         return state[0] if self.like is not None and _is_leaf(self.like) else state
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state; empty for somebody else's checkpoint."""
+        """What was saved beside the state; empty for somebody else's checkpoint. Raises UserError where it can't be
+        read."""
         path = self.directory / str(step) / 'meta'
         if not path.is_dir():
             return {}
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.JsonRestore())
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                return dict(checkpointer.restore(path, args=ocp.args.JsonRestore()))
+        except Exception as error:
+            raise UserError(
+                f"{path}: it can't be read ({_first_line(error)}); delete it to go by the records alone"
+            ) from error
 
     def drop_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start."""
         for later in reversed([at for at in self.steps() if at > step]):
             shutil.rmtree(self.directory / str(later))
+
+    def set_aside_after(self, step: int) -> list[tuple[int, Path]]:
+        """Renames every folder of a later step, so that it counts as none and nothing is lost; theirs and new paths."""
+        later = sorted(at for at in self._numbered() if at > step)
+        return [(at, self._set_aside(at)) for at in later]
+
+    def _set_aside(self, step: int) -> Path:
+        for number in itertools.count(1):
+            aside = self.directory / f'{step}.damaged{f".{number}" if number > 1 else ""}'
+            if not aside.exists():
+                break
+        return (self.directory / str(step)).rename(aside)
+
+    def _numbered(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
 
     def _item(self, step: int) -> Path | None:
         for name in ('state', 'default'):  # `default` is what a CheckpointManager calls its only item
@@ -84,6 +105,24 @@ class Checkpoints:
             if path.is_dir():
                 return path
         return None
+
+
+def check_digest(checkpoints: Checkpoints, step: int, state: Tree) -> None:
+    """Raises UserError when a restored state isn't the one that was saved."""
+    saved = checkpoints.meta(step).get('state')
+    if saved is not None and saved != state_digest(state):
+        raise UserError(
+            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
+            f'{saved} when it was saved); delete its folder to go on from the one before'
+        )
+
+
+_digest = jax.jit(tree.digest)
+
+
+def state_digest(state: Tree) -> str:
+    """A state's digest, as a record has it."""
+    return tree.hex_digest(jax.device_get(_digest(state)))
 
 
 class Writer:

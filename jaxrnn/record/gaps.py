@@ -5,12 +5,13 @@ nothing: it is computed from the checkpoint before the gap, and held against the
 checkpoint that it leads to.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import RecordFile, Row
+from jaxrnn.record.telemetry import Row
 
 log = logging.getLogger('jaxrnn')
 
@@ -34,23 +35,15 @@ class Known(NamedTuple):
     digest_of: Callable[[int], str | None]  # of the state that a step with a checkpoint starts from
 
 
-def heal(
-    records: RecordFile,
-    stop: int,
-    checkpoints: Sequence[int],
-    digest_of: Callable[[int], str | None],
-    replay: Replay,
-) -> None:
-    """Fills the gaps in the records of the steps before `stop`, as far as they can be; a line of the log says so.
+def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) -> list[Row]:
+    """The records of the steps before `stop`, with their gaps filled as far as they can be; a line of the log says so.
 
     Args:
-        records: of the run, of which there are none from `stop` on.
+        known: of the run; the records of steps before `stop`.
         stop: the step that the run goes on with, from its checkpoint.
         checkpoints: the steps that have one, ascending.
-        digest_of: the digest that a checkpoint was saved with.
         replay: computes steps again.
     """
-    known = Known({row['step']: row for row in records.read()}, digest_of)
     lost = [step for step in range(stop) if step not in known.rows]
     starts = [at for at in checkpoints if at < stop]
     beyond = [step for step in lost if not starts or step < starts[0]]
@@ -60,19 +53,18 @@ def heal(
             _steps(beyond),
         )
     lost = lost[len(beyond) :]
-    if not lost:
-        return
-    log.warning(
-        'the records of %s are missing: computing them again, from the checkpoints before them', _steps(lost)
-    )
+    if lost:
+        log.warning(
+            'the records of %s are missing: computing them again, from the checkpoints before them',
+            _steps(lost),
+        )
     found: dict[int, Row] = {}
-    for start, end in zip(starts, [*starts[1:], stop], strict=True):
+    for start, end in itertools.pairwise([*starts, stop]):
         part = [step for step in lost if start <= step < end]
         if part:
             found |= _again(known, part, start, end, replay)
-    if found:
-        whole = {**known.rows, **found}
-        records.rewrite(whole[step] for step in sorted(whole))
+    whole = {**known.rows, **found}
+    return [whole[step] for step in sorted(whole)]
 
 
 def _again(known: Known, lost: Sequence[int], start: int, end: int, replay: Replay) -> dict[int, Row]:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import environment, tree
-from jaxrnn.record import checkpoint, gaps, telemetry
+from jaxrnn import environment
+from jaxrnn.record import checkpoint, gaps, resume, telemetry
+from jaxrnn.record.checkpoint import check_digest as check_digest
+from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
@@ -128,14 +130,15 @@ def run(
     with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
         observed = telemetry.instrument(step, checks=options.checkify)
         checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
-        first, state, resumed = _start(paths, checkpoints, init, dict(identity or {}))
         records = telemetry.RecordFile(paths.records)
+        rows = records.read()
+        first, state, resumed = _start(paths, checkpoints, rows, init, identity or {})
         sink = _Sink(records, records.keep_before(first), on_row)
 
         def going(number: int, state: Tree) -> bool:
             return not (signals.caught or sink.ended)
 
-        _heal(records, checkpoints, first, observed, batch_at, options.digest_every, going)
+        _heal(records, rows, checkpoints, first, observed, batch_at, options.digest_every, going)
         writer = checkpoint.Writer(
             paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
         )
@@ -280,34 +283,36 @@ class _Sink:
 
 
 def _start(
-    paths: Paths, checkpoints: checkpoint.Checkpoints, init: Callable[[], Tree], identity: dict[str, str]
+    paths: Paths,
+    checkpoints: checkpoint.Checkpoints,
+    rows: Sequence[Row],
+    init: Callable[[], Tree],
+    identity: Mapping[str, str],
 ) -> tuple[int, Tree, bool]:
     """The step to begin with, its state, and whether it comes from a checkpoint."""
-    steps = checkpoints.steps()
-    if not steps:
+    resume.check_identity(paths.root, checkpoints, identity)
+    found = resume.newest_intact(checkpoints, _recorded(rows))
+    resume.set_aside(checkpoints, found)
+    if found is None:
         return 0, jax.tree.map(_owned, init()), False
-    newest = steps[-1]
-    meta = checkpoints.meta(newest)
-    for name, value in identity.items():
-        if meta.get(name, value) != value:
-            raise UserError(
-                f'--run_dir: {paths.root} holds a run of another {name} ({meta[name]}, not {value}); '
-                'choose another directory, or the same flags'
-            )
-    state = checkpoints.restore(newest)
-    check_digest(checkpoints, newest, state)
-    recorded = meta.get('environment_details')
+    recorded = found.meta.get('environment_details')
     if recorded and (changed := environment.differences(recorded, environment.describe())):
         log.warning(
             'going on in another environment (%s): from step %d on, bits may differ',
             ', '.join(changed),
-            newest,
+            found.step,
         )
-    return newest, state, True
+    return found.step, found.state, True
+
+
+def _recorded(rows: Sequence[Row]) -> dict[int, str]:
+    """Digests of states by the step that starts from them."""
+    return {row['step'] + 1: row[telemetry.DIGEST] for row in rows if telemetry.DIGEST in row}
 
 
 def _heal(
     records: telemetry.RecordFile,
+    rows: Sequence[Row],
     checkpoints: checkpoint.Checkpoints,
     first: int,
     observed: telemetry.CompiledStep,
@@ -318,21 +323,24 @@ def _heal(
     """Computes again what records lack before the step that a run goes on with."""
 
     def replay(start: int, stop: int) -> gaps.Replayed:
-        rows: list[Row] = []
+        again: list[Row] = []
         try:
             state = checkpoints.restore(start)
             check_digest(checkpoints, start, state)
         except UserError as error:
-            return gaps.Replayed(rows, '', str(error))
+            return gaps.Replayed(again, '', str(error))
         _, state = advance(
-            observed, batch_at, state, start, stop, digest_every=digest_every, put=rows.append, before=going
+            observed, batch_at, state, start, stop, digest_every=digest_every, put=again.append, before=going
         )
-        return gaps.Replayed(rows, state_digest(state))
+        return gaps.Replayed(again, state_digest(state))
 
     def digest_of(step: int) -> str | None:
         return checkpoints.meta(step).get('state')
 
-    gaps.heal(records, first, checkpoints.steps(), digest_of, replay)
+    earlier = {row['step']: row for row in rows if row['step'] < first}
+    healed = gaps.healed(gaps.Known(earlier, digest_of), first, checkpoints.steps(), replay)
+    if len(healed) > len(earlier):
+        records.rewrite(healed)
 
 
 def _owned(leaf: Any) -> jax.Array:
@@ -367,24 +375,6 @@ def _buffers(leaf: jax.Array) -> set[tuple[Any, int]] | None:
         return {(device, shard.unsafe_buffer_pointer()) for shard in shards for device in shard.devices()}
     except Exception:  # a backend without addresses says so in its own way
         return None
-
-
-def check_digest(checkpoints: checkpoint.Checkpoints, step: int, state: Tree) -> None:
-    """Raises UserError when a restored state isn't the one that was saved."""
-    saved = checkpoints.meta(step).get('state')
-    if saved is not None and saved != state_digest(state):
-        raise UserError(
-            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
-            f'{saved} when it was saved); delete its folder to go on from the one before'
-        )
-
-
-_digest = jax.jit(tree.digest)
-
-
-def state_digest(state: Tree) -> str:
-    """A state's digest, as a record has it."""
-    return tree.hex_digest(jax.device_get(_digest(state)))
 
 
 def _meta(step: int, state: Tree, identity: Mapping[str, str] | None) -> dict[str, Any]:
