@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment
-from jaxrnn.record import checkpoint, gaps, resume, telemetry
+from jaxrnn.record import checkpoint, durable, gaps, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.telemetry import Row
@@ -139,13 +139,12 @@ def run(
             return not (signals.caught or sink.ended)
 
         _heal(records, rows, checkpoints, first, observed, batch_at, options.digest_every, going)
+        del rows  # there may be many
         writer = checkpoint.Writer(
             paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
         )
 
-        def save(number: int, state: Tree) -> None:
-            writer.save(number, state, _meta(number, state, identity))
-
+        save = _Saver(writer, sink, identity or {})
         try:
             done, state = advance(
                 observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
@@ -269,17 +268,35 @@ class _Sink:
         self.ended = False
 
     def put(self, row: Row) -> None:
+        self._guard(lambda: self.records.append(row))
+        old = self.before.pop(row['step'], None)
+        if old is not None and self.first_mismatch is None and not telemetry.same(old, row):
+            self.first_mismatch = row['step']
+        self.ended = bool(self.on_row(row)) or self.ended
+
+    def sync(self) -> None:
+        """Waits until every record is on the disk."""
+        self._guard(self.records.sync)
+
+    def _guard(self, write: Callable[[], None]) -> None:
         try:
-            self.records.append(row)
+            write()
         except OSError as error:
             raise UserError(
                 f'{self.records.path}: {error.strerror}; make room or check the disk, then run the same command '
                 'again to resume'
             ) from error
-        old = self.before.pop(row['step'], None)
-        if old is not None and self.first_mismatch is None and not telemetry.same(old, row):
-            self.first_mismatch = row['step']
-        self.ended = bool(self.on_row(row)) or self.ended
+
+
+class _Saver:
+    """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order."""
+
+    def __init__(self, writer: checkpoint.Writer, sink: _Sink, identity: Mapping[str, str]):
+        self._writer, self._sink, self._identity = writer, sink, identity
+
+    def __call__(self, number: int, state: Tree) -> None:
+        self._sink.sync()
+        self._writer.save(number, state, _meta(number, state, self._identity))
 
 
 def _start(
@@ -377,10 +394,10 @@ def _buffers(leaf: jax.Array) -> set[tuple[Any, int]] | None:
         return None
 
 
-def _meta(step: int, state: Tree, identity: Mapping[str, str] | None) -> dict[str, Any]:
+def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]:
     around = environment.describe()
     return {
-        **(identity or {}),
+        **identity,
         'step': step,
         'state': state_digest(state),
         'environment': environment.digest(around),
@@ -451,13 +468,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes whole or not at all. Raises UserError where the disk refuses."""
-    temporary = path.with_name(path.name + '.part')
-    try:
-        temporary.write_text(text, encoding='utf-8')
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; make room or choose another directory') from error
+    """Writes whole or not at all, and to the disk. Raises UserError where it refuses."""
+    durable.write_bytes(path, text.encode())
 
 
 def _finite(value: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from jaxrnn import tree
-from jaxrnn.record import adam, motion
+from jaxrnn.record import adam, durable, motion
 from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
 
 Row = Mapping[str, Any]
@@ -283,12 +283,15 @@ class RecordFile:
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def sync(self) -> None:
+        """Waits until what was appended is on the disk. Raises OSError where it can't be written."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def rewrite(self, rows: Iterable[Row]) -> None:
-        """Puts other rows in their place, all or none. Raises OSError where the system takes less than all."""
+        """Puts other rows in their place, all or none. Raises UserError where the disk refuses."""
         self.close()
-        temporary = self.path.with_name(self.path.name + '.part')
-        temporary.write_bytes(b''.join(map(_line, rows)))
-        os.replace(temporary, self.path)
+        durable.write_bytes(self.path, b''.join(map(_line, rows)))
 
     def close(self) -> None:
         if self._file is not None:

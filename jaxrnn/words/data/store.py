@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrnn.record import durable
 from jaxrnn.types import UserError
 from jaxrnn.words.data.dataset import Dataset, digest_of
 
@@ -20,7 +21,7 @@ def write_dataset(path: str | os.PathLike, data: Dataset) -> None:
     try:
         with open(temporary, 'wb') as file:
             np.savez(file, **encoded, **{name: getattr(data, name) for name in ARRAYS})  # type: ignore[arg-type]
-        os.replace(temporary, path)
+        durable.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f'{path}: {error.strerror}; make room or choose another --run_dir') from error
