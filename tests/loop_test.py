@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -448,6 +449,102 @@ class TestDamagedCheckpoints:
             'the records of step 25 stay missing: ' in caplog.text
             and "20/state: the checkpoint can't" in caplog.text
         )
+
+
+NAMES = (
+    'x[0]', 'lr=[0.1]', '[!a]', 'a*b', 'q?', '~', 'two words', 'a\nline', 'ünïcode 漢字', 'back\\slash', '{a,b}', '%41',
+    '#h', '$HOME', 'gs:', '-dash', 'quo\'te"', '\udcff', '\x01', 'x' * 255,
+)  # fmt: skip
+
+
+class TestAnyName:
+    """A run's directory may be called anything that a file system takes."""
+
+    @staticmethod
+    def run(directory, stop):
+        step = lambda state, batch: ({'w': state['w'] + batch}, {'loss': state['w'][0]})  # noqa: E731
+        options = loop.LoopOptions(max_steps=stop, checkpoint_every=5)
+        return loop.run(step, np.float32, lambda: {'w': jnp.zeros(3)}, directory, options)
+
+    @pytest.mark.parametrize('name', NAMES, ids=ascii)
+    def test_is_saved_to_and_gone_on_from(self, name, tmp_path):
+        self.run(tmp_path / name, 10)
+        ended = self.run(tmp_path / name, 15)
+        assert ended.resumed_from == 10 and ended.state['w'].tolist() == [105] * 3
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert checkpoint.Checkpoints(tmp_path / name / 'checkpoints').meta(15)['step'] == 15
+
+    def test_as_a_folder_above_it(self, tmp_path):
+        self.run(tmp_path / 'x[0]' / 'run', 10)
+        assert self.run(tmp_path / 'x[0]' / 'run', 15).resumed_from == 10
+
+    def test_in_a_working_directory_of_that_name(self, tmp_path, monkeypatch):
+        (tmp_path / 'x[0]').mkdir()
+        monkeypatch.chdir(tmp_path / 'x[0]')
+        self.run('run', 10)
+        assert self.run('run', 15).resumed_from == 10
+
+    @pytest.mark.parametrize('name', ['x' * 256, 'nul\0'])
+    def test_what_a_file_system_does_not_take_is_refused(self, name, tmp_path):
+        with pytest.raises(UserError, match='--run_dir: '):
+            self.run(tmp_path / name, 10)
+
+    def test_without_a_plain_folder_for_temporary_files_it_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / 'tmp[0]').mkdir()
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp[0]'))
+        with pytest.raises(UserError, match='TMPDIR'):
+            self.run(tmp_path / 'x[0]', 10)
+        self.run(tmp_path / 'plain', 10)
+
+    def test_nothing_is_left_elsewhere(self, tmp_path, monkeypatch):
+        (tmp_path / 'tmp').mkdir()
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
+        self.run(tmp_path / 'x[0]', 10)
+        assert list((tmp_path / 'tmp').iterdir()) == []
+
+
+class TestReadBack:
+    """The first checkpoint that a process saves is read back before the next step."""
+
+    @staticmethod
+    def damaging(monkeypatch, damage):
+        save, begun = checkpoint.Writer.save, []
+
+        def damaged(writer, step, state, meta):
+            done = save(writer, step, state, meta)
+            writer.wait()
+            damage(writer.directory / str(step))
+            begun.append(step)
+            return done
+
+        monkeypatch.setattr(checkpoint.Writer, 'save', damaged)
+        return begun
+
+    def test_one_that_can_not_be_read(self, tmp_path, monkeypatch):
+        begun = self.damaging(monkeypatch, TestDamagedCheckpoints.truncate)
+        with pytest.raises(
+            UserError, match=r"checkpoints/0/state: the checkpoint can't be read .* just been written"
+        ):
+            run(tmp_path)
+        assert begun == [0] and not rows(tmp_path)
+
+    def test_one_of_another_state(self, tmp_path, monkeypatch):
+        run(tmp_path, max_steps=20)
+        begun = self.damaging(
+            monkeypatch,
+            lambda path: path.name == '40' and shutil.copytree(path.parent / '20', path, dirs_exist_ok=True),
+        )
+        with pytest.raises(UserError, match=r'checkpoints/40: .* just been written'):
+            run(tmp_path)
+        assert begun == [20, 40]
+
+    def test_no_other_is(self, tmp_path, monkeypatch):
+        read, restore = [], checkpoint.Checkpoints.restore
+        monkeypatch.setattr(
+            checkpoint.Checkpoints, 'restore', lambda self, step: (read.append(step), restore(self, step))[1]
+        )
+        run(tmp_path)
+        assert read == [0]
 
 
 class TestBadDirectory:

@@ -8,9 +8,11 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,35 @@ from jaxrnn.types import Tree, UserError
 
 # One line a save is of no use to the user of a progress bar; warnings and errors still come through.
 logging.getLogger('absl').setLevel(logging.WARNING)
+
+
+PLAIN = re.compile(r'[\w/.=+,@-]*', re.ASCII)
+"""Paths that orbax takes as they are. Of others it makes patterns (`x[0]` is the folder x0), or addresses (`gs:/`)."""
+
+
+@contextlib.contextmanager
+def _plainly(directory: Path) -> Iterator[Path]:
+    """A path that orbax takes as it is: the folder's own, or that of a link to it. Raises UserError where there can be
+    none."""
+    if PLAIN.fullmatch(str(directory)):
+        yield directory
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='jaxrnn-'))).absolute()
+            link = home / 'checkpoints'
+            link.symlink_to(directory, target_is_directory=True)
+        except OSError as error:
+            raise UserError(
+                f'--run_dir: {directory} needs a link to it from {tempfile.gettempdir()} ({error.strerror}); choose a '
+                'name of letters and digits, or another TMPDIR'
+            ) from error
+        if not PLAIN.fullmatch(str(link)):
+            raise UserError(
+                f'--run_dir: {directory} needs a link to it from a folder with a name of letters and digits, and '
+                f'TMPDIR is {tempfile.gettempdir()}; choose another of the two'
+            )
+        yield link
 
 
 class Checkpoints:
@@ -54,10 +85,9 @@ class Checkpoints:
             )
         target = None if self.like is None else _boxed(jax.tree.map(_abstract, self.like))
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, warnings.catch_warnings():
-                # Without a structure nothing says where arrays go, and orbax warns that it has to look.
-                warnings.filterwarnings('ignore', message='Sharding info not provided', category=UserWarning)
-                state = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+            state = self._read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
+        except UserError:
+            raise
         except Exception as error:  # orbax and tensorstore raise whatever they like on a damaged file
             raise UserError(
                 f"{path}: the checkpoint can't be read ({_first_line(error)}); "
@@ -73,8 +103,9 @@ class Checkpoints:
         if not path.is_dir():
             return {}
         try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-                return dict(checkpointer.restore(path, args=ocp.args.JsonRestore()))
+            return dict(self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{path}: it can't be read ({_first_line(error)}); delete it to go by the records alone"
@@ -84,6 +115,16 @@ class Checkpoints:
         """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start."""
         for later in reversed([at for at in self.steps() if at > step]):
             shutil.rmtree(self.directory / str(later))
+
+    def _read(self, path: Path, handler: ocp.CheckpointHandler, args: Any) -> Any:
+        with (
+            _plainly(self.directory) as home,
+            ocp.Checkpointer(handler) as checkpointer,
+            warnings.catch_warnings(),
+        ):
+            # Without a structure nothing says where arrays go, and orbax warns that it has to look.
+            warnings.filterwarnings('ignore', message='Sharding info not provided', category=UserWarning)
+            return checkpointer.restore(home / path.relative_to(self.directory), args=args)
 
     def set_aside_after(self, step: int) -> list[tuple[int, Path]]:
         """Renames every folder of a later step, so that it counts as none and nothing is lost; theirs and new paths."""
@@ -151,15 +192,18 @@ class Writer:
         self._writing: int | None = None  # the step whose checkpoint is being written, or was written last
         self._syncing: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'meta'))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._link = contextlib.ExitStack()
+        home = self._link.enter_context(_plainly(self.directory))
+        self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
 
-    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
-        """Copies the state and starts to write it; returns before it is written.
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
+        """Copies the state and starts to write it; returns before it is written. False where it is there already.
 
         Raises UserError when the disk is too full, or when the write before this one failed.
         """
         if step in self._manager.all_steps():
-            return
+            return False
         self._finish()
         self._check_room(state)
         # A copy, since the next step donates the state while orbax still writes it.
@@ -167,6 +211,7 @@ class Writer:
         items = {'state': ocp.args.StandardSave(copied), 'meta': ocp.args.JsonSave(dict(meta))}
         self._writing = step
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        return True
 
     def wait(self) -> None:
         """Until everything is on the disk. Raises UserError when a write failed."""
@@ -180,7 +225,8 @@ class Writer:
             self.wait()
         finally:
             self._background.shutdown()
-            self._guard(self._manager.close)
+            with self._link:
+                self._guard(self._manager.close)
 
     def _finish(self) -> None:
         """Waits until all is written; the names of files and folders still go to the disk then, which takes no CPU but

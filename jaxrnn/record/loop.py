@@ -289,14 +289,34 @@ class _Sink:
 
 
 class _Saver:
-    """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order."""
+    """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order. The
+    first is read back before the next step."""
 
     def __init__(self, writer: checkpoint.Writer, sink: _Sink, identity: Mapping[str, str]):
         self._writer, self._sink, self._identity = writer, sink, identity
+        self._read_back = False
 
     def __call__(self, number: int, state: Tree) -> None:
         self._sink.sync()
-        self._writer.save(number, state, _meta(number, state, self._identity))
+        meta = _meta(number, state, self._identity)
+        if self._writer.save(number, state, meta) and not self._read_back:
+            self._writer.wait()
+            self._check(number, state, meta['state'])
+            self._read_back = True
+
+    def _check(self, number: int, state: Tree, digest: str) -> None:
+        """Raises UserError where a checkpoint doesn't give back what was saved."""
+        directory = self._writer.directory
+        why = None
+        try:
+            found = state_digest(checkpoint.Checkpoints(directory, like=state).restore(number))
+        except UserError as error:
+            why = str(error).partition('; ')[0]
+        else:
+            if found != digest:
+                why = f'{directory / str(number)}: the checkpoint holds another state (digest {found}, not {digest})'
+        if why is not None:
+            raise UserError(f'{why}, and has just been written; check the disk, or choose another directory')
 
 
 def _start(
@@ -435,9 +455,10 @@ def make_directory(root: Path) -> None:
     """Makes a run's directory. Raises UserError where nothing can be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError of a name with a zero byte
+        why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f'--run_dir: {root} can not be made ({error.strerror}); choose a directory you may write to'
+            f'--run_dir: {root} can not be made ({why}); choose a directory you may write to'
         ) from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise UserError(f'--run_dir: {root} is not writable; choose a directory you may write to')
