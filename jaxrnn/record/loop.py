@@ -107,7 +107,7 @@ def run(
     identity: Mapping[str, str] | None = None,
     on_row: Callable[[Row], bool] = lambda row: False,
 ) -> RunResult:
-    """Trains from the newest checkpoint in `directory`, or from `init`, and leaves a run there.
+    """Trains from the newest intact checkpoint in `directory`, or from `init`, and leaves a run there.
 
     Checkpoint k is the state that step k starts from; there is one at 0, at every multiple of
     checkpoint_every and at the end. SIGTERM and Ctrl-C end the run after the step they fall into, with a
@@ -123,7 +123,8 @@ def run(
         on_row: sees every record, one step late; training ends when it returns True.
 
     Raises:
-        UserError: an unwritable or full directory, a run of another identity, or one in use.
+        UserError: an unwritable or full directory, a run of another identity, one in use, or one without an intact
+            checkpoint; a first checkpoint that can't be read back.
     """
     paths = Paths(Path(directory))
     make_directory(paths.root)
