@@ -610,6 +610,34 @@ def test_writes_that_the_system_refuses(limit, says, tmp_path):
     assert loop.state_digest(ended.state) == loop.state_digest(straight(50)[0])
 
 
+NO_FOLDER = """
+import errno, os, sys
+sys.path.insert(0, 'tests')
+import loop_test
+loop_test.small.program('lstm')
+mkdir = os.mkdir
+def full(path, *others, **named):
+    if sys.argv[2] in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    mkdir(path, *others, **named)
+os.mkdir = full
+try:
+    loop_test.run(sys.argv[1], max_steps=50)
+except loop_test.UserError as error:
+    print('refused:', error)
+"""
+
+
+@pytest.mark.parametrize('folder', ['', '/meta', '/state'])
+def test_a_disk_that_is_full_inside_a_checkpoint_ends_the_process_with_one_line(folder, tmp_path):
+    code = [sys.executable, '-c', NO_FOLDER, str(tmp_path), f'20.orbax-checkpoint-tmp{folder}']
+    environ = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+    root = Path(__file__).parent.parent
+    out = subprocess.run(code, capture_output=True, text=True, cwd=root, env=environ, timeout=60)
+    assert out.stdout.startswith('refused: ') and out.stdout.count('\n') == 1, out.stdout
+    assert out.stderr == ''
+
+
 def test_on_row_sees_every_record_and_can_end_the_run(tmp_path):
     seen = []
 

@@ -27,7 +27,8 @@ from jaxrnn.record import durable
 from jaxrnn.types import Tree, UserError
 
 # One line a save is of no use to the user of a progress bar; warnings and errors still come through.
-logging.getLogger('absl').setLevel(logging.WARNING)
+_ABSL = logging.getLogger('absl')
+_ABSL.setLevel(logging.WARNING)
 
 
 PLAIN = re.compile(r'[\w/.=+,@-]*', re.ASCII)
@@ -187,14 +188,20 @@ class Writer:
             preservation_policy=keep,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed process left half written
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._sync_written),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._sync_written,
+                # Where a folder can't be made in the background, the threads that wait for it keep the process alive.
+                create_directories_asynchronously=False,
+            ),
         )
         self._writing: int | None = None  # the step whose checkpoint is being written, or was written last
         self._syncing: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._link = contextlib.ExitStack()
-        home = self._link.enter_context(_plainly(self.directory))
+        self._open = contextlib.ExitStack()
+        home = self._open.enter_context(_plainly(self.directory))
+        self._failed = False
+        _ABSL.addFilter(_is_no_traceback)
         self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
@@ -225,8 +232,10 @@ class Writer:
             self.wait()
         finally:
             self._background.shutdown()
-            with self._link:
+            with self._open:
                 self._guard(self._manager.close)
+            if not self._failed:  # else threads of orbax's may outlive it
+                _ABSL.removeFilter(_is_no_traceback)
 
     def _finish(self) -> None:
         """Waits until all is written; the names of files and folders still go to the disk then, which takes no CPU but
@@ -264,10 +273,16 @@ class Writer:
         try:
             action()
         except Exception as error:  # a full or failing disk comes as OSError, ValueError or RuntimeError
+            self._failed = True
             raise UserError(
                 f"{self.directory}: a checkpoint couldn't be written ({_first_line(error)}); make room or check "
                 'the disk, then run the same command again to resume'
             ) from error
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps orbax from printing each failure of a write once a thread: it is raised, too, and said in one line."""
+    return not (record.exc_info and 'orbax' in Path(record.pathname).parts)
 
 
 def _first_line(error: Exception) -> str:
