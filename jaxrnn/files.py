@@ -1,9 +1,11 @@
 """Files that somebody else may have made: read within bounds, and written where nobody has laid a link.
 
 The one way to a run's own files. A link leads out of the run, a FIFO or a device waits or never ends: none is opened.
+What is written is on the disk then, and not only in the system's memory, which a power loss empties.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -103,7 +105,7 @@ def depth(text: str) -> int:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes its place at `path` only when all is written.
+    """A file to write that takes its place at `path` only when all is written, and on the disk.
 
     Raises UserError where something other than a regular file is there; OSError where nothing can be written.
     """
@@ -114,12 +116,44 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), 'wb') as file:
             yield file
+        sync(Path(temporary))
         check_regular(Path(path))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+    sync(Path(path).absolute().parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes whole or not at all, whatever happens. Raises UserError where the disk refuses, or as `replacing`."""
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}; make room or choose another directory') from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk. Raises OSError where they can't be written."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # Not every file system takes it of a folder.
+        if error.errno in (errno.EIO, errno.ENOSPC) or not stat.S_ISDIR(os.fstat(number).st_mode):
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(root: Path) -> None:
+    """As `sync`, of everything in a folder and then of itself. Raises OSError."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
 def open_appending(path: Path, *, anew: bool) -> BinaryIO:

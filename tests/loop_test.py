@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,10 +167,384 @@ class TestResume:
 
     def test_altered_checkpoint_is_refused(self, tmp_path):
         run(tmp_path, max_steps=20)
-        path = tmp_path / 'checkpoints' / '20' / 'meta' / 'metadata'
-        path.write_text(path.read_text().replace('"state": "', '"state": "f'))
+        for step in ('0', '20'):
+            path = tmp_path / 'checkpoints' / step / 'meta' / 'metadata'
+            path.write_text(path.read_text().replace('"state": "', '"state": "f'))
         with pytest.raises(UserError, match='altered on disk'):
             run(tmp_path)
+
+
+class TestRecordsReachEveryCheckpoint:
+    """Whatever ends a run: no step before its newest checkpoint is without a record."""
+
+    @staticmethod
+    def run(directory, batch_at, **options):
+        return loop.run(
+            lambda state, batch: (state + batch, {'loss': state}),
+            batch_at,
+            lambda: jnp.float32(0),
+            directory,
+            loop.LoopOptions(**{'max_steps': 12, 'checkpoint_every': 5, **options}),
+        )
+
+    @pytest.mark.parametrize('at', [3, 5])
+    def test_a_batch_that_fails(self, at, tmp_path):
+        def batch_at(step):
+            if step == at:
+                raise RuntimeError('no batch')
+            return np.float32(step)
+
+        with pytest.raises(RuntimeError, match='no batch'):
+            self.run(tmp_path, batch_at)
+        assert [row['step'] for row in rows(tmp_path)] == list(range(at))
+
+    def test_a_checkpoint_that_fails(self, tmp_path, monkeypatch):
+        def save(writer, step, state, meta):
+            assert [row['step'] for row in rows(tmp_path)] == list(range(step))
+            if step:
+                raise UserError('no room')
+
+        monkeypatch.setattr(checkpoint.Writer, 'save', save)
+        with pytest.raises(UserError, match='no room'):
+            self.run(tmp_path, np.float32)
+        assert len(rows(tmp_path)) == 5
+
+    def test_a_record_that_fails_is_not_written_twice_and_none_after_it(self, tmp_path):
+        def ends(row):
+            if row['step'] == 7:
+                raise KeyboardInterrupt
+            return False
+
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(
+                lambda state, batch: (state + batch, {'loss': state}), np.float32, lambda: jnp.float32(0), tmp_path,
+                loop.LoopOptions(max_steps=12, checkpoint_every=5), on_row=ends,
+            )  # fmt: skip
+        assert [row['step'] for row in rows(tmp_path)] == list(range(8))
+
+    def test_killed_while_a_batch_is_made(self, tmp_path):
+        code = [sys.executable, '-c', SLOW_BATCH, str(tmp_path)]
+        with subprocess.Popen(code, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b'waiting\n'
+            _wait_for(tmp_path / 'checkpoints' / '5')
+            process.kill()
+        assert [row['step'] for row in rows(tmp_path)] == list(range(5))
+
+
+SLOW_BATCH = """
+import sys, time
+sys.path.insert(0, 'tests')
+import loop_test
+def batch_at(step):
+    if step == 5:
+        print('waiting', flush=True)
+        time.sleep(100)
+    return loop_test.np.float32(step)
+loop_test.TestRecordsReachEveryCheckpoint.run(sys.argv[1], batch_at)
+"""
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f'{path} never came'
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of 50 steps, with a checkpoint at every 10th."""
+    directory = tmp_path_factory.mktemp('finished')
+    run(directory, checkpoint_every=10)
+    return directory
+
+
+class TestGaps:
+    """Records that are missing before the checkpoint that a run goes on from."""
+
+    @staticmethod
+    def lose(directory, lost):
+        path = directory / 'records.jsonl'
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text(''.join(line for step, line in enumerate(lines) if step not in lost))
+
+    def again(self, finished, tmp_path, lost, without=(), **options):
+        """The run without the records of some steps, and without some checkpoints, gone on with."""
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        for step in without:
+            shutil.rmtree(tmp_path / 'checkpoints' / str(step))
+        self.lose(tmp_path, lost)
+        return run(tmp_path, checkpoint_every=10, **options)
+
+    @pytest.mark.parametrize(
+        ('lost', 'says'),
+        [
+            ({49}, 'step 49'),
+            ({13, 14, 15}, 'steps 13 to 15'),
+            ({0, 9, 12, *range(18, 33)}, 'steps 0, 9, 12, 18 to 32'),
+            (set(range(50)), 'steps 0 to 49'),
+        ],
+    )
+    def test_are_computed_again(self, lost, says, finished, tmp_path, caplog):
+        self.again(finished, tmp_path, lost, max_steps=52)
+        assert [record.getMessage() for record in caplog.records] == [
+            f'the records of {says} are missing: computing them again, from the checkpoints before them'
+        ]
+        assert rows(tmp_path)[:50] == rows(finished) and len(rows(tmp_path)) == 52
+
+    def test_without_a_checkpoint_before_them_it_is_said(self, finished, tmp_path, caplog):
+        self.again(finished, tmp_path, {13, 25}, without=(0, 10))
+        assert [record.getMessage() for record in caplog.records] == [
+            'the records of step 13 are missing for good: no checkpoint before them is left',
+            'the records of step 25 are missing: computing them again, from the checkpoints before them',
+        ]
+        assert [row['step'] for row in rows(tmp_path)] == [*range(13), *range(14, 50)]
+
+    def test_of_a_run_that_comes_out_otherwise_stay(self, finished, tmp_path, caplog):
+        """What is computed is held against the records around it, and no other is put in their place."""
+        shutil.copytree(finished, tmp_path / 'a')
+        path = tmp_path / 'a' / 'records.jsonl'
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[12]['loss'] *= 1.0001
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        self.again(tmp_path / 'a', tmp_path / 'b', {14, 31})
+        assert 'step 14 stay missing: computed again, step 12 comes out otherwise' in caplog.text
+        assert [row['step'] for row in rows(tmp_path / 'b')] == [*range(14), *range(15, 50)]
+
+    def test_are_held_against_the_next_checkpoint(self, finished, tmp_path, caplog, monkeypatch):
+        program, made = small.program('lstm'), small.program
+        batch_at = lambda n: program.batch_at(n if n != 15 else 3)  # noqa: E731
+        monkeypatch.setattr(small, 'program', lambda network: made(network)._replace(batch_at=batch_at))
+        self.again(finished, tmp_path, set(range(12, 22)))
+        assert 'stay missing: computed again, step 19 comes out otherwise' in caplog.text
+
+
+class TestDamagedCheckpoints:
+    """A run goes on from the newest checkpoint that is what it was, and keeps those that aren't aside."""
+
+    @pytest.fixture
+    def copy(self, finished, tmp_path):
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        return tmp_path
+
+    @staticmethod
+    def truncate(checkpoint):
+        for path in (checkpoint / 'state').rglob('*'):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10])
+
+    @staticmethod
+    def put(name, checkpoint):
+        """State or meta of the checkpoint of step 20."""
+        shutil.rmtree(checkpoint / name)
+        shutil.copytree(checkpoint.parent / '20' / name, checkpoint / name)
+
+    def damage(self, how, checkpoint):
+        match how:
+            case 'truncated':
+                self.truncate(checkpoint)
+            case 'state of another step':
+                self.put('state', checkpoint)
+            case 'state of another step, no meta':
+                self.put('state', checkpoint)
+                shutil.rmtree(checkpoint / 'meta')
+            case 'all of another step':
+                self.put('state', checkpoint)
+                self.put('meta', checkpoint)
+            case 'no state':
+                shutil.rmtree(checkpoint / 'state')
+
+    HOWS = (
+        'truncated',
+        'state of another step',
+        'state of another step, no meta',
+        'all of another step',
+        'no state',
+    )
+
+    @pytest.mark.parametrize('how', HOWS)
+    def test_an_older_one_is_gone_on_from(self, how, copy, caplog):
+        self.damage(how, copy / 'checkpoints' / '50')
+        ended = run(copy, checkpoint_every=10, max_steps=55)
+        assert ended.resumed_from == 40 and ended.first_mismatch is None
+        assert loop.state_digest(ended.state) == loop.state_digest(straight(55)[0])
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert said.startswith('going on from the checkpoint of step 40: that of step 50 is damaged (')
+        assert said.endswith('), and kept as 50.damaged') and '\n' not in said
+        assert sorted(path.name for path in (copy / 'checkpoints').iterdir()) == sorted(
+            ['50.damaged', *map(str, range(0, 60, 10)), '55']
+        )
+        assert [row['step'] for row in rows(copy)] == list(range(55))
+
+    def test_none_that_was_kept_aside_is_written_over(self, copy):
+        for _ in range(3):
+            self.truncate(copy / 'checkpoints' / '50')
+            run(copy, checkpoint_every=10)
+        asides = [f'50.damaged{more}' for more in ('', '.2', '.3')]
+        assert all((copy / 'checkpoints' / name / 'state').is_dir() for name in asides)
+        assert checkpoints(copy).steps() == [0, 10, 20, 30, 40, 50]
+
+    def test_several_and_one_lost_between_them(self, copy, caplog):
+        """What is lost is written again when the run passes it."""
+        for step in (30, 50):
+            self.truncate(copy / 'checkpoints' / str(step))
+        shutil.rmtree(copy / 'checkpoints' / '40')
+        assert run(copy, checkpoint_every=10).resumed_from == 20
+        assert 'those of steps 30, 50 are damaged (' in caplog.text
+        assert 'kept as 30.damaged, 50.damaged' in caplog.text
+        for step in (30, 40, 50):
+            assert loop.state_digest(checkpoints(copy).restore(step)) == checkpoints(copy).meta(step)['state']
+
+    def test_without_an_intact_one_nothing_is_touched(self, copy):
+        for path in (copy / 'checkpoints').iterdir():
+            self.truncate(path)
+        before = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+        with pytest.raises(UserError, match=r"checkpoints/50/state: the checkpoint can't be read"):
+            run(copy)
+        assert before == {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+
+    @pytest.mark.parametrize('how', ['no meta', 'meta of another step', 'damaged meta'])
+    def test_a_record_vouches_for_a_state(self, how, copy, caplog):
+        newest = copy / 'checkpoints' / '50'
+        if how == 'meta of another step':
+            self.put('meta', newest)
+        elif how == 'damaged meta':
+            (newest / 'meta' / 'metadata').write_text('{')
+        else:
+            shutil.rmtree(newest / 'meta')
+        ended = run(copy, checkpoint_every=10, max_steps=55)
+        assert ended.resumed_from == 50 and not caplog.records
+        assert loop.state_digest(ended.state) == loop.state_digest(straight(55)[0])
+
+    def test_one_with_neither_digest_is_as_somebody_elses(self, tmp_path, caplog):
+        run(tmp_path, max_steps=20, digest_every=1000)
+        shutil.rmtree(tmp_path / 'checkpoints' / '20' / 'meta')
+        assert run(tmp_path, max_steps=21, digest_every=1000).resumed_from == 20
+        assert [record.getMessage() for record in caplog.records] == [
+            f'{tmp_path}/checkpoints/20: no digest says whether this checkpoint is of this run, or is still what it was'
+        ]
+
+    def test_one_of_another_step_that_no_record_vouches_for_is_damaged(self, tmp_path, caplog):
+        run(tmp_path, max_steps=40, digest_every=1000)
+        self.damage('all of another step', tmp_path / 'checkpoints' / '40')
+        assert run(tmp_path, max_steps=41, digest_every=1000).resumed_from == 20
+        assert 'its meta is of step 20' in caplog.text
+
+    @pytest.mark.parametrize('how', ['no meta', 'damaged meta'])
+    def test_identity_is_asked_of_another_meta(self, how, tmp_path):
+        run(tmp_path, max_steps=40, identity={'config': 'a'})
+        meta = tmp_path / 'checkpoints' / '40' / 'meta'
+        if how == 'no meta':
+            shutil.rmtree(meta)
+        else:
+            (meta / 'metadata').write_text('{')
+        with pytest.raises(UserError, match=r'another config .*\(a, not b\)'):
+            run(tmp_path, identity={'config': 'b'})
+
+    def test_a_gap_is_not_filled_from_a_damaged_one(self, copy, caplog):
+        self.truncate(copy / 'checkpoints' / '20')
+        TestGaps.lose(copy, {25})
+        assert run(copy, checkpoint_every=10).resumed_from == 50
+        assert (
+            'the records of step 25 stay missing: ' in caplog.text
+            and "20/state: the checkpoint can't" in caplog.text
+        )
+
+
+NAMES = (
+    'x[0]', 'lr=[0.1]', '[!a]', 'a*b', 'q?', '~', 'two words', 'a\nline', 'ünïcode 漢字', 'back\\slash', '{a,b}', '%41',
+    '#h', '$HOME', 'gs:', '-dash', 'quo\'te"', '\udcff', '\x01', 'x' * 255,
+)  # fmt: skip
+
+
+class TestAnyName:
+    """A run's directory may be called anything that a file system takes."""
+
+    @staticmethod
+    def run(directory, stop):
+        step = lambda state, batch: ({'w': state['w'] + batch}, {'loss': state['w'][0]})  # noqa: E731
+        options = loop.LoopOptions(max_steps=stop, checkpoint_every=5)
+        return loop.run(step, np.float32, lambda: {'w': jnp.zeros(3)}, directory, options)
+
+    @pytest.mark.parametrize('name', NAMES, ids=ascii)
+    def test_is_saved_to_and_gone_on_from(self, name, tmp_path):
+        self.run(tmp_path / name, 10)
+        ended = self.run(tmp_path / name, 15)
+        assert ended.resumed_from == 10 and ended.state['w'].tolist() == [105] * 3
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert checkpoint.Checkpoints(tmp_path / name / 'checkpoints').meta(15)['step'] == 15
+
+    def test_as_a_folder_above_it(self, tmp_path):
+        self.run(tmp_path / 'x[0]' / 'run', 10)
+        assert self.run(tmp_path / 'x[0]' / 'run', 15).resumed_from == 10
+
+    def test_in_a_working_directory_of_that_name(self, tmp_path, monkeypatch):
+        (tmp_path / 'x[0]').mkdir()
+        monkeypatch.chdir(tmp_path / 'x[0]')
+        self.run('run', 10)
+        assert self.run('run', 15).resumed_from == 10
+
+    @pytest.mark.parametrize('name', ['x' * 256, 'nul\0'])
+    def test_what_a_file_system_does_not_take_is_refused(self, name, tmp_path):
+        with pytest.raises(UserError, match='--run_dir: '):
+            self.run(tmp_path / name, 10)
+
+    def test_without_a_plain_folder_for_temporary_files_it_is_refused(self, tmp_path, monkeypatch):
+        (tmp_path / 'tmp[0]').mkdir()
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp[0]'))
+        with pytest.raises(UserError, match='TMPDIR'):
+            self.run(tmp_path / 'x[0]', 10)
+        self.run(tmp_path / 'plain', 10)
+
+    def test_nothing_is_left_elsewhere(self, tmp_path, monkeypatch):
+        (tmp_path / 'tmp').mkdir()
+        monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
+        self.run(tmp_path / 'x[0]', 10)
+        assert list((tmp_path / 'tmp').iterdir()) == []
+
+
+class TestReadBack:
+    """The first checkpoint that a process saves is read back before the next step."""
+
+    @staticmethod
+    def damaging(monkeypatch, damage):
+        save, begun = checkpoint.Writer.save, []
+
+        def damaged(writer, step, state, meta):
+            done = save(writer, step, state, meta)
+            writer.wait()
+            damage(writer.directory / str(step))
+            begun.append(step)
+            return done
+
+        monkeypatch.setattr(checkpoint.Writer, 'save', damaged)
+        return begun
+
+    def test_one_that_can_not_be_read(self, tmp_path, monkeypatch):
+        begun = self.damaging(monkeypatch, TestDamagedCheckpoints.truncate)
+        with pytest.raises(
+            UserError, match=r"checkpoints/0/state: the checkpoint can't be read .* just been written"
+        ):
+            run(tmp_path)
+        assert begun == [0] and not rows(tmp_path)
+
+    def test_one_of_another_state(self, tmp_path, monkeypatch):
+        run(tmp_path, max_steps=20)
+        begun = self.damaging(
+            monkeypatch,
+            lambda path: path.name == '40' and shutil.copytree(path.parent / '20', path, dirs_exist_ok=True),
+        )
+        with pytest.raises(UserError, match=r'checkpoints/40: .* just been written'):
+            run(tmp_path)
+        assert begun == [20, 40]
+
+    def test_no_other_is(self, tmp_path, monkeypatch):
+        read, restore = [], checkpoint.Checkpoints.restore
+        monkeypatch.setattr(
+            checkpoint.Checkpoints, 'restore', lambda self, step: (read.append(step), restore(self, step))[1]
+        )
+        run(tmp_path)
+        assert read == [0]
 
 
 class TestBadDirectory:
@@ -183,9 +559,8 @@ class TestBadDirectory:
 
     def test_truncated_checkpoint(self, tmp_path):
         run(tmp_path, max_steps=20)
-        for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[:10])
+        for step in ('0', '20'):
+            TestDamagedCheckpoints.truncate(tmp_path / 'checkpoints' / step)
         with pytest.raises(UserError, match="checkpoint can't be read"):
             run(tmp_path)
 
@@ -233,6 +608,34 @@ def test_writes_that_the_system_refuses(limit, says, tmp_path):
     assert len(out.stdout.splitlines()) == 1
     ended = run(tmp_path)
     assert loop.state_digest(ended.state) == loop.state_digest(straight(50)[0])
+
+
+NO_FOLDER = """
+import errno, os, sys
+sys.path.insert(0, 'tests')
+import loop_test
+loop_test.small.program('lstm')
+mkdir = os.mkdir
+def full(path, *others, **named):
+    if sys.argv[2] in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    mkdir(path, *others, **named)
+os.mkdir = full
+try:
+    loop_test.run(sys.argv[1], max_steps=50)
+except loop_test.UserError as error:
+    print('refused:', error)
+"""
+
+
+@pytest.mark.parametrize('folder', ['', '/meta', '/state'])
+def test_a_disk_that_is_full_inside_a_checkpoint_ends_the_process_with_one_line(folder, tmp_path):
+    code = [sys.executable, '-c', NO_FOLDER, str(tmp_path), f'20.orbax-checkpoint-tmp{folder}']
+    environ = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+    root = Path(__file__).parent.parent
+    out = subprocess.run(code, capture_output=True, text=True, cwd=root, env=environ, timeout=60)
+    assert out.stdout.startswith('refused: ') and out.stdout.count('\n') == 1, out.stdout
+    assert out.stderr == ''
 
 
 def test_on_row_sees_every_record_and_can_end_the_run(tmp_path):

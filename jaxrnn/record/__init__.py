@@ -2,6 +2,7 @@
 
 loop         the loop                      checkpoint   states on disk, through orbax
 telemetry    records                       rewind       going back while training
+resume       the checkpoint to go on from  gaps         records that are missing, computed again
 
 The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.
 """

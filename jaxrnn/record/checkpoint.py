@@ -3,11 +3,16 @@
 Checkpoint k holds the state that step k starts from, so that 0 is the initial state.
 """
 
+import concurrent.futures
+import contextlib
+import itertools
 import logging
 import os
+import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,41 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxrnn import tree
+from jaxrnn import files, tree
 from jaxrnn.types import Tree, UserError
 
 # One line a save is of no use to the user of a progress bar; warnings and errors still come through.
-logging.getLogger('absl').setLevel(logging.WARNING)
+_ABSL = logging.getLogger('absl')
+_ABSL.setLevel(logging.WARNING)
+
+
+PLAIN = re.compile(r'[\w/.=+,@-]*', re.ASCII)
+"""Paths that orbax takes as they are. Of others it makes patterns (`x[0]` is the folder x0), or addresses (`gs:/`)."""
+
+
+@contextlib.contextmanager
+def _plainly(directory: Path) -> Iterator[Path]:
+    """A path that orbax takes as it is: the folder's own, or that of a link to it. Raises UserError where there can be
+    none."""
+    if PLAIN.fullmatch(str(directory)):
+        yield directory
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='jaxrnn-'))).absolute()
+            link = home / 'checkpoints'
+            link.symlink_to(directory, target_is_directory=True)
+        except OSError as error:
+            raise UserError(
+                f'--run_dir: {directory} needs a link to it from {tempfile.gettempdir()} ({error.strerror}); choose a '
+                'name of letters and digits, or another TMPDIR'
+            ) from error
+        if not PLAIN.fullmatch(str(link)):
+            raise UserError(
+                f'--run_dir: {directory} needs a link to it from a folder with a name of letters and digits, and '
+                f'TMPDIR is {tempfile.gettempdir()}; choose another of the two'
+            )
+        yield link
 
 
 class Checkpoints:
@@ -39,10 +74,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
-        if not self.directory.is_dir():
-            return []
-        numbered = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
-        return sorted(step for step in numbered if self._item(step) is not None)
+        return sorted(step for step in self._numbered() if self._item(step) is not None)
 
     def restore(self, step: int) -> Tree:
         """The state that step `step` starts from. Raises UserError where it can't be read."""
@@ -53,10 +85,9 @@ class Checkpoints:
             )
         target = None if self.like is None else _boxed(jax.tree.map(_abstract, self.like))
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, warnings.catch_warnings():
-                # Without a structure nothing says where arrays go, and orbax warns that it has to look.
-                warnings.filterwarnings('ignore', message='Sharding info not provided', category=UserWarning)
-                state = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
+            state = self._read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
+        except UserError:
+            raise
         except Exception as error:  # orbax and tensorstore raise whatever they like on a damaged file
             raise UserError(
                 f"{path}: the checkpoint can't be read ({_first_line(error)}); "
@@ -66,17 +97,51 @@ class Checkpoints:
         return state[0] if self.like is not None and _is_leaf(self.like) else state
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state; empty for somebody else's checkpoint."""
+        """What was saved beside the state; empty for somebody else's checkpoint. Raises UserError where it can't be
+        read."""
         path = self.directory / str(step) / 'meta'
         if not path.is_dir():
             return {}
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path, args=ocp.args.JsonRestore())
+        try:
+            return dict(self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{path}: it can't be read ({_first_line(error)}); delete it to go by the records alone"
+            ) from error
 
     def drop_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start."""
         for later in reversed([at for at in self.steps() if at > step]):
             shutil.rmtree(self.directory / str(later))
+
+    def _read(self, path: Path, handler: ocp.CheckpointHandler, args: Any) -> Any:
+        with (
+            _plainly(self.directory) as home,
+            ocp.Checkpointer(handler) as checkpointer,
+            warnings.catch_warnings(),
+        ):
+            # Without a structure nothing says where arrays go, and orbax warns that it has to look.
+            warnings.filterwarnings('ignore', message='Sharding info not provided', category=UserWarning)
+            return checkpointer.restore(home / path.relative_to(self.directory), args=args)
+
+    def set_aside_after(self, step: int) -> list[tuple[int, Path]]:
+        """Renames every folder of a later step, so that it counts as none and nothing is lost; theirs and new paths."""
+        later = sorted(at for at in self._numbered() if at > step)
+        return [(at, self._set_aside(at)) for at in later]
+
+    def _set_aside(self, step: int) -> Path:
+        for number in itertools.count(1):
+            aside = self.directory / f'{step}.damaged{f".{number}" if number > 1 else ""}'
+            if not aside.exists():
+                break
+        return (self.directory / str(step)).rename(aside)
+
+    def _numbered(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
 
     def _item(self, step: int) -> Path | None:
         for name in ('state', 'default'):  # `default` is what a CheckpointManager calls its only item
@@ -84,6 +149,24 @@ class Checkpoints:
             if path.is_dir():
                 return path
         return None
+
+
+def check_digest(checkpoints: Checkpoints, step: int, state: Tree) -> None:
+    """Raises UserError when a restored state isn't the one that was saved."""
+    saved = checkpoints.meta(step).get('state')
+    if saved is not None and saved != state_digest(state):
+        raise UserError(
+            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
+            f'{saved} when it was saved); delete its folder to go on from the one before'
+        )
+
+
+_digest = jax.jit(tree.digest)
+
+
+def state_digest(state: Tree) -> str:
+    """A state's digest, as a record has it."""
+    return tree.hex_digest(jax.device_get(_digest(state)))
 
 
 class Writer:
@@ -104,28 +187,78 @@ class Writer:
             preservation_policy=keep,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed process left half written
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._sync_written,
+                # Where a folder can't be made in the background, the threads that wait for it keep the process alive.
+                create_directories_asynchronously=False,
+            ),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=('state', 'meta'))
+        self._writing: int | None = None  # the step whose checkpoint is being written, or was written last
+        self._syncing: concurrent.futures.Future | None = None
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._open = contextlib.ExitStack()
+        home = self._open.enter_context(_plainly(self.directory))
+        self._failed = False
+        _ABSL.addFilter(_is_no_traceback)
+        self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
 
-    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
-        """Copies the state and starts to write it; returns before it is written.
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
+        """Copies the state and starts to write it; returns before it is written. False where it is there already.
 
         Raises UserError when the disk is too full, or when the write before this one failed.
         """
         if step in self._manager.all_steps():
-            return
+            return False
+        self._finish()
         self._check_room(state)
         # A copy, since the next step donates the state while orbax still writes it.
         copied = _boxed(jax.tree.map(jnp.copy, state))
         items = {'state': ocp.args.StandardSave(copied), 'meta': ocp.args.JsonSave(dict(meta))}
+        self._writing = step
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        return True
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises UserError when a write failed."""
-        self._guard(self._manager.wait_until_finished)
+        """Until everything is on the disk. Raises UserError when a write failed."""
+        self._finish()
+        if self._syncing is not None:
+            self._guard(self._syncing.result)
 
     def close(self) -> None:
-        self._guard(self._manager.close)
+        """Waits likewise, and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            with self._open:
+                self._guard(self._manager.close)
+            if not self._failed:  # else threads of orbax's may outlive it
+                _ABSL.removeFilter(_is_no_traceback)
+
+    def _finish(self) -> None:
+        """Waits until all is written; the names of files and folders still go to the disk then, which takes no CPU but
+        tens of milliseconds."""
+        self._guard(self._manager.wait_until_finished)
+        if self._writing is None:
+            return
+        if self._syncing is not None:
+            self._guard(self._syncing.result)
+        self._syncing = self._background.submit(self._sync_names, self._writing)
+        self._writing = None
+
+    def _sync_written(self) -> None:
+        """Called in the thread that writes, when all is written and nothing has its name yet, so that what counts is on
+        the disk."""
+        for path in self.directory.glob(f'{self._writing}.orbax*'):
+            files.sync_tree(path)
+
+    def _sync_names(self, step: int) -> None:
+        """And a last line that orbax adds to a checkpoint that has its name."""
+        with contextlib.suppress(FileNotFoundError):  # it may have been thinned out meanwhile
+            files.sync_tree(self.directory / str(step))
+        files.sync(self.directory)
+        files.sync(self.directory.parent)
 
     def _check_room(self, state: Tree) -> None:
         need, free = 2 * tree.nbytes(state), shutil.disk_usage(self.directory).free
@@ -139,10 +272,16 @@ class Writer:
         try:
             action()
         except Exception as error:  # a full or failing disk comes as OSError, ValueError or RuntimeError
+            self._failed = True
             raise UserError(
                 f"{self.directory}: a checkpoint couldn't be written ({_first_line(error)}); make room or check "
                 'the disk, then run the same command again to resume'
             ) from error
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps orbax from printing each failure of a write once a thread: it is raised, too, and said in one line."""
+    return not (record.exc_info and 'orbax' in Path(record.pathname).parts)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrnn import environment, tree
-from jaxrnn.record import checkpoint, telemetry
+from jaxrnn import environment, files
+from jaxrnn.record import checkpoint, gaps, resume, telemetry
+from jaxrnn.record.checkpoint import check_digest as check_digest
+from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.telemetry import Row
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
@@ -101,7 +103,7 @@ def run(
     identity: Mapping[str, str] | None = None,
     on_row: Callable[[Row], bool] = lambda row: False,
 ) -> RunResult:
-    """Trains from the newest checkpoint in `directory`, or from `init`, and leaves a run there.
+    """Trains from the newest intact checkpoint in `directory`, or from `init`, and leaves a run there.
 
     Checkpoint k is the state that step k starts from; there is one at 0, at every multiple of
     checkpoint_every and at the end. SIGTERM and Ctrl-C end the run after the step they fall into, with a
@@ -117,32 +119,35 @@ def run(
         on_row: sees every record, one step late; training ends when it returns True.
 
     Raises:
-        UserError: an unwritable or full directory, a run of another identity, or one in use.
+        UserError: an unwritable or full directory, a run of another identity, one in use, or one without an intact
+            checkpoint; a first checkpoint that can't be read back.
     """
     paths = Paths(Path(directory))
     make_directory(paths.root)
     with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
         observed = telemetry.instrument(step, checks=options.checkify)
-        first, state, resumed = _start(paths, init, dict(identity or {}))
+        checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
         records = telemetry.RecordFile(paths.records)
+        rows = records.read()
+        first, state, resumed = _start(paths, checkpoints, rows, init, identity or {})
         sink = _Sink(records, records.keep_before(first), on_row)
+
+        def going(number: int, state: Tree) -> bool:
+            return not (signals.caught or sink.ended)
+
+        _heal(records, rows, checkpoints, first, observed, batch_at, options.digest_every, going)
+        del rows  # there may be many
         writer = checkpoint.Writer(
             paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
         )
 
-        def before(number: int, state: Tree) -> bool:
-            if signals.caught or sink.ended:
-                return False
-            if number % options.checkpoint_every == 0:
-                writer.save(number, state, _meta(number, state, identity))
-            return True
-
+        save = _Saver(writer, sink, identity or {})
         try:
             done, state = advance(
                 observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
-                put=sink.put, before=before,
+                put=sink.put, before=going, save=save, save_every=options.checkpoint_every,
             )  # fmt: skip
-            writer.save(done, state, _meta(done, state, identity))
+            save(done, state)
             writer.wait()
         finally:
             records.close()
@@ -160,10 +165,13 @@ def advance(
     digest_every: int,
     put: Callable[[Row], None],
     before: Callable[[int, Tree], bool] = lambda number, state: True,
+    save: Callable[[int, Tree], None] = lambda number, state: None,
+    save_every: int = 0,
 ) -> tuple[int, Tree]:
     """The loop proper, of training and of every replay: steps `first` up to `stop`, which isn't done.
 
-    The record of a step is read while the device computes the next one.
+    The record of a step is read while the device computes the next one; before a save, and whatever ends the loop,
+    every record there is has been put.
 
     Args:
         observed: the compiled step; it consumes `state`.
@@ -174,25 +182,57 @@ def advance(
         digest_every: steps between digests; the states at its multiples have one.
         put: takes each record.
         before: called with the number and the state before each step; False ends the loop.
+        save: called likewise before the steps at multiples of `save_every`, after it.
+        save_every: steps between saves; 0 for none.
 
     Returns:
         The number of the next step, and its state.
     """
-    pending: tuple[int, telemetry.Observation] | None = None
-    number, state = first, unshared(state)
-    while number < stop and before(number, state):
-        batch = batch_at(number)
-        try:
-            state, observation = observed(state, batch, (number + 1) % digest_every == 0)
-        except FloatingPointError as error:  # of debug_nans, which keeps the state
-            _emit(pending, put)
-            put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
-            return number, state
-        _emit(pending, put)
-        pending = number, observation
-        number += 1
-    _emit(pending, put)
+    late, number, state = _Late(put), first, unshared(state)
+    try:
+        while number < stop and before(number, state):
+            if save_every and number % save_every == 0:
+                late.flush()
+                save(number, state)
+            batch = batch_at(number)
+            try:
+                state, observation = observed(state, batch, (number + 1) % digest_every == 0)
+            except FloatingPointError as error:  # of debug_nans, which keeps the state
+                late.flush()
+                put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
+                break
+            late.put(number, observation)
+            number += 1
+    except BaseException:
+        with contextlib.suppress(Exception):  # what ended the loop is what is to be said
+            late.flush()
+        raise
+    late.flush()
     return number, state
+
+
+class _Late:
+    """Puts the record of a step when the next one has been started."""
+
+    def __init__(self, put: Callable[[Row], None]):
+        self._put = put
+        self._pending: list[tuple[int, telemetry.Observation]] = []
+
+    def put(self, number: int, observation: telemetry.Observation) -> None:
+        self._pending.append((number, observation))
+        if len(self._pending) > 1:
+            self._pop()
+
+    def flush(self) -> None:
+        while self._pending:
+            self._pop()
+
+    def _pop(self) -> None:
+        """After one that fails none is put: it must be there once, and none after it without it."""
+        (number, observation), *later = self._pending
+        self._pending = []
+        self._put(telemetry.row(number, observation))
+        self._pending = later
 
 
 def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
@@ -215,12 +255,6 @@ def rewind(directory: str | os.PathLike, step: int) -> None:
         telemetry.RecordFile(paths.records).keep_before(step)
 
 
-def _emit(pending: tuple[int, telemetry.Observation] | None, put: Callable[[Row], None]) -> None:
-    if pending is not None:
-        number, observation = pending
-        put(telemetry.row(number, observation))
-
-
 class _Sink:
     """Where records go: the file, the comparison with what a killed run had computed, the observer."""
 
@@ -231,43 +265,116 @@ class _Sink:
         self.ended = False
 
     def put(self, row: Row) -> None:
-        try:
-            self.records.append(row)
-        except OSError as error:
-            raise UserError(
-                f'{self.records.path}: {error.strerror}; make room or check the disk, then run the same command '
-                'again to resume'
-            ) from error
+        self._guard(lambda: self.records.append(row))
         old = self.before.pop(row['step'], None)
         if old is not None and self.first_mismatch is None and not telemetry.same(old, row):
             self.first_mismatch = row['step']
         self.ended = bool(self.on_row(row)) or self.ended
 
+    def sync(self) -> None:
+        """Waits until every record is on the disk."""
+        self._guard(self.records.sync)
 
-def _start(paths: Paths, init: Callable[[], Tree], identity: dict[str, str]) -> tuple[int, Tree, bool]:
-    """The step to begin with, its state, and whether it comes from a checkpoint."""
-    checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
-    steps = checkpoints.steps()
-    if not steps:
-        return 0, jax.tree.map(_owned, init()), False
-    newest = steps[-1]
-    meta = checkpoints.meta(newest)
-    for name, value in identity.items():
-        if meta.get(name, value) != value:
+    def _guard(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
             raise UserError(
-                f'--run_dir: {paths.root} holds a run of another {name} ({meta[name]}, not {value}); '
-                'choose another directory, or the same flags'
-            )
-    state = checkpoints.restore(newest)
-    check_digest(checkpoints, newest, state)
-    recorded = meta.get('environment_details')
+                f'{self.records.path}: {error.strerror}; make room or check the disk, then run the same command '
+                'again to resume'
+            ) from error
+
+
+class _Saver:
+    """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order. The
+    first is read back before the next step."""
+
+    def __init__(self, writer: checkpoint.Writer, sink: _Sink, identity: Mapping[str, str]):
+        self._writer, self._sink, self._identity = writer, sink, identity
+        self._read_back = False
+
+    def __call__(self, number: int, state: Tree) -> None:
+        self._sink.sync()
+        meta = _meta(number, state, self._identity)
+        if self._writer.save(number, state, meta) and not self._read_back:
+            self._writer.wait()
+            self._check(number, state, meta['state'])
+            self._read_back = True
+
+    def _check(self, number: int, state: Tree, digest: str) -> None:
+        """Raises UserError where a checkpoint doesn't give back what was saved."""
+        directory = self._writer.directory
+        why = None
+        try:
+            found = state_digest(checkpoint.Checkpoints(directory, like=state).restore(number))
+        except UserError as error:
+            why = str(error).partition('; ')[0]
+        else:
+            if found != digest:
+                why = f'{directory / str(number)}: the checkpoint holds another state (digest {found}, not {digest})'
+        if why is not None:
+            raise UserError(f'{why}, and has just been written; check the disk, or choose another directory')
+
+
+def _start(
+    paths: Paths,
+    checkpoints: checkpoint.Checkpoints,
+    rows: Sequence[Row],
+    init: Callable[[], Tree],
+    identity: Mapping[str, str],
+) -> tuple[int, Tree, bool]:
+    """The step to begin with, its state, and whether it comes from a checkpoint."""
+    resume.check_identity(paths.root, checkpoints, identity)
+    found = resume.newest_intact(checkpoints, _recorded(rows))
+    resume.set_aside(checkpoints, found)
+    if found is None:
+        return 0, jax.tree.map(_owned, init()), False
+    recorded = found.meta.get('environment_details')
     if recorded and (changed := environment.differences(recorded, environment.describe())):
         log.warning(
             'going on in another environment (%s): from step %d on, bits may differ',
             ', '.join(changed),
-            newest,
+            found.step,
         )
-    return newest, state, True
+    return found.step, found.state, True
+
+
+def _recorded(rows: Sequence[Row]) -> dict[int, str]:
+    """Digests of states by the step that starts from them."""
+    return {row['step'] + 1: row[telemetry.DIGEST] for row in rows if telemetry.DIGEST in row}
+
+
+def _heal(
+    records: telemetry.RecordFile,
+    rows: Sequence[Row],
+    checkpoints: checkpoint.Checkpoints,
+    first: int,
+    observed: telemetry.CompiledStep,
+    batch_at: BatchAt,
+    digest_every: int,
+    going: Callable[[int, Tree], bool],
+) -> None:
+    """Computes again what records lack before the step that a run goes on with."""
+
+    def replay(start: int, stop: int) -> gaps.Replayed:
+        again: list[Row] = []
+        try:
+            state = checkpoints.restore(start)
+            check_digest(checkpoints, start, state)
+        except UserError as error:
+            return gaps.Replayed(again, '', str(error))
+        _, state = advance(
+            observed, batch_at, state, start, stop, digest_every=digest_every, put=again.append, before=going
+        )
+        return gaps.Replayed(again, state_digest(state))
+
+    def digest_of(step: int) -> str | None:
+        return checkpoints.meta(step).get('state')
+
+    earlier = {row['step']: row for row in rows if row['step'] < first}
+    healed = gaps.healed(gaps.Known(earlier, digest_of), first, checkpoints.steps(), replay)
+    if len(healed) > len(earlier):
+        records.rewrite(healed)
 
 
 def _owned(leaf: Any) -> jax.Array:
@@ -304,28 +411,10 @@ def _buffers(leaf: jax.Array) -> set[tuple[Any, int]] | None:
         return None
 
 
-def check_digest(checkpoints: checkpoint.Checkpoints, step: int, state: Tree) -> None:
-    """Raises UserError when a restored state isn't the one that was saved."""
-    saved = checkpoints.meta(step).get('state')
-    if saved is not None and saved != state_digest(state):
-        raise UserError(
-            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
-            f'{saved} when it was saved); delete its folder to go on from the one before'
-        )
-
-
-_digest = jax.jit(tree.digest)
-
-
-def state_digest(state: Tree) -> str:
-    """A state's digest, as a record has it."""
-    return tree.hex_digest(jax.device_get(_digest(state)))
-
-
-def _meta(step: int, state: Tree, identity: Mapping[str, str] | None) -> dict[str, Any]:
+def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]:
     around = environment.describe()
     return {
-        **(identity or {}),
+        **identity,
         'step': step,
         'state': state_digest(state),
         'environment': environment.digest(around),
@@ -363,9 +452,10 @@ def make_directory(root: Path) -> None:
     """Makes a run's directory. Raises UserError where nothing can be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError of a name with a zero byte
+        why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f'--run_dir: {root} can not be made ({error.strerror}); choose a directory you may write to'
+            f'--run_dir: {root} can not be made ({why}); choose a directory you may write to'
         ) from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise UserError(f'--run_dir: {root} is not writable; choose a directory you may write to')
@@ -396,13 +486,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes whole or not at all. Raises UserError where the disk refuses."""
-    temporary = path.with_name(path.name + '.part')
-    try:
-        temporary.write_text(text, encoding='utf-8')
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}; make room or choose another directory') from error
+    """Writes whole or not at all, and to the disk. Raises UserError where it refuses."""
+    files.write_bytes(path, text.encode())
 
 
 def _finite(value: Any) -> Any:

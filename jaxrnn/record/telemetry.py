@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxrnn import tree
+from jaxrnn import files, tree
 from jaxrnn.record import adam, motion
 from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
 
@@ -292,9 +292,19 @@ class RecordFile:
         """
         if self._file is None:
             self._file = io.FileIO(self.path, 'a')
-        line = json.dumps(_encode(row)).encode() + b'\n'
+        line = _line(row)
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        """Waits until what was appended is on the disk. Raises OSError where it can't be written."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def rewrite(self, rows: Iterable[Row]) -> None:
+        """Puts other rows in their place, all or none. Raises UserError where the disk refuses."""
+        self.close()
+        files.write_bytes(self.path, b''.join(map(_line, rows)))
 
     def close(self) -> None:
         if self._file is not None:
@@ -372,6 +382,10 @@ def _plain(value: np.ndarray) -> float | int | bool:
 
 # JSON has no NaN and no infinities; a file with Python's own spellings can't be read by other languages.
 _SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(_encode(row)).encode() + b'\n'
 
 
 def _encode(row: Row) -> Row:

@@ -1,0 +1,124 @@
+"""What a power loss leaves: the system's memory is gone, and with it what was never synced to the disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from jaxrnn import files
+from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.types import UserError
+from jaxrnn.words import data
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Paths in the order in which they were synced, under the names that they had then."""
+    paths, fsync = [], os.fsync
+
+    def noted(file):
+        number = file if isinstance(file, int) else file.fileno()
+        paths.append(Path(os.readlink(f'/proc/self/fd/{number}')))
+        fsync(number)
+
+    monkeypatch.setattr(os, 'fsync', noted)
+    return paths
+
+
+def run(directory, **options):
+    return loop.run(
+        lambda state, batch: ({'w': state['w'] + batch}, {'loss': state['w'][0]}),
+        np.float32,
+        lambda: {'w': jnp.zeros(1000)},
+        directory,
+        loop.LoopOptions(**{'max_steps': 10, 'checkpoint_every': 5, **options}),
+    )
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, synced):
+    """Its files and folders while they still have the name of something unfinished."""
+    run(tmp_path)
+    for step in (0, 5, 10):
+        home = tmp_path / 'checkpoints' / str(step)
+        depth = len(home.parts)
+        unfinished = {Path(*path.parts[depth:]) for path in synced if f'/{step}.orbax' in str(path)}
+        whole = {path.relative_to(home) for path in home.rglob('*')}
+        # orbax writes this line when all is done.
+        assert whole - unfinished == {Path('commit_success.txt')}
+        assert Path('.') in unfinished
+
+
+def test_the_folders_above_it_follow(tmp_path, synced):
+    run(tmp_path, max_steps=0)
+    ours = [path for path in synced if tmp_path in (path, *path.parents)]
+    assert ours[-2:] == [tmp_path / 'checkpoints', tmp_path]
+    assert tmp_path / 'checkpoints' / '0' / 'commit_success.txt' in ours
+
+
+def test_records_are_on_the_disk_before_a_checkpoint_is_begun(tmp_path, synced, monkeypatch):
+    save, seen = checkpoint.Writer.save, []
+
+    def saved(writer, step, *others):
+        seen.append((step, synced.count(tmp_path / 'records.jsonl')))
+        return save(writer, step, *others)
+
+    monkeypatch.setattr(checkpoint.Writer, 'save', saved)
+    run(tmp_path)
+    assert [step for step, _ in seen] == [0, 5, 10]
+    before = [times for _, times in seen]
+    assert 0 < before[1] < before[2] < 10  # not with each step
+
+
+def test_a_failing_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    with pytest.raises(UserError, match='Input/output error'):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'write'),
+    [
+        ('a.txt', lambda path: loop.write_text(path, 'text')),
+        ('data.npz', lambda path: data.write_dataset(path, small.dataset())),
+    ],
+)
+def test_a_file_is_on_the_disk_before_it_has_its_name(name, write, tmp_path, synced, monkeypatch):
+    small.dataset()  # which writes files of its own
+    synced.clear()
+    replace = os.replace
+    monkeypatch.setattr(os, 'replace', lambda a, b: (synced.append('replaced'), replace(a, b)))
+    write(tmp_path / name)
+    assert synced == [tmp_path / f'{name}.part', 'replaced', tmp_path]
+    assert (tmp_path / name).exists()
+
+
+def test_records_are_rewritten_whole_or_not_at_all(tmp_path, synced, monkeypatch):
+    records = telemetry.RecordFile(tmp_path / 'records.jsonl')
+    records.append({'step': 0, 'loss': 1.0})
+    records.rewrite([{'step': 0, 'loss': 1.0}, {'step': 1, 'loss': float('nan')}])
+    assert synced[:2] == [tmp_path / 'records.jsonl.part', tmp_path]
+    assert [row['step'] for row in records.read()] == [0, 1]
+    monkeypatch.setattr(os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
+    with pytest.raises(UserError, match='full'):
+        records.rewrite([])
+    assert [row['step'] for row in records.read()] == [0, 1]
+
+
+def test_a_folder_that_takes_no_sync_is_no_failure(tmp_path, monkeypatch):
+    """As on some network file systems."""
+
+    def fsync(file):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    files.sync(tmp_path)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='Invalid argument'):
+        files.sync(tmp_path / 'file')
