@@ -95,7 +95,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(name, write, tmp_path, syn
     replace = os.replace
     monkeypatch.setattr(os, 'replace', lambda a, b: (synced.append('replaced'), replace(a, b)))
     write(tmp_path / name)
-    assert synced == [tmp_path / f'{name}.part', 'replaced', tmp_path]
+    written, *others = synced
+    assert written.parent == tmp_path and written.name.startswith(f'{name}.') and written.suffix == '.tmp'
+    assert others == ['replaced', tmp_path]
     assert (tmp_path / name).exists()
 
 
@@ -103,7 +105,9 @@ def test_records_are_rewritten_whole_or_not_at_all(tmp_path, synced, monkeypatch
     records = telemetry.RecordFile(tmp_path / 'records.jsonl')
     records.append({'step': 0, 'loss': 1.0})
     records.rewrite([{'step': 0, 'loss': 1.0}, {'step': 1, 'loss': float('nan')}])
-    assert synced[:2] == [tmp_path / 'records.jsonl.part', tmp_path]
+    assert (
+        synced[0].name.startswith('records.jsonl.') and synced[0].suffix == '.tmp' and synced[1] == tmp_path
+    )
     assert [row['step'] for row in records.read()] == [0, 1]
     monkeypatch.setattr(os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
     with pytest.raises(UserError, match='full'):

@@ -103,7 +103,10 @@ class Checkpoints:
         if not path.is_dir():
             return {}
         try:
-            return dict(self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()))
+            found = self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+            if not isinstance(found, dict):
+                raise TypeError(f'a {type(found).__name__} found, a dictionary expected')
+            return found
         except UserError:
             raise
         except Exception as error:
