@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 from gensim.models import KeyedVectors
 
-from jaxrnn import files
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data
 from jaxrnn.words.data import corpus, dataset, letters
@@ -515,15 +514,6 @@ def test_what_cannot_be_written(tmp_path, words, vectors, message):
 def test_a_path_that_cannot_be_written(tmp_path):
     message = complaint(lambda: data.write_vectors(tmp_path / 'no' / 'words', ['a'], np.ones((1, 1))))
     assert re.search('no/words: cannot be written .No such file', message)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / 'words'
-    path.write_text('as it was')
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
-        file.write(b'half')
-        raise ZeroDivisionError
-    assert path.read_text() == 'as it was' and os.listdir(tmp_path) == ['words']
 
 
 # Letters.

@@ -19,6 +19,7 @@ import pytest
 
 from jaxrnn import environment, files
 from jaxrnn.record import loop
+from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data, investigation, opening, run
 from jaxrnn.words.config import Config
@@ -301,7 +302,7 @@ def test_a_sample_that_is_another_is_not_called_data_npz(copied, monkeypatch):
     monkeypatch.setattr(data, 'load', lambda *_, **__: found._replace(digest='another'))
     for step in (0, 20, 40):  # of which the configuration alone would be another now
         shutil.rmtree(copied / 'checkpoints' / str(step) / 'meta')
-    monkeypatch.setattr(opening, '_meta', lambda *_: {'data': found.digest})
+    monkeypatch.setattr(Checkpoints, 'meta', lambda *_: {'data': found.digest})
     with pytest.raises(UserError, match=r"has no data\.npz, and gensim's sample of Wikipedia is not the one"):
         run.open_run(copied)
 

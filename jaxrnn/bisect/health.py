@@ -182,6 +182,7 @@ FAR_ABOVE = 50
 """So many times the usual rate is said, and tried without."""
 
 FIRST_RATES = 32
+"""Steps whose learning rates are the first, a warm-up's among them."""
 
 MOST_LOST = 0.5
 """Share of them; a few fall where a guard or a mask is at work."""

@@ -220,6 +220,7 @@ def what_stands_still(step: int, leaves: Sequence[str]) -> dict[str, Any]:
 
 
 MOST_NAMED = 5
+"""Tensors that are listed."""
 
 
 def _numbers_of(operand: trace.Range) -> str:

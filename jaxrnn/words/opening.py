@@ -1,8 +1,7 @@
 """What is asked of a run's directory before anything in it is believed: it may be a stranger's."""
 
 import shlex
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxrnn import files
 from jaxrnn.record import loop
@@ -27,7 +26,7 @@ def check_files(paths: loop.Paths) -> None:
         paths.diagnosis, paths.flags, paths.lock,
     ):  # fmt: skip
         files.check_regular(path)
-        # What a killed process left half written is a file; a link is somebody's, to have what it leads to overwritten.
+        # By this name earlier versions wrote; a link under it is somebody's, to have what it leads to overwritten.
         files.check_regular(path.with_name(f'{path.name}.part'))
     files.check_within(paths.checkpoints)
 
@@ -52,9 +51,10 @@ def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, sou
         'config': (f'--run_dir: {paths.config}', config.digest()),
         'data': (_origin(paths, source), dataset.digest),
     }
-    steps = Checkpoints(paths.checkpoints).steps()
+    checkpoints = Checkpoints(paths.checkpoints)
+    steps = checkpoints.steps()
     for step in {*steps[:1], *steps[-1:]}:
-        meta = _meta(paths, step)
+        meta = checkpoints.meta(step)
         for name, (file, digest) in found.items():
             if meta.get(name, digest) != digest:
                 raise UserError(
@@ -70,18 +70,3 @@ def _origin(paths: loop.Paths, source: Source) -> str:
     if source.vectors or source.corpus:
         return f'--vectors: {source.vectors}' if source.vectors else f'--corpus: {source.corpus}'
     return f"--run_dir: {paths.root} has no data.npz, and gensim's sample of Wikipedia"
-
-
-def _meta(paths: loop.Paths, step: int) -> Mapping[str, Any]:
-    """What was saved beside a checkpoint. Raises UserError where it can't be read."""
-    try:
-        meta = Checkpoints(paths.checkpoints).meta(step)
-        if not isinstance(meta, Mapping):
-            raise ValueError('no names and values')
-        return meta
-    except Exception as error:  # orbax raises whatever it likes
-        said = ' '.join(str(error).split())[:200]
-        raise UserError(
-            f"{paths.checkpoints / str(step) / 'meta'}: can't be read ({said}); delete the checkpoint's folder to "
-            'go on without it'
-        ) from error
