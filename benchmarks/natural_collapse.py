@@ -25,7 +25,8 @@ from rich.table import Table
 
 from jaxrnn import detect, environment
 from jaxrnn.cli import common, demo
-from jaxrnn.record import telemetry
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import series
 from jaxrnn.words.signals import ALARMS
 
 GRAVE = ('nonfinite', 'collapse', 'constant')
@@ -50,7 +51,7 @@ def run(seed: int) -> dict:
         )
         if done.returncode not in (common.HEALTHY, common.DIVERGED):
             raise SystemExit(done.stderr)
-        columns = telemetry.series(telemetry.RecordFile(Path(directory, 'records.jsonl')).read())
+        columns = series(RecordFile(Path(directory, 'records.jsonl')).read())
     grave = [symptom for symptom in detect.symptoms(columns) if symptom.kind in GRAVE]
     accuracy = np.convolve(columns['accuracy'], np.full(16, 1 / 16), 'valid')
     symptom = min(grave, key=lambda symptom: symptom.step, default=None)

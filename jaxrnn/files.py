@@ -6,6 +6,7 @@ What is written is on the disk then, and not only in the system's memory, which 
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -154,6 +155,15 @@ def sync_tree(root: Path) -> None:
         for name in names:
             sync(Path(folder, name))
         sync(Path(folder))
+
+
+def unused(path: Path) -> Path:
+    """The path, or one like it with a number, at which nothing is yet."""
+    for number in itertools.count(1):
+        found = path if number == 1 else path.with_name(f'{path.stem}.{number}{path.suffix}')
+        if not os.path.lexists(found):
+            return found
+    raise AssertionError
 
 
 def open_appending(path: Path, *, anew: bool) -> BinaryIO:

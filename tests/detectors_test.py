@@ -7,7 +7,7 @@ import pytest
 
 from jaxrnn import detect
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import telemetry
+from jaxrnn.record.records import series
 from jaxrnn.types import UserError
 
 RNG = np.random.default_rng(0)
@@ -266,7 +266,7 @@ def test_onset_of_records_without_signals():
 
 def test_rows_and_columns_agree():
     rows = [{'step': 0, 'loss': 1.5, 'finite_state': True, 'digest': 'ab'}, {'step': 1, 'loss': math.nan}]
-    columns = telemetry.series(rows)
+    columns = series(rows)
     assert set(columns) == {'step', 'loss', 'finite_state'}
     np.testing.assert_array_equal(columns['loss'], [1.5, math.nan])
     np.testing.assert_array_equal(columns['finite_state'], [1, math.nan])

@@ -10,7 +10,8 @@ import pytest
 import small
 
 from jaxrnn import files
-from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record import checkpoint, loop
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 from jaxrnn.words import data
 
@@ -101,17 +102,17 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(name, write, tmp_path, syn
     assert (tmp_path / name).exists()
 
 
-def test_records_are_rewritten_whole_or_not_at_all(tmp_path, synced, monkeypatch):
-    records = telemetry.RecordFile(tmp_path / 'records.jsonl')
+def test_records_are_inserted_all_or_none(tmp_path, synced, monkeypatch):
+    records = RecordFile(tmp_path / 'records.jsonl')
     records.append({'step': 0, 'loss': 1.0})
-    records.rewrite([{'step': 0, 'loss': 1.0}, {'step': 1, 'loss': float('nan')}])
+    records.insert({1: {'step': 1, 'loss': float('nan')}})
     assert (
         synced[0].name.startswith('records.jsonl.') and synced[0].suffix == '.tmp' and synced[1] == tmp_path
     )
     assert [row['step'] for row in records.read()] == [0, 1]
     monkeypatch.setattr(os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'full')))
     with pytest.raises(UserError, match='full'):
-        records.rewrite([])
+        records.insert({2: {'step': 2}})
     assert [row['step'] for row in records.read()] == [0, 1]
 
 

@@ -30,6 +30,8 @@ from jaxrnn.experiment.outcome import (
 from jaxrnn.experiment.strategies import FARTHER, bad_batches
 from jaxrnn.experiment.window import AFTER, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import series
 from jaxrnn.types import Staged
 from jaxrnn.words import remedies
 
@@ -52,7 +54,7 @@ def no_batch(step):
 def subject_of(step, batch_at, init, directory, *, records=True, every=50, steps=STEPS):
     options = loop.LoopOptions(max_steps=steps, checkpoint_every=every)
     loop.run(step, batch_at, init, directory, options)
-    rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
+    rows = RecordFile(directory / 'records.jsonl').read() if records else ()
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
     return replay.subject(step, batch_at, checkpoints, rows)
 
@@ -69,7 +71,7 @@ def subject(request, tmp_path):
 def on(subject, symptom, detectors=detect.DETECTORS, *, budget, keep=None):
     """Experiments on a symptom, over the steps that a diagnosis would choose."""
     own = next(detector for detector in detectors if detector.kind == symptom.kind)
-    columns = telemetry.series(subject.records) if subject.records else {}
+    columns = series(subject.records) if subject.records else {}
     window = window_of(subject, symptom.step, detect.began(own, columns, symptom))
     return experiment.Experiments(subject, symptom, window, detectors, budget=budget, keep=keep)
 
@@ -450,7 +452,7 @@ def logistic_map(x, batch):
 def test_what_depends_on_chance_is_undecided(tmp_path):
     """Chaos doubles a millionth at each step, and meets the rule elsewhere or not at all."""
     subject = subject_of(logistic_map, no_batch, lambda: jnp.float32(0.3), tmp_path)
-    columns = telemetry.series(subject.records)
+    columns = series(subject.records)
     highest = int(np.argmax(columns['loss'][150:250])) + 150
     rule = detect.custom(f'loss >= {float(columns["loss"][highest])!r} and step > 100')
     made = experiments(subject, detectors=(rule,))
@@ -468,7 +470,7 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
     lines = path.read_text().splitlines()
     lines[160] = json.dumps(json.loads(lines[160]) | {'digest': '0123456789abcdef'})
     path.write_text('\n'.join(lines) + '\n')
-    altered = subject._replace(records=telemetry.RecordFile(path).read())
+    altered = subject._replace(records=RecordFile(path).read())
     told = run(on(altered, made.judge.symptom, (LARGE,), budget=2000), [change('still', growing(1.0))])
     assert not told.identical and told.outcomes == () and told.nudge is None
     assert cause_of(told).kind == 'nondeterminism'

@@ -12,7 +12,8 @@ from flax.training import train_state
 from jaxrnn import detect
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record import checkpoint, loop
+from jaxrnn.record.record_file import RecordFile
 
 BAD = 61
 STEPS = 100
@@ -84,7 +85,7 @@ def recorded(task, directory):
     loop.run(
         task.step, task.batch_at, task.init, directory, loop.LoopOptions(max_steps=STEPS, checkpoint_every=15)
     )
-    rows = telemetry.RecordFile(directory / 'records.jsonl').read()
+    rows = RecordFile(directory / 'records.jsonl').read()
     return checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(task.init)), rows
 
 
@@ -151,7 +152,7 @@ def test_random_keys_of_both_kinds_in_the_state(tmp_path):
         return {'typed': typed, 'raw': raw, 'sum': state['sum'] + drawn}, drawn
 
     loop.run(step, lambda n: 0, init, tmp_path, loop.LoopOptions(max_steps=20, checkpoint_every=7))
-    rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
+    rows = RecordFile(tmp_path / 'records.jsonl').read()
     checkpoints = checkpoint.Checkpoints(tmp_path / 'checkpoints', like=jax.eval_shape(init))
     found, _ = replay.bisect(
         replay.subject(step, lambda n: 0, checkpoints, rows), [detect.custom('step == 17')]

@@ -18,6 +18,7 @@ import small
 
 from jaxrnn import tree
 from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record.record_file import RecordFile, encoded
 from jaxrnn.types import UserError
 
 
@@ -29,7 +30,7 @@ def run(directory, network='lstm', **options):
 
 
 def rows(directory):
-    return telemetry.RecordFile(Path(directory) / 'records.jsonl').read()
+    return RecordFile(Path(directory) / 'records.jsonl').read()
 
 
 def checkpoints(directory, network='lstm'):
@@ -811,7 +812,7 @@ def test_records_read_back_to_the_same_bits(dtype):
         observation = telemetry.Observation(
             {'x': jnp.asarray(value), 'digest': jnp.zeros(2, jnp.uint32)}, None
         )
-        back = json.loads(json.dumps(telemetry._encode(telemetry.row(0, observation))))['x']
+        back = json.loads(json.dumps(encoded(telemetry.row(0, observation))))['x']
         back = {'Infinity': np.inf, '-Infinity': -np.inf}.get(back, back)
         assert np.asarray(back, dtype).tobytes() == np.asarray(value).tobytes()
 

@@ -18,7 +18,8 @@ import jax
 import pytest
 
 from jaxrnn import detect, environment
-from jaxrnn.record import loop, telemetry
+from jaxrnn.record import loop
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.words import run
 from jaxrnn.words.investigation import diagnose_run
 
@@ -56,7 +57,7 @@ def test_an_older_run_records_what_it_did(runs):
     opened = run.open_run(runs / 'run')
     recorded, same = {row['step']: row for row in opened.records}, same_bits(opened)
     trained = run.train_run(opened.config, runs / 'run')
-    again = telemetry.RecordFile(runs / 'run' / 'records.jsonl').read()
+    again = RecordFile(runs / 'run' / 'records.jsonl').read()
     assert [row['step'] for row in again] == list(range(90))
     assert all(row.keys() >= recorded[row['step']].keys() for row in again)
     if same:

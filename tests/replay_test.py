@@ -14,7 +14,8 @@ import jaxrnn
 from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record import checkpoint, loop
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 
 FAULTS = 200
@@ -30,7 +31,7 @@ def train(step, batch_at, init, directory, **options) -> Path:
 
 
 def subject(step, batch_at, init, directory, *, records=True, **options) -> replay.Subject:
-    rows = telemetry.RecordFile(directory / 'records.jsonl').read() if records else ()
+    rows = RecordFile(directory / 'records.jsonl').read() if records else ()
     checkpoints = checkpoint.Checkpoints(directory / 'checkpoints', like=jax.eval_shape(init))
     return replay.subject(step, batch_at, checkpoints, rows, **options)
 
@@ -119,7 +120,7 @@ def test_healthy_run_has_no_symptom(healthy):
 
 
 def test_when_finds_the_first_step_of_a_rule(healthy):
-    rows = telemetry.RecordFile(healthy[-1] / 'records.jsonl').read()
+    rows = RecordFile(healthy[-1] / 'records.jsonl').read()
     losses = [row['loss'] for row in rows]
     expected = next(n for n in range(20, STEPS) if losses[n] < 0.97 * np.median(losses[n - 20 : n]))
     rule = detect.custom('loss < .97 * median(loss, 20) and step >= 20')

@@ -9,7 +9,8 @@ from detectors_test import stalled
 
 from jaxrnn import detect
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import loop, rewind, telemetry
+from jaxrnn.record import loop, rewind
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.rewind import Rewind
 from jaxrnn.types import UserError
 from jaxrnn.words import data, investigation, run
@@ -76,7 +77,7 @@ def test_a_bad_batch_is_left_out_and_a_replay_leaves_it_out_too(tmp_path):
     ]
     assert found.diagnosis.symptom is None
     assert [each.skipped for each in rewind.read(tmp_path / 'rewinds.json')] == [None, (641, 650)]
-    rows = telemetry.RecordFile(tmp_path / 'records.jsonl').read()
+    rows = RecordFile(tmp_path / 'records.jsonl').read()
     assert [row['step'] for row in rows] == list(range(750))
     diagnosis = investigation.bisect_run(tmp_path, use_records=False, make_program=cause.make()).diagnosis
     assert diagnosis.symptom is None and diagnosis.replay.bit_identical

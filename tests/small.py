@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxrnn.record import telemetry
+from jaxrnn.record.records import series
 from jaxrnn.types import Series
 from jaxrnn.words import config, data, train
 
@@ -43,7 +43,7 @@ def series_of(program: train.Program, steps: int) -> Series:
     for number in range(steps):
         state, record = step(state, program.batch_at(number))
         records.append(record)
-    return telemetry.series(
+    return series(
         {'step': number, **{name: float(value) for name, value in record.items()}}
         for number, record in enumerate(jax.device_get(records))
     )

@@ -17,6 +17,7 @@ QUICK = {('lstm', 1), ('gru', 2)}
 CODE = """
 import json, sys
 sys.path.insert(0, 'tests')
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn import environment
 what, network, threads, hidden, steps, directory = sys.argv[1:]
 steps = int(steps)
@@ -29,7 +30,7 @@ if what == 'train':
     options = loop.LoopOptions(max_steps=steps, checkpoint_every=100)
     loop.run(program.step, program.batch_at, program.init, directory, options)
 else:
-    rows = telemetry.RecordFile(directory + '/records.jsonl').read()
+    rows = RecordFile(directory + '/records.jsonl').read()
     checkpoints = checkpoint.Checkpoints(directory + '/checkpoints', like=jax.eval_shape(program.init))
     for start in (0, 100, 200):
         replayer = replay.Replayer(replay.subject(program.step, program.batch_at, checkpoints, rows))

@@ -19,9 +19,10 @@ from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.package import make_callable
-from jaxrnn.record import loop, telemetry
+from jaxrnn.record import loop
 from jaxrnn.record.checkpoint import Checkpoints
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Row
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 
@@ -148,7 +149,7 @@ def subject_of(
         step,
         batch_at,
         Checkpoints(paths.checkpoints if ours else paths.root, like=structure),
-        telemetry.RecordFile(paths.records).read() if ours else (),
+        RecordFile(paths.records).read() if ours else (),
         digest_every=digest_every,
         loss=loss,
     )

@@ -14,6 +14,7 @@ from jaxrnn.bisect.agreement import Agreement, LeafDifference
 from jaxrnn.bisect.replayer import Replayer
 from jaxrnn.diagnosis import Cause
 from jaxrnn.record import loop, telemetry
+from jaxrnn.record.records import different, same
 
 MOST = 3
 """Leaves of the state that are named."""
@@ -43,10 +44,10 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
     checkpoint = replayer.checkpoint_before(step)
     again = Replayer(replayer.subject)
     again.replay(checkpoint, step + 1)
-    agree = telemetry.same(replayer.rows[step], again.rows[step])
+    agree = same(replayer.rows[step], again.rows[step])
     differences, around = _around(replayer, checkpoint)
-    recorded_row = replayer.recorded.get(step, {})
-    fields = telemetry.different(recorded_row, replayer.rows[step])
+    recorded_row = replayer.recorded.at(step) or {}
+    fields = different(recorded_row, replayer.rows[step])
     if agree and telemetry.DIGEST in recorded_row and telemetry.DIGEST not in fields:
         measured = f'{", ".join(fields)} measured otherwise'
         return Cause(
@@ -75,7 +76,8 @@ def _also_from(replayer: Replayer, checkpoint: int) -> int | None:
     place = steps.index(checkpoint)
     for other in (*steps[place + 1 : place + 2], *steps[max(place - 1, 0) : place]):
         (*_, row) = Replayer(replayer.subject).replay(other, other + 1)
-        if other in replayer.recorded and not telemetry.same(replayer.recorded[other], row):
+        recorded = replayer.recorded.at(other)
+        if recorded is not None and not same(recorded, row):
             return other
     return None
 

@@ -18,8 +18,7 @@ from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
 from jaxrnn.bisect.state_leap import StateLeap, state_leap, still_tensors
 from jaxrnn.diagnosis import Cause, Diagnosis
-from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Records
 from jaxrnn.trace import leading
 from jaxrnn.types import Step, Tree, UserError
 
@@ -315,18 +314,17 @@ def _ordinary(subject: Subject, step: int) -> int | None:
     steps = subject.checkpoints.steps()
     if not steps or step <= steps[0]:
         return None
-    before = [row for row in subject.records if max(step - ORDINARY, steps[0]) <= row['step'] < step]
+    before = subject.recorded.between(max(step - ORDINARY, steps[0]), step)
     return _last_ordinary(before, subject.loss) or step - 1
 
 
-def _last_ordinary(rows: Sequence[Row], loss: str | None) -> int | None:
-    losses = telemetry.series(rows).get(loss or '')
+def _last_ordinary(rows: Records, loss: str | None) -> int | None:
+    losses = rows.columns.get(loss or '')
     if losses is None or not np.isfinite(losses).any():
         return None
     median = np.median(losses[np.isfinite(losses)])
-    return next(
-        (row['step'] for row, loss in zip(rows[::-1], losses[::-1], strict=True) if loss <= median), None
-    )
+    places = np.flatnonzero(losses <= median)
+    return int(rows.steps[places[-1]]) if places.size else None
 
 
 def _by_checkify(step: Step, state: Tree, batch: Tree) -> str:

@@ -18,8 +18,7 @@ from jaxrnn.bisect.replayer import subject as subject
 from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.diagnosis import Replay as Replay
-from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Row, series
 from jaxrnn.types import Series, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -57,15 +56,15 @@ def bisect(
         UserError: nothing to replay; or nothing shows, and which field is the loss can't be told.
     """
     replayer = Replayer(subject)
-    rows = list(subject.records)
-    if rows and telemetry.contiguous(rows):
-        columns = telemetry.series(rows)
+    records = subject.recorded
+    if records and records.contiguous:
+        columns = records.columns
         usable = detect.bound(detectors, columns, subject.loss)
         found = detect.judged(columns, usable, subject.loss, good=good, bad=bad)
         if found.symptom is not None:
             replayer.replay(replayer.checkpoint_before(found.symptom.step), found.symptom.step + 1)
     else:
-        if rows:
+        if records:
             log.warning('the records have gaps; bisecting without them')
         low, high = _bounds(replayer, good, bad)
         found = _from_checkpoints(replayer, detectors, low, high)
@@ -80,7 +79,7 @@ def bisect(
 def _ask_for_loss(replayer: Replayer, detectors: Sequence[Detector]) -> None:
     """Nothing shows, but most rules are about a loss that isn't known. Raises UserError where several may be it."""
     rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
-    candidates = detect.loss_of(telemetry.series(rows)).candidates
+    candidates = detect.loss_of(series(rows)).candidates
     if len(candidates) > 1 and any('loss' in detector.rule.fields for detector in detectors):
         raise detect.asked_for(candidates)
 
@@ -115,7 +114,7 @@ def _from_checkpoints(
     replayer: Replayer, detectors: Sequence[Detector], low: int, high: int
 ) -> detect.Judgement:
     candidates = [s for s in replayer.subject.checkpoints.steps() if low <= s <= high]
-    columns = telemetry.series(replayer.replay(low, low + 1))
+    columns = series(replayer.replay(low, low + 1))
     loss = replayer.subject.loss
     usable = detect.bound(detectors, columns, loss)
     for detector in usable:
@@ -124,7 +123,7 @@ def _from_checkpoints(
             symptom = _between(replayer, detector, *_halve(replayer, detector, candidates))
             return detect.Judgement(symptom, None, ())
     log.warning('no rule holds at the last checkpoint (%d): replaying every step from %d on', high, low)
-    columns = telemetry.series(replayer.replay(low, high))
+    columns = series(replayer.replay(low, high))
     return detect.judged(columns, usable, loss) if columns else detect.Judgement(None, None, ())
 
 
@@ -181,7 +180,7 @@ def _between(replayer: Replayer, detector: Detector, good: int, bad: int) -> Sym
 def _where_holds(replayer: Replayer, detector: Detector, start: int, stop: int) -> np.ndarray:
     """The steps of start … stop - 1 at which a rule holds, with the history that it needs replayed too."""
     history = max(start - detector.rule.lookback, replayer.subject.checkpoints.steps()[0])
-    columns = telemetry.series(replayer.replay(history, stop))
+    columns = series(replayer.replay(history, stop))
     steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
     return steps[steps >= start]
 
@@ -193,7 +192,7 @@ def _diagnosis(
         cause = another_run.cause_of(replayer)
         return Diagnosis(symptom=found.symptom, cause=cause, replay=replayer.outcome())
     rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
-    diagnosis = _judged(telemetry.series(rows), found, detectors, alarms, replayer.subject.loss)
+    diagnosis = _judged(series(rows), found, detectors, alarms, replayer.subject.loss)
     cause = dataclasses.replace(diagnosis.cause, why=f'{diagnosis.cause.why}{_but_for_rounding(replayer)}')
     return dataclasses.replace(diagnosis, cause=cause, replay=replayer.outcome())
 

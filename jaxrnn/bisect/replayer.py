@@ -14,7 +14,7 @@ from jaxrnn.bisect.agreement import Agreement
 from jaxrnn.diagnosis import Replay
 from jaxrnn.record import loop, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Records, Row, same, series
 from jaxrnn.types import BatchAt, Series, Step, Tree, UserError
 
 
@@ -29,9 +29,14 @@ class Subject(NamedTuple):
     step: Step | None = None  # to be evaluated equation by equation
     loss: str | None = 'loss'  # the field of a record that is the loss; None where that isn't known
 
+    @property
+    def recorded(self) -> Records:
+        """Its records."""
+        return Records.of(self.records)
+
     def columns(self) -> Series:
         """Of its records."""
-        return telemetry.series(self.records) if self.records else {}
+        return self.recorded.columns
 
 
 def subject(
@@ -59,7 +64,7 @@ def subject(
         UserError: the records don't have the field.
     """
     observed = telemetry.instrument(step, checks=checkify)
-    found = Subject(observed, batch_at, checkpoints, records, digest_every, step)
+    found = Subject(observed, batch_at, checkpoints, Records.of(records), digest_every, step)
     fields = found.columns() or _first_columns(found)
     return found._replace(loss=detect.loss_of(fields, loss).field) if fields else found
 
@@ -67,7 +72,7 @@ def subject(
 def _first_columns(subject: Subject) -> Series:
     """Those of a step of a run without records; of none, where nothing can be replayed."""
     steps = subject.checkpoints.steps()
-    return telemetry.series(Replayer(subject).replay(steps[0], steps[0] + 1)) if steps else {}
+    return series(Replayer(subject).replay(steps[0], steps[0] + 1)) if steps else {}
 
 
 class Replayer:
@@ -80,7 +85,7 @@ class Replayer:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.recorded = {row['step']: row for row in subject.records}
+        self.recorded = subject.recorded
         self.rows: dict[int, Row] = {}
         self.probed: set[int] = set()
         self.steps_replayed = 0
@@ -102,7 +107,7 @@ class Replayer:
     @property
     def verified(self) -> bool:
         """Whether something replayed was held against something that the run left, and could have differed."""
-        return any(step in self.recorded for step in self.rows) or any(
+        return any(self.recorded.at(step) is not None for step in self.rows) or any(
             each.telling for each in self.agreements.values()
         )
 
@@ -186,13 +191,13 @@ class Replayer:
     def _put(self, row: Row) -> None:
         step = row['step']
         self.rows[step] = row
-        recorded = self.recorded.get(step)
-        if recorded is not None and not telemetry.same(recorded, row):
+        recorded = self.recorded.at(step)
+        if recorded is not None and not same(recorded, row):
             self._first_other = step if self._first_other is None else min(step, self._first_other)
 
     def _met(self, start: int, stop: int, state: Tree) -> Tree:
         """What to go on with from a checkpoint that a replay reached: its own state where that is the one saved."""
-        if telemetry.DIGEST in self.recorded.get(stop - 1, {}):
+        if telemetry.DIGEST in (self.recorded.at(stop - 1) or {}):
             return state  # the record of the step before knows
         reached, saved = loop.state_digest(state), self.subject.checkpoints.meta(stop).get('state')
         if saved == reached:

@@ -15,7 +15,7 @@ from jaxrnn.detect import rule_language
 from jaxrnn.detect.rule_language import Rule
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.optim import signals
-from jaxrnn.record.telemetry import Row, series
+from jaxrnn.record.records import Records, Row, series
 from jaxrnn.types import Series, Signal, UserError
 
 
@@ -34,8 +34,12 @@ def _detector(kind: str, rule: str, means: str, lasting: str = '') -> Detector:
 
 LATE = 'step >= 1400 and '
 FLAT = 'median(loss, 400) > .99 * prev(median(loss, 400), 800)'
-STALLED = FLAT + ' and smooth(cosine, 200) < .5'
-UNLEARNT = FLAT + ' and median(loss, 400) > .9 * first(loss) and first(loss) > 0'
+# What is quickly known first: the rest is asked where that holds.
+STALLED = 'smooth(cosine, 200) < .5 and ' + FLAT
+UNLEARNT = (
+    'first(loss) > 0 and max(loss, 400) > .9 * first(loss) and median(loss, 400) > .9 * first(loss) and '
+    + FLAT
+)
 
 NOTHING_MOVES = 'max(state_moved, 16) == 0 and state_moved == 0'
 NO_GRADIENT = 'min(moments_fading, 16) == 1 and moments_fading == 1'
@@ -298,6 +302,17 @@ class Watch:
     def __init__(self, every: int = 25, detectors: Sequence[Detector] = DETECTORS):
         self._rows: deque[Row] = deque(maxlen=max(_rows_needed(d, every) for d in detectors))
         self._every, self._detectors = every, detectors
+
+    def see_all(self, records: Records) -> list[Symptom]:
+        """Takes the rows of a run that is continued, from its first on; returns the symptoms that began in them, the
+        earliest first."""
+        if not records:
+            return []
+        columns = records.columns
+        self._detectors = with_numbers(self._detectors, columns)
+        self._rows.extend(records[-(self._rows.maxlen or 0) :])
+        found = (first_since(d, columns, 0) for d in applicable(columns, self._detectors))
+        return sorted(filter(None, found), key=lambda symptom: symptom.step)
 
     def __call__(self, row: Row) -> list[Symptom]:
         """Takes the next row; returns the symptoms that began since the last look, gravest first."""

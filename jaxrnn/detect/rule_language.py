@@ -9,11 +9,13 @@ collapse, are in `detectors`.
 
 import ast
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrnn.record.records import is_missing
 from jaxrnn.types import Series, UserError
 
 LEAST_HISTORY = 16
@@ -32,8 +34,9 @@ SKIPPED, MOST_SKIPPED = 'skipped_in_a_row', 10
 FIRST = 'first'
 """first(x), until the rule is bound."""
 
-CHUNK = 8192
-"""Windows computed at once, which bounds memory: 8192 windows of 200 are 13 MB."""
+CHUNK, BLOCK = 8192, 4096
+"""Windows computed at once, and steps at which a rule is evaluated at once, which bounds memory: 8192 windows of 200
+are 13 MB."""
 
 
 def median(windows: np.ndarray, axis: int = 1) -> np.ndarray:
@@ -75,6 +78,10 @@ def _line(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 LEAST_PAIRS = 8
 
 
+def _extreme(function: np.ufunc, windows: np.ndarray, axis: int) -> np.ndarray:
+    return function.reduce(windows, axis=axis)
+
+
 def _trend(windows: np.ndarray, axis: int) -> np.ndarray:
     return _line(windows)[0]
 
@@ -86,8 +93,8 @@ def _scatter(windows: np.ndarray, axis: int) -> np.ndarray:
 WINDOWS: Mapping[str, Callable[..., np.ndarray]] = {
     'median': median,
     'mean': np.nanmean,
-    'max': np.nanmax,
-    'min': np.nanmin,
+    'max': functools.partial(_extreme, np.fmax),
+    'min': functools.partial(_extreme, np.fmin),
     'std': np.nanstd,
     'spread': _spread,  # standard deviation by the median absolute deviation, which outliers don't move
     'trend': _trend,  # where a straight line through them comes out at the step itself
@@ -95,11 +102,18 @@ WINDOWS: Mapping[str, Callable[..., np.ndarray]] = {
 }
 """name(x, n): over the n steps before."""
 
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """What a record lacks isn't infinite, nor a NaN."""
+    values = np.asarray(values, np.float64)
+    return np.isfinite(values) | is_missing(values)
+
+
 FUNCTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     'abs': np.abs,
     'log': np.log,
     'sqrt': np.sqrt,
-    'finite': np.isfinite,
+    'finite': _finite,
 }
 
 _COMPARISONS = {
@@ -193,17 +207,31 @@ def unknown_field(field: str, known: Iterable[str]) -> UserError:
 
 def holds(rule: Rule, columns: Series) -> np.ndarray:
     """Where the rule holds, bool [S]. Raises UserError for a field that the records don't have."""
-    columns = {**columns, ALL_FINITE: all_finite(columns), SOUND: sound(columns)}
-    if missing := sorted(rule.fields - columns.keys()):
-        raise unknown_field(missing[0], columns)
+    if missing := sorted(rule.fields - columns.keys() - _MADE.keys()):
+        raise unknown_field(missing[0], {**columns, **_MADE})
+    size = columns[STEP].size
+    found = np.zeros(size, bool)
     with np.errstate(all='ignore'):
-        return np.broadcast_to(rule.evaluate(columns), columns[STEP].shape).astype(bool)
+        for start in range(0, size, BLOCK):
+            low, stop = max(start - rule.lookback, 0), min(start + BLOCK, size)
+            found[start:stop] = _broadcast(rule.evaluate, _read_by(rule, columns, low, stop))[start - low :]
+    return found
+
+
+def _read_by(rule: Rule, columns: Series, low: int, stop: int) -> Series:
+    """What a rule reads, of the rows low … stop - 1."""
+    part = _Rows((name, columns[name][low:stop]) for name in {STEP, *rule.fields} & columns.keys())
+    made = rule.fields & _MADE.keys()
+    if made:
+        whole = {name: values[low:stop] for name, values in columns.items()}
+        part.update((name, _MADE[name](whole)) for name in made)
+    return part
 
 
 def all_finite(columns: Series) -> np.ndarray:
     """Whether each number of a step's record is finite and each of its `finite_*` flags set, bool [S]. A step that a
     guard skipped is good, too, since it changed nothing; unless it is one of many in a row."""
-    good = [np.isfinite(values) for name, values in columns.items() if not name.startswith('finite_')]
+    good = [_finite(values) for name, values in columns.items() if not name.startswith('finite_')]
     return np.logical_and.reduce([*good, *_flags(columns)]) | _skipped(columns)
 
 
@@ -214,12 +242,44 @@ def sound(columns: Series) -> np.ndarray:
 
 
 def _flags(columns: Series) -> list[np.ndarray]:
-    return [values == 1 for name, values in columns.items() if name.startswith('finite_')]
+    flags = (values for name, values in columns.items() if name.startswith('finite_'))
+    return [(values == 1) | is_missing(values) for values in flags]
 
 
 def _skipped(columns: Series) -> np.ndarray:
     skipped = columns.get(SKIPPED, np.zeros(1))
     return (skipped > 0) & (skipped <= MOST_SKIPPED)
+
+
+_MADE: Mapping[str, Callable[[Series], np.ndarray]] = {ALL_FINITE: all_finite, SOUND: sound}
+"""Fields that are made of all others."""
+
+
+def _broadcast(evaluate: Callable[[Series], Any], columns: Series) -> np.ndarray:
+    """A rule, or a part of one, as a question: bool [S]."""
+    return np.broadcast_to(evaluate(columns), columns[STEP].shape).astype(bool)
+
+
+def _all_of(parts: Sequence[_Node], holds: bool) -> Callable[[Series], np.ndarray]:
+    """Whether all parts are true, where `holds`; else whether any is: `not all` of what isn't. What comes later, as a
+    window of many steps, is only computed between the first and the last step at which it still matters."""
+
+    def evaluate(columns: Series) -> np.ndarray:
+        found = np.full(columns[STEP].shape, holds)
+        for part in parts:
+            open_places = np.flatnonzero(found == holds)
+            if not open_places.size:
+                break
+            first, stop = open_places[0], open_places[-1] + 1
+            low = max(first - part.lookback, 0)
+            near = _Rows((name, columns[name][low:stop]) for name in {STEP, *part.fields})
+            asked = _broadcast(part.evaluate, near)[first - low :]
+            found[first:stop] = (
+                np.logical_and(found[first:stop], asked) if holds else np.logical_or(found[first:stop], asked)
+            )
+        return found
+
+    return evaluate
 
 
 def _build(node: ast.expr, text: str) -> _Node:
@@ -235,8 +295,7 @@ def _build(node: ast.expr, text: str) -> _Node:
             )
         case ast.BoolOp(op=op, values=values):
             parts = [_question(value, text) for value in values]
-            combine = np.logical_and if isinstance(op, ast.And) else np.logical_or
-            return _join(parts, lambda *args: combine.reduce(np.broadcast_arrays(*args)), boolean=True)
+            return _Node(*_needs(parts), _all_of(parts, isinstance(op, ast.And)), True)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return _join([_question(operand, text)], np.logical_not, boolean=True)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -253,7 +312,7 @@ def _build(node: ast.expr, text: str) -> _Node:
         case ast.Call(
             func=ast.Name(id=name), args=[argument, ast.Constant(value=int() as n)], keywords=[]
         ) if name in WINDOWS or name in ('smooth', 'prev'):
-            return _window(name, _build(argument, text), n, text)
+            return _window(name, _build(argument, text), n, text, ast.unparse(node))
         case ast.Call(func=ast.Name(id='first'), args=[ast.Name(id=field)], keywords=[]):
             return _Node(
                 frozenset({field, _first_of(field)}), 0, lambda columns: columns[_first_of(field)], False
@@ -284,11 +343,25 @@ def _question(node: ast.expr, text: str) -> _Node:
     return built
 
 
-def _window(name: str, inner: _Node, n: int, text: str) -> _Node:
+class _Rows(dict[str, np.ndarray]):
+    """Columns of some rows, and the windows over them that are known already."""
+
+    def __init__(self, columns: Iterable[tuple[str, np.ndarray]]):
+        super().__init__(columns)
+        self.known: dict[str, np.ndarray] = {}
+
+
+def _window(name: str, inner: _Node, n: int, text: str, written: str) -> _Node:
     if isinstance(n, bool) or n < 1:
         raise _refuse(text, f'{name}(…, {n})', 'a window has at least 1 step')
 
     def evaluate(columns: Series) -> np.ndarray:
+        known = columns.known if isinstance(columns, _Rows) else {}
+        if written not in known:
+            known[written] = computed(columns)
+        return known[written]
+
+    def computed(columns: Series) -> np.ndarray:
         values = np.broadcast_to(np.asarray(inner.evaluate(columns), np.float64), columns[STEP].shape)
         if name == 'smooth':
             return over_window(values, n, np.nanmean, ends_with_step=True)
@@ -309,15 +382,19 @@ def over_window(
 
     NaN where fewer than min(n, LEAST_HISTORY) of them are finite.
     """
-    values = np.where(np.isfinite(values), values, np.nan)
-    padded = np.concatenate([np.full(n, np.nan), values])
+    finite = np.isfinite(values)
+    padded = np.concatenate([np.full(n, np.nan), np.where(finite, values, np.nan)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, n)
     windows = windows[1:] if ends_with_step else windows[:-1]
+    counts = np.concatenate([np.zeros(n + 1, np.int64), np.cumsum(finite)])
+    counts = (counts[n:] - counts[:-n])[int(ends_with_step) :][: len(windows)]
     result = np.full(values.shape, np.nan)
     for start in range(0, len(windows), CHUNK):
-        chunk = windows[start : start + CHUNK]
-        enough = np.isfinite(chunk).sum(axis=1) >= min(n, LEAST_HISTORY)
-        if enough.any():
+        chunk, count = windows[start : start + CHUNK], counts[start : start + CHUNK]
+        enough = count >= min(n, LEAST_HISTORY)
+        if enough.all():
+            result[start : start + CHUNK] = reduce(chunk, axis=1)
+        elif enough.any():
             result[start : start + CHUNK][enough] = reduce(chunk[enough], axis=1)
     return result
 
@@ -333,11 +410,13 @@ def _float(function: Callable) -> Callable:
 
 def _join(parts: list[_Node], function: Callable, *, boolean: bool = False) -> _Node:
     return _Node(
-        frozenset().union(*(part.fields for part in parts)),
-        max(part.lookback for part in parts),
-        lambda columns: function(*(part.evaluate(columns) for part in parts)),
-        boolean,
+        *_needs(parts), lambda columns: function(*(part.evaluate(columns) for part in parts)), boolean
     )
+
+
+def _needs(parts: list[_Node]) -> tuple[frozenset[str], int]:
+    """Fields and steps back that one of them needs."""
+    return frozenset().union(*(part.fields for part in parts)), max(part.lookback for part in parts)
 
 
 def _refuse(text: str, part: str, why: str) -> UserError:

@@ -16,7 +16,7 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.outcome import VERDICTS
 from jaxrnn.experiment.window import Window
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Records, Row
 from jaxrnn.types import UserError
 
 MOST_BYTES = 64 << 20
@@ -76,7 +76,7 @@ def scope(rows: Sequence[Row], symptom: Symptom, window: Window, detectors: Sequ
         'symptom': [symptom.kind, symptom.step],
         'window': window,
         'rules': [detector.rule.text for detector in detectors],
-        'records': hashlib.sha256(json.dumps([dict(row) for row in rows]).encode()).hexdigest(),
+        'records': Records.of(rows).digest(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 

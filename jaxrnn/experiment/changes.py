@@ -189,8 +189,8 @@ def without_step(subject: Subject, step: int, leap: StateLeap | None) -> Change:
 
 
 def _were_set_back(subject: Subject, step: int) -> bool:
-    rows = (row for row in subject.records if row['step'] == step)
-    return any(row.get('moments_lost', 0) > health.MOST_LOST for row in rows)
+    recorded = subject.recorded.at(step) or {}
+    return recorded.get('moments_lost', 0) > health.MOST_LOST
 
 
 RATE_CHANGED = 3

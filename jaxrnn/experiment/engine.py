@@ -17,8 +17,7 @@ from jaxrnn.experiment.outcome import AVERTED, NOT_POSSIBLE, UNCHANGED, Change, 
 from jaxrnn.experiment.replays import Budget, ChangeReplayer
 from jaxrnn.experiment.verdict import final_loss, has_effect, judge_of
 from jaxrnn.experiment.window import Window
-from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Row, same, series
 from jaxrnn.types import UserError
 
 BUDGET = 2000
@@ -80,9 +79,9 @@ class Experiments:
         self._compile_ahead(ahead)
         self._control = self.replayer.control(self.window.symptom + 1)
         self._judge_by(self._control)
-        recorded = {row['step']: row for row in self.subject.records}
-        shared = [row for row in self._control if row['step'] in recorded]
-        identical = all(telemetry.same(recorded[row['step']], row) for row in shared)
+        recorded = self.subject.recorded
+        shared = [(recorded.at(row['step']), row) for row in self._control]
+        identical = all(same(before, row) for before, row in shared if before is not None)
         unchanged = Change('none', '', lambda: Changed(step_of(self.subject), self.subject.batch_at))
         outcome = self._outcome(unchanged, self._control, start)
         if self.judge.shows([*self._history_before(start), *self._control]):
@@ -99,7 +98,7 @@ class Experiments:
         """A run without records is judged by what was replayed of it."""
         rows = [*self._history, *rows]
         if not self.subject.records and rows:
-            self.judge = judge_of(telemetry.series(rows), self.subject.loss, *self._asked)
+            self.judge = judge_of(series(rows), self.subject.loss, *self._asked)
 
     def nudge(self) -> Outcome | None:
         """The steps from a state moved by a millionth; None where the budget doesn't reach so far."""

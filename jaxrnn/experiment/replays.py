@@ -10,7 +10,7 @@ import jax
 from jaxrnn.bisect.replay import Replayer, Subject
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.record import loop, telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Row
 from jaxrnn.types import BatchAt, Tree
 
 LOOK_EVERY = 16
@@ -72,7 +72,7 @@ class ChangeReplayer:
         """Records of the `count` steps before a step: the run's, else replayed."""
         first = step - count
         if self._subject.records:
-            return [row for row in self._subject.records if first <= row['step'] < step]
+            return list(self._subject.recorded.between(first, step))
         replayer = Replayer(self._subject)
         rows = replayer.replay(max(first, self._subject.checkpoints.steps()[0]), step)
         self._budget.spent += replayer.steps_replayed

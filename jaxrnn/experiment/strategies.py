@@ -133,7 +133,7 @@ def bad_batches(experiments: Experiments, most: int = 4) -> tuple[int, ...]:
     the last before the symptom began, so that it is as good at the run's first step as anywhere."""
     window, subject = experiments.window, experiments.subject
     start, symptom = window.start, experiments.judge.symptom.step
-    inside = [row for row in subject.records if start <= row['step'] <= symptom]
+    inside = list(subject.recorded.between(start, symptom + 1))
     found = outstanding(inside, subject.loss) if inside else []
     steps = list(dict.fromkeys([symptom, *found]))[:most]
     every = max((symptom - start) // COMPARED, 1)

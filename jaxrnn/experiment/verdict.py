@@ -12,7 +12,7 @@ from jaxrnn.experiment.changes import NUDGE
 from jaxrnn.experiment.outcome import AVERTED, DELAYED, UNCHANGED, WORSE
 from jaxrnn.experiment.window import Window
 from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Row, series, sound
 from jaxrnn.types import Series
 
 SHIFT, SHIFTED = 10, 0.1
@@ -182,9 +182,7 @@ def _middle(losses: np.ndarray) -> float | None:
 
 def final_loss(rows: Sequence[Row], loss: str | None = 'loss') -> float:
     """Median of the last SETTLED losses; NaN where there is none, or the very last isn't finite."""
-    losses = (
-        telemetry.series(rows[-SETTLED:]).get(loss or '', np.array([np.nan])) if rows else np.array([np.nan])
-    )
+    losses = series(rows[-SETTLED:]).get(loss or '', np.array([np.nan])) if rows else np.array([np.nan])
     return float(np.median(losses)) if np.isfinite(losses).all() else float('nan')
 
 
@@ -227,7 +225,7 @@ def stands_out(row: Row, others: Sequence[Row], loss: str | None = 'loss') -> bo
 
 
 def _is_finite(row: Row, loss: str | None) -> bool:
-    return telemetry.sound(row) and bool(np.isfinite(row.get(loss or '', 0.0)))
+    return sound(row) and bool(np.isfinite(row.get(loss or '', 0.0)))
 
 
 STANDS_OUT = 3
@@ -240,7 +238,7 @@ LEAST_OTHERS = 5
 def outstanding(rows: Sequence[Row], loss: str | None = 'loss') -> list[int]:
     """Steps whose loss or gradient is STANDS_OUT times the median of all, the farthest first; what isn't finite before
     all."""
-    columns = telemetry.series(rows)
+    columns = series(rows)
     with np.errstate(all='ignore'):  # infinities among them
         ratios = [
             np.nan_to_num(values / max(np.nanmedian(np.abs(values)), 1e-30), nan=np.inf)
@@ -255,4 +253,4 @@ def outstanding(rows: Sequence[Row], loss: str | None = 'loss') -> list[int]:
 
 def _columns(rows: Sequence[Row]) -> Series:
     """Of the fields that the newest row has: a changed step may record fewer than the run that it starts from."""
-    return {name: column for name, column in telemetry.series(rows).items() if name in rows[-1]}
+    return {name: column for name, column in series(rows).items() if name in rows[-1]}

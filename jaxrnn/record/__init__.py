@@ -1,7 +1,8 @@
 """A run: the loop that trains, the records and checkpoints that it leaves, and going back to one.
 
 loop         the loop                      checkpoint   states on disk, through orbax
-telemetry    records                       rewind       going back while training
+telemetry    records, made in the step     rewind       going back while training
+record_file  records on disk               records      in memory, by columns
 resume       the checkpoint to go on from  gaps         records that are missing, computed again
 
 The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.

@@ -7,11 +7,12 @@ checkpoint that it leads to.
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxrnn.record import telemetry
-from jaxrnn.record.telemetry import Row
+import numpy as np
+
+from jaxrnn.record.records import Records, Row, same
 
 log = logging.getLogger('jaxrnn')
 
@@ -31,12 +32,12 @@ Replay = Callable[[int, int], Replayed]
 class Known(NamedTuple):
     """What is known of a run, that steps computed again are held against."""
 
-    rows: Mapping[int, Row]
+    records: Records
     digest_of: Callable[[int], str | None]  # of the state that a step with a checkpoint starts from
 
 
-def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) -> list[Row]:
-    """The records of the steps before `stop`, with their gaps filled as far as they can be; a line of the log says so.
+def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) -> dict[int, Row]:
+    """The records that are missing before `stop`, by step, as far as they can be told; a line of the log says so.
 
     Args:
         known: of the run; the records of steps before `stop`.
@@ -44,7 +45,7 @@ def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) 
         checkpoints: the steps that have one, ascending.
         replay: computes steps again.
     """
-    lost = [step for step in range(stop) if step not in known.rows]
+    lost = np.setdiff1d(np.arange(stop), known.records.steps).tolist()
     starts = [at for at in checkpoints if at < stop]
     beyond = [step for step in lost if not starts or step < starts[0]]
     if beyond:
@@ -63,8 +64,7 @@ def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) 
         part = [step for step in lost if start <= step < end]
         if part:
             found |= _again(known, part, start, end, replay)
-    whole = {**known.rows, **found}
-    return [whole[step] for step in sorted(whole)]
+    return found
 
 
 def _again(known: Known, lost: Sequence[int], start: int, end: int, replay: Replay) -> dict[int, Row]:
@@ -85,8 +85,8 @@ def _again(known: Known, lost: Sequence[int], start: int, end: int, replay: Repl
 def _other(known: Known, again: Replayed, stop: int, end: int) -> int | None:
     """The first step that comes out otherwise than it was."""
     for row in again.rows:
-        recorded = known.rows.get(row['step'])
-        if recorded is not None and not telemetry.same(recorded, row):
+        recorded = known.records.at(row['step'])
+        if recorded is not None and not same(recorded, row):
             return row['step']
     saved = known.digest_of(end) if stop == end else None
     return stop - 1 if saved is not None and saved != again.digest else None

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from jaxrnn import environment, files
 from jaxrnn.record import checkpoint, gaps, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Records, Row, same
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -127,16 +128,16 @@ def run(
     with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
         observed = telemetry.instrument(step, checks=options.checkify)
         checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
-        records = telemetry.RecordFile(paths.records)
-        rows = records.read()
-        first, state, resumed = _start(paths, checkpoints, rows, init, identity or {})
+        records = RecordFile(paths.records)
+        known = records.read_intact()
+        first, state, resumed = _start(paths, checkpoints, known, init, identity or {})
         sink = _Sink(records, records.keep_before(first), on_row)
 
         def going(number: int, state: Tree) -> bool:
             return not (signals.caught or sink.ended)
 
-        _heal(records, rows, checkpoints, first, observed, batch_at, options.digest_every, going)
-        del rows  # there may be many
+        _heal(records, known, checkpoints, first, observed, batch_at, options.digest_every, going)
+        del known  # there may be many
         writer = checkpoint.Writer(
             paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
         )
@@ -252,13 +253,13 @@ def rewind(directory: str | os.PathLike, step: int) -> None:
     paths = Paths(Path(directory))
     with _locked(paths):
         checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
-        telemetry.RecordFile(paths.records).keep_before(step)
+        RecordFile(paths.records).keep_before(step)
 
 
 class _Sink:
     """Where records go: the file, the comparison with what a killed run had computed, the observer."""
 
-    def __init__(self, records: telemetry.RecordFile, before: list[Row], on_row: Callable[[Row], bool]):
+    def __init__(self, records: RecordFile, before: Records, on_row: Callable[[Row], bool]):
         self.records, self.on_row = records, on_row
         self.before = {row['step']: row for row in before}
         self.first_mismatch: int | None = None
@@ -267,7 +268,7 @@ class _Sink:
     def put(self, row: Row) -> None:
         self._guard(lambda: self.records.append(row))
         old = self.before.pop(row['step'], None)
-        if old is not None and self.first_mismatch is None and not telemetry.same(old, row):
+        if old is not None and self.first_mismatch is None and not same(old, row):
             self.first_mismatch = row['step']
         self.ended = bool(self.on_row(row)) or self.ended
 
@@ -319,13 +320,13 @@ class _Saver:
 def _start(
     paths: Paths,
     checkpoints: checkpoint.Checkpoints,
-    rows: Sequence[Row],
+    known: Records,
     init: Callable[[], Tree],
     identity: Mapping[str, str],
 ) -> tuple[int, Tree, bool]:
     """The step to begin with, its state, and whether it comes from a checkpoint."""
     resume.check_identity(paths.root, checkpoints, identity)
-    found = resume.newest_intact(checkpoints, _recorded(rows))
+    found = resume.newest_intact(checkpoints, lambda step: _recorded(known, step))
     resume.set_aside(checkpoints, found)
     if found is None:
         return 0, jax.tree.map(_owned, init()), False
@@ -339,14 +340,14 @@ def _start(
     return found.step, found.state, True
 
 
-def _recorded(rows: Sequence[Row]) -> dict[int, str]:
-    """Digests of states by the step that starts from them."""
-    return {row['step'] + 1: row[telemetry.DIGEST] for row in rows if telemetry.DIGEST in row}
+def _recorded(known: Records, step: int) -> str | None:
+    """The digest of the state that a step starts from, as the record before it has it."""
+    return (known.at(step - 1) or {}).get(telemetry.DIGEST)
 
 
 def _heal(
-    records: telemetry.RecordFile,
-    rows: Sequence[Row],
+    records: RecordFile,
+    known: Records,
     checkpoints: checkpoint.Checkpoints,
     first: int,
     observed: telemetry.CompiledStep,
@@ -371,10 +372,9 @@ def _heal(
     def digest_of(step: int) -> str | None:
         return checkpoints.meta(step).get('state')
 
-    earlier = {row['step']: row for row in rows if row['step'] < first}
-    healed = gaps.healed(gaps.Known(earlier, digest_of), first, checkpoints.steps(), replay)
-    if len(healed) > len(earlier):
-        records.rewrite(healed)
+    healed = gaps.healed(gaps.Known(known.between(0, first), digest_of), first, checkpoints.steps(), replay)
+    if healed:
+        records.insert(healed)
 
 
 def _owned(leaf: Any) -> jax.Array:

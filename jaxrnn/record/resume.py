@@ -5,7 +5,7 @@ Each must agree, as far as it is there.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,12 @@ class Intact(NamedTuple):
     damaged: Mapping[int, str]  # newer ones that are not, and why
 
 
-def newest_intact(checkpoints: Checkpoints, recorded: Mapping[int, str]) -> Intact | None:
+def newest_intact(checkpoints: Checkpoints, recorded: Callable[[int], str | None]) -> Intact | None:
     """The newest checkpoint that is what it was; None where there are no checkpoints at all. Nothing is changed.
 
     Args:
         checkpoints: of the run.
-        recorded: digests of states by the step that starts from them, as records have them.
+        recorded: step -> digest of the state that it starts from, as the records have it.
 
     Raises:
         UserError: there are checkpoints, and none is intact; says what the newest one suffers from.
@@ -38,7 +38,7 @@ def newest_intact(checkpoints: Checkpoints, recorded: Mapping[int, str]) -> Inta
     damaged: dict[int, UserError] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            state, meta = _checked(checkpoints, step, recorded.get(step))
+            state, meta = _checked(checkpoints, step, recorded(step))
         except UserError as error:
             damaged[step] = error
         else:

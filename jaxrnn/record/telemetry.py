@@ -1,18 +1,11 @@
-"""Records: made inside the compiled step, read a step late, kept as JSON lines.
+"""Records: made inside the compiled step, and read a step late.
 
 In two phases, as the step runs on the device while the host still writes the record of the one before.
 """
 
-import errno
 import functools
-import io
-import json
 import logging
-import math
-import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxrnn import files, tree
+from jaxrnn import tree
 from jaxrnn.record import adam, motion
-from jaxrnn.types import Record, Series, Staged, Step, Tree, UserError
+from jaxrnn.record.records import Row
+from jaxrnn.types import Record, Staged, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
-
-Row = Mapping[str, Any]
-"""A record on the host: `step`, then the scalars by name, `digest` as hex or absent."""
 
 FINITE_STATE, DIGEST = 'finite_state', 'digest'
 """What `instrument` adds to a record."""
@@ -239,106 +230,6 @@ def row(step: int, observation: Observation) -> Row:
     return row
 
 
-def same(recorded: Row, computed: Row) -> bool:
-    """Whether two records of a step agree bit for bit in all they share, and share a measurement."""
-    shared = (recorded.keys() & computed.keys()) - {'step'}
-    return bool(shared) and not different(recorded, computed)
-
-
-def different(recorded: Row, computed: Row) -> list[str]:
-    """Which of the fields that two records share differ by a bit."""
-    return [name for name in recorded if name in computed and not _same(recorded[name], computed[name])]
-
-
-def sound(row: Row) -> bool:
-    """Whether each of its `finite_*` flags is set."""
-    return all(value for name, value in row.items() if name.startswith('finite_'))
-
-
-def contiguous(rows: list[Row]) -> bool:
-    """Whether no step is missing between the first row and the last."""
-    return all(row['step'] == rows[0]['step'] + place for place, row in enumerate(rows))
-
-
-class RecordFile:
-    """The records of a run, one JSON line a step, in ascending order of steps.
-
-    A line that a killed process left half written is dropped, and with it nothing else.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self._file: io.FileIO | None = None
-
-    def read(self) -> list[Row]:
-        """All whole rows. Raises UserError where a line in the middle is damaged."""
-        return [row for _, row in self._lines()]
-
-    def keep_before(self, step: int) -> list[Row]:
-        """Drops the rows of `step` and later, which a resumed run computes again, and returns them."""
-        self.close()
-        lines = list(self._lines())
-        end = next((start for start, row in lines if row['step'] >= step), None)
-        if end is None:
-            end = self._whole_bytes()
-        if self.path.exists():
-            os.truncate(self.path, end)
-        return [row for start, row in lines if start >= end]
-
-    def append(self, row: Row) -> None:
-        """Writes a row straight to the system: a process killed a moment later has lost nothing.
-
-        Raises OSError where the system takes less than all of it.
-        """
-        if self._file is None:
-            self._file = io.FileIO(self.path, 'a')
-        line = _line(row)
-        if self._file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def sync(self) -> None:
-        """Waits until what was appended is on the disk. Raises OSError where it can't be written."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def rewrite(self, rows: Iterable[Row]) -> None:
-        """Puts other rows in their place, all or none. Raises UserError where the disk refuses."""
-        self.close()
-        files.write_bytes(self.path, b''.join(map(_line, rows)))
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _whole_bytes(self) -> int:
-        content = self.path.read_bytes() if self.path.exists() else b''
-        return content.rfind(b'\n') + 1
-
-    def _lines(self) -> Iterator[tuple[int, Row]]:
-        """Where each whole line starts, and its row."""
-        content = self.path.read_bytes()[: self._whole_bytes()] if self.path.exists() else b''
-        start = 0
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            try:
-                row = _decode(json.loads(line))
-                row['step'] + 0
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f'{self.path}: line {number} is not a record; delete the file to bisect from the '
-                    'checkpoints alone'
-                ) from None
-            yield start, row
-            start += len(line)
-
-
-def series(rows: Iterable[Row]) -> Series:
-    """Rows as columns: name -> float64 [S], NaN where a row lacks the name. Texts are left out."""
-    rows = list(rows)
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, str))
-    return {name: np.array([row.get(name, math.nan) for row in rows], np.float64) for name in names}
-
-
 def _scalars(record: Tree) -> dict[str, jax.Array]:
     """A record of any structure as a flat dictionary of scalars, under names that mean nothing else.
 
@@ -368,37 +259,9 @@ def _named(field: str) -> str:
     return OWN + name if name in RESERVED else name
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a == b or (a != a and b != b)  # NaN is the only value unequal to itself
-
-
 def _plain(value: np.ndarray) -> float | int | bool:
     if value.dtype == np.bool_:
         return bool(value)
     if np.issubdtype(value.dtype, np.integer):
         return int(value)
     return float(str(value.astype(np.float64) if value.dtype.itemsize < 4 else value[()]))
-
-
-# JSON has no NaN and no infinities; a file with Python's own spellings can't be read by other languages.
-_SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
-
-
-def _line(row: Row) -> bytes:
-    return json.dumps(_encode(row)).encode() + b'\n'
-
-
-def _encode(row: Row) -> Row:
-    return {name: _spell(value) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def _spell(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
-
-
-def _decode(row: Row) -> Row:
-    return {
-        name: _SPELLINGS.get(value, value) if isinstance(value, str) else value for name, value in row.items()
-    }

@@ -8,7 +8,7 @@ from rich.text import Text
 from jaxrnn import detect
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.records import Records, Row
 from jaxrnn.report import steps
 from jaxrnn.report.text import count, number, some, table
 
@@ -105,8 +105,9 @@ def proof(diagnosis: Diagnosis) -> Text:
 
 
 def _around(step: int, rows: Sequence[Row]) -> RenderableType:
-    by_step = {row['step']: row for row in rows}
-    shown = [step + distance for distance in AROUND if step + distance in by_step]
+    found = {step + distance: Records.of(rows).at(step + distance) for distance in AROUND}
+    by_step = {at: row for at, row in found.items() if row is not None}
+    shown = list(by_step)
     names = [name for name in COLUMNS if any(name in by_step[at] for at in shown)]
     if not names and shown:  # somebody's own step
         names = [name for name, value in by_step[shown[0]].items() if isinstance(value, float)][:7]

@@ -19,8 +19,8 @@ from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.experiment import outcome
 from jaxrnn.experiment.changes import in_order
 from jaxrnn.experiment.outcome import AVERTED, UNCHANGED
-from jaxrnn.record import loop, telemetry
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record import loop
+from jaxrnn.record.records import Row, same, series
 from jaxrnn.types import UserError
 from jaxrnn.words import checks, train
 from jaxrnn.words.data import Batch
@@ -36,7 +36,7 @@ class BisectionResult(NamedTuple):
     """What `bisect_run` found."""
 
     diagnosis: Diagnosis
-    rows: list[Row]  # records around the first bad step
+    rows: Sequence[Row]  # the records, those replayed among them
     inspected: inspection.Inspection | None  # into that step
     opened: LoadedRun
 
@@ -72,11 +72,9 @@ def bisect_run(
     screens = [name for name in inspection.SCREENS if getattr(options, name)]
     diagnosis, inspected = inspection.locate(subject, diagnosis, screens=screens)
     diagnosis = _with_words(diagnosis, opened)
-    rows = {row['step']: row for row in opened.records if use_records} | {
-        row['step']: row for row in replayed
-    }
+    rows = subject.recorded.updated(replayed)
     loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
-    return BisectionResult(diagnosis, [rows[step] for step in sorted(rows)], inspected, opened)
+    return BisectionResult(diagnosis, rows, inspected, opened)
 
 
 def diagnose_run(
@@ -152,7 +150,7 @@ def _checked(
     batch = None if step is None else opened.program.batch_at(step)
     evidence = checks.Evidence(
         opened.dataset,
-        telemetry.series(opened.records),
+        series(opened.records),
         opened.program.init().params,
         batch if isinstance(batch, Batch) else None,
         diagnosis.where,
@@ -203,7 +201,7 @@ def _repeats(
     subject = _subject(opened, ())
     start = max(at for at in subject.checkpoints.steps() if at <= step)
     first, second = (replay.Replayer(subject).replay(start, step + 1) for _ in range(2))
-    return all(telemetry.same(a, b) for a, b in zip(first, second, strict=True))
+    return all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
 def inspect_run(

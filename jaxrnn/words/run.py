@@ -12,9 +12,10 @@ import jax
 from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
-from jaxrnn.record import loop, rewind, telemetry
+from jaxrnn.record import loop, rewind
 from jaxrnn.record.checkpoint import Checkpoints
-from jaxrnn.record.telemetry import Row
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Records, Row
 from jaxrnn.types import Series, Tree, UserError
 from jaxrnn.words import data, opening, optimisers, train
 from jaxrnn.words.config import Config, Data
@@ -41,7 +42,7 @@ class LoadedRun(NamedTuple):
     dataset: data.Dataset
     program: train.Program
     checkpoints: Checkpoints
-    records: list[Row]
+    records: Records
     make_program: train.MakeProgram
 
 
@@ -82,7 +83,7 @@ def train_run(
         stop = _Stop(
             config.loop.on_divergence, detect.Watch(detectors=detectors_for(detect.DETECTORS, dataset))
         )
-        stop.see_all(telemetry.RecordFile(paths.records).read())
+        stop.see_all(RecordFile(paths.records).read_intact())
 
         def see(row: Row, stop: _Stop = stop) -> bool:
             on_row(row)
@@ -99,7 +100,7 @@ def train_run(
         )
         if result.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
             break
-    columns = telemetry.series(telemetry.RecordFile(paths.records).read())
+    columns = RecordFile(paths.records).read().columns
     diagnosis = _of_records(columns, dataset, result)
     evaluation = train.evaluate(program.predict, result.state.params, dataset)
     loop.write_json(paths.evaluation, evaluation)
@@ -138,7 +139,7 @@ def open_run(
         batch_at=loop.without(program.batch_at, rewind.skipped(rewind.read(paths.rewinds)))
     )
     checkpoints = Checkpoints(paths.checkpoints, like=jax.eval_shape(program.init))
-    records = telemetry.RecordFile(paths.records).read()
+    records = RecordFile(paths.records).read()
     return LoadedRun(config, dataset, program, checkpoints, records, make_program)
 
 
@@ -277,16 +278,19 @@ class _Stop:
     at: float = float('inf')
     found: Symptom | None = None
 
-    def see_all(self, rows: Sequence[Row]) -> None:
-        """The rows of a run that is continued: it may have had its symptom, and then goes no further."""
-        for row in rows:
-            self(row)
+    def see_all(self, records: Records) -> None:
+        """The records of a run that is continued: it may have had its symptom, and then goes no further."""
+        if self.on != 'continue':
+            self._note(self.watch.see_all(records))
 
     def __call__(self, row: Row) -> bool:
         if self.on == 'continue':
             return False
-        for symptom in self.watch(row):
+        self._note(self.watch(row))
+        return row['step'] >= self.at
+
+    def _note(self, symptoms: Sequence[Symptom]) -> None:
+        for symptom in symptoms:
             if symptom.kind not in detect.PASSING[self.on]:
                 self.found = symptom if self.found is None or symptom.step < self.found.step else self.found
                 self.at = self.found.step + (AFTERMATH if self.on == 'stop' else 0)
-        return row['step'] >= self.at

@@ -10,7 +10,7 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import Change, Window
 from jaxrnn.optim import curvature
-from jaxrnn.record import telemetry
+from jaxrnn.record.records import series
 from jaxrnn.types import Array, Tree
 from jaxrnn.words import remedies, train
 from jaxrnn.words.data import Batch
@@ -42,9 +42,9 @@ class Suspects:
 
     def changes(self, symptom: Symptom, window: Window) -> list[Change]:
         """Those that may avert a symptom."""
-        before = [row for row in self._opened.records if row['step'] < symptom.step]
+        before = self._opened.records.between(0, symptom.step)
         sharpness = _sharpness(window.start, self._opened, self._subject)
-        facts = remedies.Facts(symptom.kind, window.lasting, telemetry.series(before), sharpness)
+        facts = remedies.Facts(symptom.kind, window.lasting, series(before), sharpness)
         return [self._change(each) for each in remedies.suspects(self._opened.config, facts)]
 
     def combined(self, change: Change) -> Change | None:
