@@ -36,13 +36,21 @@ def digest(tree: Tree) -> Array:
     """
     total = jnp.zeros(2, jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
-        words = _words(leaf)
-        place = lax.iota(jnp.uint32, words.size) * np.uint32(0x9E3779B1)
-        key = place + np.uint32(number * 0x85EBCA77 & 0xFFFFFFFF)
-        low = _mix(words ^ key)
-        high = _mix(low + key)
-        total += jnp.stack([jnp.sum(low, dtype=jnp.uint32), jnp.sum(high, dtype=jnp.uint32)])
+        total += jnp.sum(mixed(words_of(leaf), number), axis=1, dtype=jnp.uint32)
     return total
+
+
+def mixed(words: Array, number: int) -> Array:
+    """What each word adds to a digest, uint32 [2, words].
+
+    Args:
+        words: of a leaf (`words_of`).
+        number: of the leaf, in the order of leaves.
+    """
+    place = lax.iota(jnp.uint32, words.size) * np.uint32(0x9E3779B1)
+    key = place + np.uint32(number * 0x85EBCA77 & 0xFFFFFFFF)
+    low = _mix(words ^ key)
+    return jnp.stack([low, _mix(low + key)])
 
 
 def hex_digest(words: np.ndarray) -> str:
@@ -59,8 +67,8 @@ def _is_float(leaf: Array) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def _words(leaf: Array) -> Array:
-    """The bits of a leaf as uint32 [words]."""
+def words_of(leaf: Array) -> Array:
+    """The bits of a leaf as uint32 [words]; a number of 64 bits has two words, one of 16 one."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     leaf = jnp.ravel(jnp.asarray(leaf))

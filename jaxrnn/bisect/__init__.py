@@ -4,6 +4,7 @@ replay       the first bad step, by bisection
 replayer     any step again, bit for bit, held against what the run left
 agreement    whether two states are the same, but for rounding, or not
 another_run  what it says of a run that its replay is another
+flipped_bits the bit of a state that made it another
 inspection   one step evaluated equation by equation, or compared with an earlier one
 
 The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
@@ -39,30 +40,29 @@ def bisect(
     digest_every: int = 1,
     alarms: Sequence[detect.Detector] | None = None,
     loss: str = '',
+    verify: bool = False,
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the first bad step of a run, proves it by replay, and says where in it.
 
     Args:
         step: as in the run.
         batch_at: as in the run.
-        directory: of a run that `record` left, or of an orbax CheckpointManager whose checkpoint k is the state
-            that step k starts from.
+        directory: of a run that `record` left, or of orbax checkpoints, k being the state that step k starts from.
         like: a state, or what makes one, for the structure of the state; not needed for nested dictionaries.
         when: a rule, as 'loss > 3 * median(loss, 200)'; else the built-in symptoms are looked for.
         symptom: look for this one only.
         good: a step before it.
         bad: a step after it began.
         digest_every: as in the run.
-        alarms: which date the first sign of a symptom, made of a table of signals by `detect.alarms_of`; those of an
-            optimiser if not given.
+        alarms: which date the first sign of a symptom, of `detect.alarms_of`; those of an optimiser if not given.
         loss: the field of a record that is the loss; found by its name if not given, as train_loss is.
+        verify: replay the whole run, symptom or not: finds a bit that flipped in memory, though nothing shows of it.
 
     Returns:
         The diagnosis, and the rows that were replayed.
 
     Raises:
-        UserError: no checkpoints, damaged ones, a rule that can't be read, or several fields that may be the loss where
-            nothing else shows.
+        UserError: no checkpoints, damaged ones, a rule that can't be read, or several fields that may be the loss.
 
     >>> import tempfile
     >>> def step(x, batch):
@@ -78,7 +78,12 @@ def bisect(
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every, loss)
     diagnosis, rows = replay.bisect(
-        subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
+        subject,
+        detectors,
+        good=good,
+        bad=bad,
+        alarms=detect.ALARMS if alarms is None else alarms,
+        verify=verify,
     )
     diagnosis, _ = inspection.locate(subject, diagnosis)
     return inspection.with_numbers(subject, diagnosis), rows

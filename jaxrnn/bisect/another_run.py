@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrnn import environment
-from jaxrnn.bisect import agreement
+from jaxrnn.bisect import agreement, flipped_bits
 from jaxrnn.bisect.agreement import Agreement, LeafDifference
 from jaxrnn.bisect.replayer import Replayer
 from jaxrnn.diagnosis import Cause
@@ -55,6 +55,8 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
             f'not reproducible from step {step} on: the states agree bit for bit, but {measured}, as by another '
             f'version of the code that makes the record{around}; train again with this one',
         )
+    if agree and (flipped := flipped_bits.of_step(replayer, step)) is not None:
+        return Cause('hardware', f'not reproducible from step {step} on: {_bit(flipped, step)}')
     if (
         agree
         and not differences
@@ -67,6 +69,16 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
         )
     kind = 'hardware' if agree and not differences else 'nondeterminism'
     return Cause(kind, f'not reproducible from step {step} on: {AGREE if agree else DISAGREE}{around}')
+
+
+def _bit(found: flipped_bits.FlippedBit, step: int) -> str:
+    """A bit that made a run another, and how that is known."""
+    if not found.before:
+        return f'the state after it has, by the digest in its record, another {found.flip} than the replay'
+    return (
+        f'the state that step {step} starts from had another {found.flip}; with it, the replay gives the record of '
+        f'step {step} bit for bit'
+    )
 
 
 def _also_from(replayer: Replayer, checkpoint: int) -> int | None:

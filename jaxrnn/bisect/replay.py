@@ -31,6 +31,7 @@ def bisect(
     good: int | None = None,
     bad: int | None = None,
     alarms: Sequence[Detector] = detect.ALARMS,
+    verify: bool = False,
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the symptom of a run and its first bad step, and proves it by replay.
 
@@ -48,6 +49,7 @@ def bisect(
         good: a step before the symptom; the first checkpoint where it isn't given.
         bad: a step after it began; the run's end where it isn't given.
         alarms: of signals, which date the symptom's first sign.
+        verify: whether to replay the whole run, symptom or not, so that what was silently computed wrongly shows.
 
     Returns:
         The diagnosis, and the rows that were replayed.
@@ -63,6 +65,8 @@ def bisect(
         found = detect.judged(columns, usable, subject.loss, good=good, bad=bad)
         if found.symptom is not None:
             replayer.replay(replayer.checkpoint_before(found.symptom.step), found.symptom.step + 1)
+        if verify:
+            replayer.replay(subject.checkpoints.steps()[0], int(records.steps[-1]) + 1)
     else:
         if records:
             log.warning('the records have gaps; bisecting without them')

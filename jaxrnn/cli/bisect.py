@@ -21,6 +21,12 @@ def define_flags() -> None:
     common.define(
         'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
     )
+    common.define(
+        'bisect',
+        'verify',
+        False,
+        'Replay the whole run, symptom or not: finds what was silently computed wrongly.',
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +40,12 @@ def main(arguments: list[str]) -> int:
     environment.keep_compiled()
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
     found = investigation.bisect_run(
-        directory, detectors, use_records=flags.FLAGS.records, source=common.source(), **bounds
+        directory,
+        detectors,
+        use_records=flags.FLAGS.records,
+        verify=flags.FLAGS.verify,
+        source=common.source(),
+        **bounds,
     )
     diagnosis, opened = found.diagnosis, found.opened
     step = diagnosis.first_bad_step

@@ -2,6 +2,7 @@
 
 loop         the loop                      checkpoint   states on disk, through orbax
 telemetry    records, made in the step     rewind       going back while training
+bit_flips    a bit of a state that isn't what its digest says
 record_file  records on disk               records      in memory, by columns
 resume       the checkpoint to go on from  gaps         records that are missing, computed again
 

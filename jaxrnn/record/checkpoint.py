@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxrnn import files, tree
+from jaxrnn.record import bit_flips
 from jaxrnn.types import Tree, UserError
 
 # One line a save is of no use to the user of a progress bar; warnings and errors still come through.
@@ -158,10 +159,17 @@ def check_digest(checkpoints: Checkpoints, step: int, state: Tree) -> None:
     """Raises UserError when a restored state isn't the one that was saved."""
     saved = checkpoints.meta(step).get('state')
     if saved is not None and saved != state_digest(state):
-        raise UserError(
-            f'{checkpoints.directory / str(step)}: the checkpoint was altered on disk (digest {state_digest(state)}, '
-            f'{saved} when it was saved); delete its folder to go on from the one before'
-        )
+        raise altered(checkpoints.directory / str(step), state, saved, 'when it was saved')
+
+
+def altered(path: Path, state: Tree, digest: str, where: str) -> UserError:
+    """That a checkpoint isn't of the digest that it has somewhere; by which bit, if it is one."""
+    flip = bit_flips.of_state(state, digest)
+    bit = '' if flip is None else f', that of the same state but for bit {flip.bit} of {flip.leaf}'
+    return UserError(
+        f'{path}: the checkpoint was altered on disk (digest {state_digest(state)}, {digest} {where}{bit}); '
+        'delete its folder to go on from the one before'
+    )
 
 
 _digest = jax.jit(tree.digest)

@@ -93,10 +93,7 @@ def _checked(checkpoints: Checkpoints, step: int, recorded: str | None) -> tuple
     saved = meta.get('state') if own and meta is not None else None
     for digest, where in ((saved, 'when it was saved'), (recorded, f'in the record of step {step - 1}')):
         if digest is not None and digest != found:
-            raise UserError(
-                f'{path}: the checkpoint was altered on disk (digest {found}, {digest} {where}); '
-                'delete its folder to go on from the one before'
-            )
+            raise checkpoint.altered(path, state, digest, where)
     if saved is None and recorded is None:
         log.warning(
             '%s: no digest says whether this checkpoint is of this run, or is still what it was', path

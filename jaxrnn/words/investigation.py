@@ -56,6 +56,7 @@ def bisect_run(
     good: int | None = None,
     bad: int | None = None,
     use_records: bool = True,
+    verify: bool = False,
     make_program: train.MakeProgram = train.make_program,
     source: Source | None = None,
 ) -> BisectionResult:
@@ -68,7 +69,9 @@ def bisect_run(
     subject = _subject(opened, opened.records if use_records else ())
     detectors = detectors_for(detectors, opened.dataset)
     with jax.debug_nans(options.debug_nans):
-        diagnosis, replayed = replay.bisect(subject, detectors, good=good, bad=bad, alarms=ALARMS)
+        diagnosis, replayed = replay.bisect(
+            subject, detectors, good=good, bad=bad, alarms=ALARMS, verify=verify
+        )
     screens = [name for name in inspection.SCREENS if getattr(options, name)]
     diagnosis, inspected = inspection.locate(subject, diagnosis, screens=screens)
     diagnosis = _with_words(diagnosis, opened)
