@@ -8,7 +8,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags
 
@@ -17,6 +17,7 @@ from jaxrnn.errors import UserError
 from jaxrnn.words import config
 
 HEALTHY, FAILED, MISUSE, DIVERGED, IRREPRODUCIBLE = 0, 1, 2, 3, 4
+OUT_OF_TIME = 124  # as of the command `timeout`
 """Exit codes; 128 + n where signal n ended a run that can be resumed."""
 
 EXIT_CODES = """exit codes
@@ -24,7 +25,9 @@ EXIT_CODES = """exit codes
   2    misuse or bad input: one line on standard error says what to do
   3    diverged: a symptom showed
   4    not reproducible: a replayed step differs from its record
-  130  Ctrl-C (143 for SIGTERM): saved; run the same command again to resume
+  124  --max_minutes are over: saved; run the same command again to resume
+  130  Ctrl-C (143 for SIGTERM, 129 for SIGHUP): saved; likewise
+  142  no step finished within --step_timeout: ended where it was; likewise
   1    anything else, with a traceback: a bug of jaxrnn's
 """
 
@@ -199,7 +202,7 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
     except UserError as error:
         return refuse(name, str(error))
     except BrokenPipeError:
-        _close_output()
+        _close_output(sys.stdout)
         return HEALTHY
 
 
@@ -245,7 +248,7 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _close_output()
+        _close_output(sys.stdout)
 
 
 def refuse(name: str, message: str) -> int:
@@ -276,9 +279,33 @@ def meaning(flag: flags.Flag) -> str:
     return re.sub(r'^<[^>]*>: ', '', flag.help or '')  # absl puts an enum's values there a second time
 
 
-def _close_output() -> None:
+def _close_output(file: TextIO) -> None:
     """Nobody reads any more, as behind `| head`; else Python complains when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+class Lasting:
+    """Standard error, which may go before the run does: its terminal is closed, or what reads it has ended. That must
+    not be the end of a run, which is to be saved first."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr  # a bar puts something else in its place while it is shown
+
+    def write(self, text: str) -> int:
+        self._do(lambda: self._file.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self._file.flush)
+
+    def _do(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError:
+            _close_output(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _help(doc: str) -> str:

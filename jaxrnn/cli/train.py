@@ -7,9 +7,10 @@ evaluation.json, diagnosis.json. The same command again resumes it. Then jaxrnn 
 and why, and jaxrnn embed asks it for vectors.
 """
 
+import signal
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 from absl import flags
 from rich.console import Console
@@ -61,9 +62,12 @@ def main(arguments: list[str]) -> int:
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # it asks for a checkpoint: while none can be made, for nothing
     config, directory = common.config_from_flags(), common.run_dir()
     environment.keep_compiled()
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(file=cast(IO[str], common.Lasting()), soft_wrap=True)
     display = Display(console, config.loop.max_steps)
     with display.progress:
         trained = run.train_run(
@@ -77,6 +81,11 @@ def main(arguments: list[str]) -> int:
     if result.interrupted is not None:
         console.print(f'saved at step {result.step:,}; run the same command again to resume')
         return 128 + result.interrupted
+    if result.timed_out:
+        console.print(
+            f'saved at step {result.step:,}: --max_minutes are over; run the same command again to resume'
+        )
+        return common.OUT_OF_TIME
     if result.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     if diagnosis.symptom is None:

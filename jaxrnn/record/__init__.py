@@ -1,10 +1,11 @@
 """A run: the loop that trains, the records and checkpoints that it leaves, and going back to one.
 
-loop         the loop                      checkpoint   states on disk, through orbax
-telemetry    records, made in the step     rewind       going back while training
-bit_flips    a bit of a state that isn't what its digest says
+loop         a run, from its start or on   steps        the loop proper, of training and replay
+checkpoint   states on disk, through orbax telemetry    records, made in the step
 record_file  records on disk               records      in memory, by columns
 resume       the checkpoint to go on from  gaps         records that are missing, computed again
+rewind       going back while training     ending       signals, the time, steps that hang
+bit_flips    a bit of a state that is not what its digest says
 
 The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.
 """
@@ -28,7 +29,8 @@ def record(
         batch_at: step number -> batch; a pure function.
         init: makes the initial state.
         directory: of the run.
-        **options: of `loop.LoopOptions`: max_steps, checkpoint_every, …
+        **options: of `loop.LoopOptions`: max_steps, checkpoint_every, …; for a run that nobody watches max_minutes
+            (ends it with a checkpoint) and step_timeout (seconds; ends the process where no step finishes).
 
     Returns:
         How it ended, with the final state.

@@ -6,6 +6,7 @@ of the digest: by chance that happens once in 2^64 bits asked.
 """
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,9 @@ class BitFlip(NamedTuple):
 
 
 def of_state(state: Tree, digest: str) -> BitFlip | None:
-    """The bit by which a state differs from one of another digest; None if it isn't one."""
+    """The bit by which a state differs from one of another digest; None if it isn't one, or that is no digest."""
+    if not re.fullmatch('[0-9a-f]{16}', digest):
+        return None
     return _in(state, words_of_digest(digest) - np.asarray(tree.digest(state)))
 
 

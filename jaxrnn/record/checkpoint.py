@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from jaxrnn import files, tree
-from jaxrnn.record import bit_flips
+from jaxrnn.record import bit_flips, quiet
 from jaxrnn.types import Tree, UserError
 
 # One line a save is of no use to the user of a progress bar; warnings and errors still come through.
-_ABSL = logging.getLogger('absl')
-_ABSL.setLevel(logging.WARNING)
+quiet.ABSL.setLevel(logging.WARNING)
 
 
 PLAIN = re.compile(r'[\w/.=+,@-]*', re.ASCII)
@@ -180,6 +179,13 @@ def state_digest(state: Tree) -> str:
     return tree.hex_digest(jax.device_get(_digest(state)))
 
 
+FILES = 40
+"""Files and folders that there must be room for: a checkpoint has 21, and a few more while it is written."""
+
+PATIENCE = 10.0
+"""Seconds for which what orbax began is waited for when it has failed."""
+
+
 class Writer:
     """Saves checkpoints while training goes on, and thins them out.
 
@@ -211,7 +217,8 @@ class Writer:
         self._open = contextlib.ExitStack()
         home = self._open.enter_context(_plainly(self.directory))
         self._failed = False
-        _ABSL.addFilter(_is_no_traceback)
+        self._quiet = quiet.Quiet(self.directory)
+        self._quiet.begin()
         self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
@@ -237,15 +244,16 @@ class Writer:
             self._guard(self._syncing.result)
 
     def close(self) -> None:
-        """Waits likewise, and ends the threads."""
+        """Waits likewise, and ends the threads. What follows from a failure that was raised is not raised again."""
         try:
-            self.wait()
+            if not self._failed:
+                self.wait()
         finally:
             self._background.shutdown()
-            with self._open:
+            with self._open, contextlib.suppress(*[UserError] if self._failed else []):
                 self._guard(self._manager.close)
             if not self._failed:  # else threads of orbax's may outlive it
-                _ABSL.removeFilter(_is_no_traceback)
+                self._quiet.end()
 
     def _finish(self) -> None:
         """Waits until all is written; the names of files and folders still go to the disk then, which takes no CPU but
@@ -273,31 +281,44 @@ class Writer:
 
     def _check_room(self, state: Tree) -> None:
         need, free = 2 * tree.nbytes(state), shutil.disk_usage(self.directory).free
+        disk = os.statvfs(self.directory)
         if free < need:
-            raise UserError(
-                f'{self.directory}: the disk has {free >> 20} MB free and a checkpoint needs {-(-need >> 20)} MB; '
-                'make room or lower --keep_latest, then run the same command again to resume'
-            )
+            lacks = f'{free >> 20} MB free and a checkpoint needs {-(-need >> 20)} MB'
+        elif disk.f_files and disk.f_favail < FILES:  # some file systems have no limit, and say 0
+            lacks = f'room for {disk.f_favail} more files and a checkpoint needs {FILES}'
+        else:
+            return
+        raise UserError(
+            f'{self.directory}: the disk has {lacks}; make room or lower --keep_latest, then run the same command '
+            'again to resume'
+        )
 
-    def _guard(self, action) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
+        """Does it where threads that orbax begins keep no process alive; waits for none for long after a failure."""
         try:
-            action()
+            quiet.aside(action, PATIENCE if self._failed else None)
         except Exception as error:  # a full or failing disk comes as OSError, ValueError or RuntimeError
             self._failed = True
             raise UserError(
-                f"{self.directory}: a checkpoint couldn't be written ({_first_line(error)}); make room or check "
+                f"{self.directory}: a checkpoint couldn't be written ({_reason(error)}); make room or check "
                 'the disk, then run the same command again to resume'
             ) from error
-
-
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Keeps orbax from printing each failure of a write once a thread: it is raised, too, and said in one line."""
-    return not (record.exc_info and 'orbax' in Path(record.pathname).parts)
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+OF_SYSTEM = re.compile(r': ([^:]+) \[os_error_code=')
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed: what the system said, if it did. tensorstore has a long way of names before that."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = OF_SYSTEM.search(str(error))
+    return said[1] if said else _first_line(error)
 
 
 def _own(leaf: Any) -> jax.Array:

@@ -2,25 +2,26 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import math
 import os
-import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment, files
-from jaxrnn.record import checkpoint, gaps, resume, telemetry
+from jaxrnn.record import checkpoint, ending, gaps, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, Row, same
+from jaxrnn.record.steps import advance as advance
+from jaxrnn.record.steps import unshared as unshared
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -80,6 +81,12 @@ class RunResult(NamedTuple):
     interrupted: int | None  # the signal that ended it
     first_mismatch: int | None  # the first step that a resumed run computed otherwise than before
     resumed_from: int | None
+    timed_out: bool = False  # max_minutes ended it
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether it is to be gone on with."""
+        return self.timed_out or self.interrupted is not None
 
 
 class LoopOptions(NamedTuple):
@@ -92,6 +99,8 @@ class LoopOptions(NamedTuple):
     digest_every: int = 1
     checkify: bool = False
     debug_nans: bool = False
+    max_minutes: float = 0  # from now on, after which the run ends with a checkpoint; 0: no limit
+    step_timeout: float = 0  # seconds without a finished step, after which the process is ended; 0: no limit
 
 
 def run(
@@ -107,8 +116,12 @@ def run(
     """Trains from the newest intact checkpoint in `directory`, or from `init`, and leaves a run there.
 
     Checkpoint k is the state that step k starts from; there is one at 0, at every multiple of
-    checkpoint_every and at the end. SIGTERM and Ctrl-C end the run after the step they fall into, with a
-    checkpoint; a second Ctrl-C ends it at once. The same call again goes on where the last one ended.
+    checkpoint_every and at the end. SIGTERM, SIGHUP, Ctrl-C and max_minutes end the run after the step they fall
+    into, with a checkpoint; a second Ctrl-C ends it at once. SIGUSR1 has a checkpoint saved before the next step. The
+    same call again goes on where the last one ended. (Signals only in the main thread.)
+
+    With step_timeout a second process watches: where no step finishes for so many seconds (ten times as many for the
+    first, which compiles) it says in one line what hangs, and ends this process by SIGALRM, exit code 142.
 
     Args:
         step: a pure train step.
@@ -125,115 +138,64 @@ def run(
     """
     paths = Paths(Path(directory))
     make_directory(paths.root)
-    with _locked(paths), _signals() as signals, jax.debug_nans(options.debug_nans):
+    with (
+        _locked(paths),
+        ending.signals() as signals,
+        ending.watch(options.step_timeout) as watch,
+        jax.debug_nans(options.debug_nans),
+    ):
         observed = telemetry.instrument(step, checks=options.checkify)
         checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
         records = RecordFile(paths.records)
         known = records.read_intact()
         first, state, resumed = _start(paths, checkpoints, known, init, identity or {})
         sink = _Sink(records, records.keep_before(first), on_row)
+        clock = ending.Clock(options.max_minutes, first)
 
         def going(number: int, state: Tree) -> bool:
-            return not (signals.caught or sink.ended)
+            return not (signals.caught or sink.ended or clock(number))
 
-        _heal(records, known, checkpoints, first, observed, batch_at, options.digest_every, going)
+        _heal(records, known, checkpoints, first, observed, batch_at, options.digest_every, going, watch)
         del known  # there may be many
-        writer = checkpoint.Writer(
-            paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
-        )
-
-        save = _Saver(writer, sink, identity or {})
-        try:
-            done, state = advance(
-                observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
-                put=sink.put, before=going, save=save, save_every=options.checkpoint_every,
-            )  # fmt: skip
-            save(done, state)
-            writer.wait()
-        finally:
-            records.close()
-            writer.close()
-    return RunResult(done, state, signals.caught, sink.first_mismatch, first if resumed else None)
+        steps = functools.partial(
+            advance, observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
+            before=going, doing=watch,
+        )  # fmt: skip
+        done, state = _trained(steps, paths, options, sink, identity or {}, signals, watch)
+    return RunResult(done, state, signals.caught, sink.first_mismatch, first if resumed else None, clock.over)
 
 
-def advance(
-    observed: telemetry.CompiledStep,
-    batch_at: BatchAt,
-    state: Tree,
-    first: int,
-    stop: int,
-    *,
-    digest_every: int,
-    put: Callable[[Row], None],
-    before: Callable[[int, Tree], bool] = lambda number, state: True,
-    save: Callable[[int, Tree], None] = lambda number, state: None,
-    save_every: int = 0,
+def _trained(
+    steps: Callable[..., tuple[int, Tree]],
+    paths: Paths,
+    options: LoopOptions,
+    sink: '_Sink',
+    identity: Mapping[str, str],
+    signals: ending.Signals,
+    watch: ending.Watchdog,
 ) -> tuple[int, Tree]:
-    """The loop proper, of training and of every replay: steps `first` up to `stop`, which isn't done.
+    """Trains, and saves a checkpoint where one is due, and at the end; the number of the next step, and its state."""
 
-    The record of a step is read while the device computes the next one; before a save, and whatever ends the loop,
-    every record there is has been put.
+    def put(row: Row) -> None:
+        sink.put(row)
+        watch.finished()
 
-    Args:
-        observed: the compiled step; it consumes `state`.
-        batch_at: the batch of each step.
-        state: what step `first` starts from.
-        first: number of the first step.
-        stop: number of the step to stop at.
-        digest_every: steps between digests; the states at its multiples have one.
-        put: takes each record.
-        before: called with the number and the state before each step; False ends the loop.
-        save: called likewise before the steps at multiples of `save_every`, after it.
-        save_every: steps between saves; 0 for none.
+    def due(number: int) -> bool:
+        return signals.save() or number % options.checkpoint_every == 0
 
-    Returns:
-        The number of the next step, and its state.
-    """
-    late, number, state = _Late(put), first, unshared(state)
+    writer = checkpoint.Writer(
+        paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
+    )
+    save = _Saver(writer, sink, identity)
     try:
-        while number < stop and before(number, state):
-            if save_every and number % save_every == 0:
-                late.flush()
-                save(number, state)
-            batch = batch_at(number)
-            try:
-                state, observation = observed(state, batch, (number + 1) % digest_every == 0)
-            except FloatingPointError as error:  # of debug_nans, which keeps the state
-                late.flush()
-                put({'step': number, 'loss': float('nan'), 'debug_nans': str(error).splitlines()[0]})
-                break
-            late.put(number, observation)
-            number += 1
-    except BaseException:
-        with contextlib.suppress(Exception):  # what ended the loop is what is to be said
-            late.flush()
-        raise
-    late.flush()
-    return number, state
-
-
-class _Late:
-    """Puts the record of a step when the next one has been started."""
-
-    def __init__(self, put: Callable[[Row], None]):
-        self._put = put
-        self._pending: list[tuple[int, telemetry.Observation]] = []
-
-    def put(self, number: int, observation: telemetry.Observation) -> None:
-        self._pending.append((number, observation))
-        if len(self._pending) > 1:
-            self._pop()
-
-    def flush(self) -> None:
-        while self._pending:
-            self._pop()
-
-    def _pop(self) -> None:
-        """After one that fails none is put: it must be there once, and none after it without it."""
-        (number, observation), *later = self._pending
-        self._pending = []
-        self._put(telemetry.row(number, observation))
-        self._pending = later
+        done, state = steps(put=put, save=save, due=due)
+        watch(ending.CHECKPOINT, done)
+        save(done, state)
+        writer.wait()
+    finally:
+        sink.records.close()
+        writer.close()
+    return done, state
 
 
 def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
@@ -354,18 +316,32 @@ def _heal(
     batch_at: BatchAt,
     digest_every: int,
     going: Callable[[int, Tree], bool],
+    watch: ending.Watchdog,
 ) -> None:
     """Computes again what records lack before the step that a run goes on with."""
 
     def replay(start: int, stop: int) -> gaps.Replayed:
         again: list[Row] = []
+
+        def put(row: Row) -> None:
+            again.append(row)
+            watch.finished()
+
         try:
             state = checkpoints.restore(start)
             check_digest(checkpoints, start, state)
         except UserError as error:
             return gaps.Replayed(again, '', str(error))
         _, state = advance(
-            observed, batch_at, state, start, stop, digest_every=digest_every, put=again.append, before=going
+            observed,
+            batch_at,
+            state,
+            start,
+            stop,
+            digest_every=digest_every,
+            put=put,
+            before=going,
+            doing=watch,
         )
         return gaps.Replayed(again, state_digest(state))
 
@@ -384,33 +360,6 @@ def _owned(leaf: Any) -> jax.Array:
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf, jnp.result_type(leaf))
 
 
-def unshared(state: Tree) -> Tree:
-    """A state in which no two leaves share a buffer, as each can be donated once; copies only those that do."""
-    seen: set[Any] = set()
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
-            return leaf
-        held = _buffers(leaf)
-        if held is None or held & seen:
-            return jnp.copy(leaf)
-        seen.update(held)
-        return leaf
-
-    return jax.tree.map(own, state)
-
-
-def _buffers(leaf: jax.Array) -> set[tuple[Any, int]] | None:
-    """Where its parts lie; None where that can't be asked."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        return None  # of random keys only a view can be asked
-    try:
-        shards = [shard.data for shard in leaf.addressable_shards]
-        return {(device, shard.unsafe_buffer_pointer()) for shard in shards for device in shard.devices()}
-    except Exception:  # a backend without addresses says so in its own way
-        return None
-
-
 def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]:
     around = environment.describe()
     return {
@@ -420,32 +369,6 @@ def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]
         'environment': environment.digest(around),
         'environment_details': around,
     }
-
-
-class _Signals:
-    """Which signal came."""
-
-    caught: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.caught is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = number
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
-    """SIGTERM and SIGINT noted rather than obeyed; left alone outside the main thread, where Python has no say."""
-    signals = _Signals()
-    try:
-        before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:
-        before = {}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def make_directory(root: Path) -> None:

@@ -235,6 +235,14 @@ class Loop(OptionGroup):
     """What a run can be continued with differently: none of it moves a bit."""
 
     max_steps: int = option(10_000, 'Steps to train.', at_least=1)
+    max_minutes: float = option(
+        0.0, 'Minutes after which training ends with a checkpoint, when a step is done (exit code 124); the same '
+        'command resumes it. 0: no limit.', at_least=0,
+    )  # fmt: skip
+    step_timeout: float = option(
+        0.0, 'Seconds without a finished step after which the process is ended, whatever hangs (exit code 142); ten '
+        'times as many for the first step, which compiles. 0: no limit.', at_least=0,
+    )  # fmt: skip
     checkpoint_every: int = option(100, 'Steps between checkpoints.', at_least=1)
     keep_latest: int = option(100, 'Checkpoints to keep, counted from the newest.', at_least=1)
     keep_every: int = option(1000, 'Checkpoints at multiples of these steps are kept for ever.', at_least=1)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from jaxrnn.words.symptoms import detectors_for
 
 AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
+
+
+LEAST = 1e-9
+"""Minutes that a time which is over counts as: 0 is no limit."""
 
 
 class TrainingResult(NamedTuple):
@@ -69,7 +74,7 @@ def train_run(
     Raises:
         UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
     """
-    paths = loop.Paths(Path(directory))
+    began, paths = time.monotonic(), loop.Paths(Path(directory))
     opening.check_files(paths)
     _check_same_config(paths, config)
     optimisers.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
@@ -94,11 +99,11 @@ def train_run(
             loop.without(program.batch_at, rewind.skipped(rewinds)),
             program.init,
             directory,
-            _loop_options(config, most=stop.at),
+            _loop_options(config, most=stop.at, began=began),
             identity={'config': config.digest(), 'data': dataset.digest},
             on_row=see,
         )
-        if result.interrupted is not None or not _goes_back(paths, stop, rewinds, say):
+        if result.cut_short or not _goes_back(paths, stop, rewinds, say):
             break
     columns = RecordFile(paths.records).read().columns
     diagnosis = _of_records(columns, dataset, result)
@@ -167,11 +172,13 @@ def read_config(paths: loop.Paths) -> Config:
         raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({said})') from error
 
 
-def _loop_options(config: Config, most: float) -> loop.LoopOptions:
+def _loop_options(config: Config, most: float, began: float) -> loop.LoopOptions:
     shared = {
         field: getattr(config.loop, field)
-        for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every')
+        for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every', 'step_timeout')
     }
+    if minutes := config.loop.max_minutes:  # of all times that the run goes back, and of making its data
+        shared['max_minutes'] = max(minutes - (time.monotonic() - began) / 60, LEAST)
     checks = {field: getattr(config.training, field) for field in ('digest_every', 'checkify', 'debug_nans')}
     shared['max_steps'] = int(min(shared['max_steps'], most + 1))
     return loop.LoopOptions(**shared, **checks)
