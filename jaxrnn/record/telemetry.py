@@ -269,6 +269,7 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._file: io.FileIO | None = None
+        self._named = False  # whether its name is on the disk
 
     def read(self) -> list[Row]:
         """All whole rows. Raises UserError where a line in the middle is damaged."""
@@ -300,6 +301,9 @@ class RecordFile:
         """Waits until what was appended is on the disk. Raises OSError where it can't be written."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+        if self._file is not None and not self._named:
+            files.sync(self.path.absolute().parent)
+            self._named = True
 
     def rewrite(self, rows: Iterable[Row]) -> None:
         """Puts other rows in their place, all or none. Raises UserError where the disk refuses."""
