@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,11 @@ def init():
     return {'w': jnp.arange(3, dtype=jnp.float32)}
 
 
-def run(directory: Path, stop: int = STOP, keep_latest: int = 2) -> loop.RunResult:
+def run(
+    directory: Path, stop: int = STOP, keep_latest: int = 2, identity: Mapping[str, str] | None = None
+) -> loop.RunResult:
     options = loop.LoopOptions(max_steps=stop, checkpoint_every=2, keep_latest=keep_latest)
-    return loop.run(step, lambda k: np.float32(k % 5), init, directory, options)
+    return loop.run(step, lambda k: np.float32(k % 5), init, directory, options, identity=identity)
 
 
 def checkpoints(directory: Path) -> checkpoint.Checkpoints:
