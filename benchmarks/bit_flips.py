@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS
     logging.disable()  # what is said of each damage
-    sys.unraisablehook = lambda found: None  # and of coroutines that orbax drops then
     found = {}
-    with acts.folder() as folder:
+    with acts.quiet(), acts.folder() as folder:
         for name, target in targets(folder).items():
             start = time.perf_counter()
             found[name] = flips.flips(target, flips.bits_of(target, values.most or None))

@@ -7,6 +7,7 @@ As a program it does one act in a directory where it is prepared:
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -88,6 +89,17 @@ def folder() -> Iterator[Path]:
     home = next((each for each in (Path('/dev/shm'),) if os.access(each, os.W_OK)), None)
     with tempfile.TemporaryDirectory(prefix='jaxrnn-', dir=home) as made:
         yield Path(made).resolve()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Python says of the coroutines that orbax drops where an array can't be read."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda found: None
+    try:
+        yield
+        gc.collect()  # later they would be another test's
+    finally:
+        sys.unraisablehook = before
 
 
 # Of any step

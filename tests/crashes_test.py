@@ -25,6 +25,12 @@ KILLED_EVERY = {'first save': 100, 'save': 60, 'resume': 60, 'rewind': 25}
 needs_shim = pytest.mark.skipif(bool(shim.MISSING), reason=shim.MISSING)
 
 
+@pytest.fixture(autouse=True)
+def quiet():
+    with acts.quiet():
+        yield
+
+
 @needs_shim
 @pytest.mark.parametrize('name', SHARES)
 def test_a_run_goes_on_from_whatever_a_disk_holds(name, full):

@@ -12,8 +12,11 @@ from jaxrnn.words import investigation, run
 BITS = {'checkpoint': 20, 'run': 400}
 """Of each file."""
 
-# orbax drops coroutines where an array can't be read.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with acts.quiet():
+        yield
 
 
 @pytest.fixture(scope='module')
