@@ -12,7 +12,8 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,9 @@ MOST_BYTES = 4 << 20
 
 MOST_DEPTH = 16
 """Lists and dictionaries within each other; what we write has 3."""
+
+SEAL = 'crc32'
+"""The field in which a checksum of all others is."""
 
 AGAIN = 'it is damaged or was altered: copy the run again'
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]')  # a string, whose brackets don't count; or a bracket
@@ -102,6 +106,23 @@ def depth(text: str) -> int:
         now += (found[0] in '[{') - (found[0] in ']}')
         deepest = max(deepest, now)
     return deepest
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with a checksum, so that a bit that flips on the disk is noticed. It keeps nobody from altering them."""
+    return {**fields, SEAL: _checksum(fields)}
+
+
+def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields without their checksum, if they have one. Raises ValueError where they aren't what was sealed."""
+    found = {name: value for name, value in fields.items() if name != SEAL}
+    if fields.get(SEAL, (right := _checksum(found))) != right:
+        raise ValueError(f'its checksum is {right}, and {fields[SEAL]!r:.20} when it was written')
+    return found
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return f'{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}'
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import math
 import pytest
 from engine_test import LARGE, change, first, growing, no_batch, on, subject_of
 
-from jaxrnn import detect
+from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
@@ -152,7 +152,19 @@ def test_an_outcome_of_another_shape_is_not_taken(subject, tmp_path, field):
     path = tmp_path / 'experiments.jsonl'
     whole = told(subject, path, changes())
     head, *lines = path.read_text().splitlines()
-    path.write_text('\n'.join([head, *(json.dumps({**json.loads(line), **field}) for line in lines)]))
+    rows = [files.sealed({**files.unsealed(json.loads(line)), **field}) for line in lines]
+    path.write_text('\n'.join([head, *map(json.dumps, rows)]))
+    made = []
+    assert summary(told(subject, path, changes(made))) == summary(whole)
+    assert made == ['slower', 'still', 'not finite']
+
+
+@pytest.mark.parametrize('change', [{'loss': 0.25}, {'reached': 7}, {'crc32': '00000000'}], ids=str)
+def test_an_outcome_that_has_changed_since_is_not_taken(subject, tmp_path, change):
+    path = tmp_path / 'experiments.jsonl'
+    whole = told(subject, path, changes())
+    head, *lines = path.read_text().splitlines()
+    path.write_text('\n'.join([head, *(json.dumps({**json.loads(line), **change}) for line in lines)]))
     made = []
     assert summary(told(subject, path, changes(made))) == summary(whole)
     assert made == ['slower', 'still', 'not finite']

@@ -74,6 +74,46 @@ def test_records_are_on_the_disk_before_a_checkpoint_is_begun(tmp_path, synced, 
     assert 0 < before[1] < before[2] < 10  # not with each step
 
 
+def test_the_names_of_a_new_run_are_on_the_disk(tmp_path, synced):
+    """Those of its directory and of its records, before there is a second checkpoint."""
+    directory = tmp_path / 'runs' / 'mine'
+    run(directory, max_steps=3)
+    assert tmp_path in synced and tmp_path / 'runs' in synced
+    place = synced.index(directory / 'records.jsonl')
+    assert synced[place + 1] == directory
+
+
+def test_going_back_is_on_the_disk(tmp_path, synced):
+    """Else what was deleted comes back, of a run that has changed since."""
+    run(tmp_path)
+    synced.clear()
+    loop.rewind(tmp_path, 0)
+    assert synced[0] == tmp_path / 'checkpoints' and synced[-1] == tmp_path / 'records.jsonl'
+
+
+@pytest.mark.parametrize('thin', [True, False])
+def test_a_checkpoint_that_is_being_deleted_does_not_count(thin, tmp_path, synced, monkeypatch):
+    """It is renamed, and that is on the disk, before any of it is deleted."""
+    removed, unlink = [], os.unlink
+
+    def unlinked(path, *, dir_fd=None):
+        home = '' if dir_fd is None else os.readlink(f'/proc/self/fd/{dir_fd}')
+        removed.append(Path(home, path))
+        unlink(path, dir_fd=dir_fd)
+
+    run(tmp_path, keep_latest=4)
+    (tmp_path / 'checkpoints' / 'deleted' / '5').mkdir(parents=True)  # left by a kill
+    monkeypatch.setattr(os, 'unlink', unlinked)
+    if thin:
+        run(tmp_path, max_steps=15, keep_latest=1)
+    else:
+        loop.rewind(tmp_path, 0)
+    home = tmp_path / 'checkpoints'
+    inside = [path.relative_to(home).parts for path in removed if home in path.parents]
+    assert {parts[0] for parts in inside} == {'deleted'} and {'5', '10'} <= {parts[1] for parts in inside}
+    assert not list((tmp_path / 'checkpoints' / 'deleted').iterdir())
+
+
 def test_a_failing_disk_is_said_in_one_line(tmp_path, monkeypatch):
     def fsync(file):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -1,6 +1,5 @@
 """Experiments on toys whose every outcome is known beforehand: a number that grows by a factor at each step."""
 
-import json
 import math
 import shutil
 import threading
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 import jaxrnn
 from jaxrnn import detect, experiment
@@ -467,9 +467,9 @@ def test_another_run_than_was_recorded_is_not_experimented_on(tmp_path):
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)
     made = experiments(subject)
     path = tmp_path / 'records.jsonl'
-    lines = path.read_text().splitlines()
-    lines[160] = json.dumps(json.loads(lines[160]) | {'digest': '0123456789abcdef'})
-    path.write_text('\n'.join(lines) + '\n')
+    rows = small.read_records(path)
+    rows[160] |= {'digest': '0123456789abcdef'}
+    small.write_records(path, rows)
     altered = subject._replace(records=RecordFile(path).read())
     told = run(on(altered, made.judge.symptom, (LARGE,), budget=2000), [change('still', growing(1.0))])
     assert not told.identical and told.outcomes == () and told.nudge is None

@@ -142,9 +142,9 @@ class TestResume:
         run(tmp_path / 'a', max_steps=47)
         (tmp_path / 'a' / 'checkpoints' / '47').rename(tmp_path / '47')
         path = tmp_path / 'a' / 'records.jsonl'
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = small.read_records(path)
         lines[43]['loss'] *= 1.0001
-        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        small.write_records(path, lines)
         assert run(tmp_path / 'a').first_mismatch == 43
 
     def test_other_identity_is_refused_and_nothing_is_touched(self, tmp_path):
@@ -305,9 +305,9 @@ class TestGaps:
         """What is computed is held against the records around it, and no other is put in their place."""
         shutil.copytree(finished, tmp_path / 'a')
         path = tmp_path / 'a' / 'records.jsonl'
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = small.read_records(path)
         lines[12]['loss'] *= 1.0001
-        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        small.write_records(path, lines)
         self.again(tmp_path / 'a', tmp_path / 'b', {14, 31})
         assert 'step 14 stay missing: computed again, step 12 comes out otherwise' in caplog.text
         assert [row['step'] for row in rows(tmp_path / 'b')] == [*range(14), *range(15, 50)]

@@ -1,6 +1,5 @@
 """Replay and bisection against runs whose fault, and its step, are known."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -175,14 +174,14 @@ class TestNotReproducible:
 
     def alter(self, directory: Path, step: int, **values) -> None:
         path = directory / 'records.jsonl'
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = small.read_records(path)
         rows[step] |= values
-        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        small.write_records(path, rows)
 
     def test_other_record(self, healthy):
         """One flipped bit at step 45 of the run that was recorded, whose loss and state were seen to be NaN at 50."""
         self.alter(healthy[-1], 45, digest='0123456789abcdef')
-        self.alter(healthy[-1], 50, loss='NaN', finite_state=False)
+        self.alter(healthy[-1], 50, loss=float('nan'), finite_state=False)
         found, _ = replay.bisect(subject(*healthy))
         assert found.symptom == Symptom('nonfinite', 50)
         assert found.first_bad_step is None
@@ -210,9 +209,9 @@ class TestNotReproducible:
     def test_what_was_only_measured_otherwise_is_not_the_hardware(self, healthy):
         """As after an upgrade that changes what a record says, and not what a step does."""
         path = healthy[-1] / 'records.jsonl'
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = small.read_records(path)
         rows[45]['loss'] *= 1.001
-        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        small.write_records(path, rows)
         found, _ = replay.bisect(subject(*healthy), [detect.custom('step == 50')])
         assert found.first_bad_step is None and found.replay.first_mismatch == 45
         assert (
@@ -220,7 +219,7 @@ class TestNotReproducible:
             and 'the states agree bit for bit, but loss measured' in found.cause.why
         )
         rows[45]['digest'] = '0' * 16
-        path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        small.write_records(path, rows)
         found, _ = replay.bisect(subject(*healthy), [detect.custom('step == 50')])
         assert found.cause.kind == 'hardware'
 

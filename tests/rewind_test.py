@@ -105,9 +105,8 @@ def test_going_back_is_finished_by_the_next_call(tmp_path):
     found, _ = trained(cause, tmp_path)
     records = (tmp_path / 'records.jsonl').read_text()
     path = tmp_path / 'rewinds.json'
-    rows = json.loads(path.read_text())
-    rows[-1]['done'] = False
-    path.write_text(json.dumps(rows))
+    *earlier, last = rewind.read(path)
+    rewind.write(path, [*earlier, last._replace(done=False)])
     again, lines = trained(cause, tmp_path)
     assert lines == [] and again.result.resumed_from == 600 and again.result.step == found.result.step
     assert (tmp_path / 'records.jsonl').read_text() == records
@@ -122,6 +121,21 @@ def test_a_damaged_file_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match='can not be read'):
         rewind.read(path)
+
+
+def test_another_bit_is_noticed(tmp_path):
+    """Else other batches are left out than were, and the run is called not reproducible."""
+    path = tmp_path / 'rewinds.json'
+    rewind.write(path, [Rewind('spike', 662, 600, (653, 662), True)])
+    whole = path.read_text()
+    for old, new in (('653', '652'), ('spike', 'spiku'), ('true', 'false'), ('600', '601')):
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match='its checksum is'):
+            rewind.read(path)
+    (row,) = json.loads(whole)
+    del row['crc32']  # as earlier versions wrote it
+    path.write_text(json.dumps([row]))
+    assert rewind.read(path) == [Rewind('spike', 662, 600, (653, 662), True)]
 
 
 def test_a_stall_ends_a_run_and_takes_none_back():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 from jaxrnn import detect
 from jaxrnn.words import config, data
@@ -136,9 +137,9 @@ def test_bisect_of_a_run_that_does_not_come_out_the_same(trained, tmp_path):
     directory = tmp_path / 'copy'
     shutil.copytree(trained[0], directory)
     path = directory / 'records.jsonl'
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = small.read_records(path)
     rows[44]['digest'] = '0' * 16
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    small.write_records(path, rows)
     done = call('bisect', f'--run_dir={directory}', '--when=step == 50', '--json')
     assert done.returncode == 4
     assert last_json(done)['replay']['first_mismatch'] == 44

@@ -2,11 +2,14 @@
 
 import functools
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import series
 from jaxrnn.types import Series
 from jaxrnn.words import config, data, train
@@ -55,3 +58,17 @@ def program(
 ) -> train.Program:
     made = configuration(network, hidden=hidden, preset=preset, batch_size=batch_size)
     return train.make_program(made, dataset())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, to be altered."""
+    return [dict(row) for row in RecordFile(path).read()]
+
+
+def write_records(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as a run would have written them."""
+    path.unlink()
+    file = RecordFile(path)
+    for row in rows:
+        file.append(row)
+    file.close()

@@ -63,7 +63,7 @@ class OutcomeCache:
         # The break first: a line that was half written is ended by it.
         begin = '' if self._begun else json.dumps({'scope': self._scope})
         with files.open_appending(self._path, anew=not self._begun) as file:
-            file.write(f'{begin}\n{json.dumps(line)}'.encode())
+            file.write(f'{begin}\n{json.dumps(files.sealed(line))}'.encode())
         self._begun = True
 
 
@@ -82,7 +82,7 @@ def scope(rows: Sequence[Row], symptom: Symptom, window: Window, detectors: Sequ
 
 
 def _read(path: Path, scope: str) -> dict[tuple[str, int, int], CachedOutcome]:
-    """Those of the same scope; a line that was half written is as if it weren't there."""
+    """Those of the same scope; a line that was half written, or has changed since, is as if it weren't there."""
     files.check_regular(path)
     try:
         lines = files.read_text(path, MOST_BYTES).splitlines()
@@ -95,8 +95,9 @@ def _read(path: Path, scope: str) -> dict[tuple[str, int, int], CachedOutcome]:
             if number == 0 and line != {'scope': scope}:
                 return {}
             if number:
+                line = files.unsealed(line)
                 found[line['change'], line['start'], line['horizon']] = _outcome(line)
-        except (ValueError, KeyError, TypeError, UserError):
+        except (ValueError, KeyError, TypeError, AttributeError, UserError):
             if number == 0:
                 return {}
     return found

@@ -34,6 +34,10 @@ PLAIN = re.compile(r'[\w/.=+,@-]*', re.ASCII)
 """Paths that orbax takes as they are. Of others it makes patterns (`x[0]` is the folder x0), or addresses (`gs:/`)."""
 
 
+DELETED = 'deleted'
+"""The folder in which checkpoints are deleted. Each is renamed into it first: one that is half deleted would count."""
+
+
 @contextlib.contextmanager
 def _plainly(directory: Path) -> Iterator[Path]:
     """A path that orbax takes as it is: the folder's own, or that of a link to it. Raises UserError where there can be
@@ -115,9 +119,14 @@ class Checkpoints:
             ) from error
 
     def drop_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start."""
+        """Deletes the checkpoints of later steps, the newest first, so that what is left is always a run's start. None
+        comes back, even after a power loss."""
+        _empty_deleted(self.directory)  # of names that may be needed
         for later in reversed([at for at in self.steps() if at > step]):
-            shutil.rmtree(self.directory / str(later))
+            (self.directory / DELETED).mkdir(exist_ok=True)
+            (self.directory / str(later)).rename(self.directory / DELETED / str(later))
+            files.sync(self.directory)
+        _empty_deleted(self.directory)
 
     def _read(self, path: Path, handler: ocp.CheckpointHandler, args: Any) -> Any:
         with (
@@ -152,6 +161,17 @@ class Checkpoints:
             if path.is_dir():
                 return path
         return None
+
+
+def _empty_deleted(directory: Path) -> None:
+    """Deletes what was renamed in order to be deleted, once that name is on the disk."""
+    home = directory / DELETED
+    if not home.is_dir():
+        return
+    there = list(home.iterdir())  # what comes later has a name that may not be on the disk
+    files.sync(directory)
+    for path in there:
+        shutil.rmtree(path)
 
 
 def check_digest(checkpoints: Checkpoints, step: int, state: Tree) -> None:
@@ -204,6 +224,7 @@ class Writer:
             preservation_policy=keep,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed process left half written
+            todelete_subdir=DELETED,
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=self._sync_written,
                 # Where a folder can't be made in the background, the threads that wait for it keep the process alive.
@@ -213,10 +234,11 @@ class Writer:
         self._writing: int | None = None  # the step whose checkpoint is being written, or was written last
         self._syncing: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._failed = False
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._guard(lambda: _empty_deleted(self.directory))
         self._open = contextlib.ExitStack()
         home = self._open.enter_context(_plainly(self.directory))
-        self._failed = False
         self._quiet = quiet.Quiet(self.directory)
         self._quiet.begin()
         self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
@@ -278,6 +300,7 @@ class Writer:
             files.sync_tree(self.directory / str(step))
         files.sync(self.directory)
         files.sync(self.directory.parent)
+        _empty_deleted(self.directory)
 
     def _check_room(self, state: Tree) -> None:
         need, free = 2 * tree.nbytes(state), shutil.disk_usage(self.directory).free

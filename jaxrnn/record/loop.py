@@ -210,12 +210,14 @@ def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
 
 
 def rewind(directory: str | os.PathLike, step: int) -> None:
-    """Takes a run back to one of its checkpoints: what was recorded and saved from there on is gone, and `run` goes on
-    from it. Done twice it is the same as done once."""
+    """Takes a run back to one of its checkpoints: what was recorded and saved from there on is gone for good, and `run`
+    goes on from it. Done twice it is the same as done once."""
     paths = Paths(Path(directory))
     with _locked(paths):
         checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
         RecordFile(paths.records).keep_before(step)
+        if paths.records.exists():
+            files.sync(paths.records)
 
 
 class _Sink:
@@ -372,9 +374,13 @@ def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]
 
 
 def make_directory(root: Path) -> None:
-    """Makes a run's directory. Raises UserError where nothing can be written."""
+    """Makes a run's directory, whose name a power loss doesn't take. Raises UserError where nothing can be written."""
     try:
+        made = [path for path in (root, *root.parents) if not path.exists()]
         root.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            with contextlib.suppress(PermissionError):  # of a folder that may be written to and not read
+                files.sync(path.parent)
     except (OSError, ValueError) as error:  # ValueError of a name with a zero byte
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(

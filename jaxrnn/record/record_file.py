@@ -9,7 +9,9 @@ import logging
 import math
 import operator
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,12 @@ would need the square of its size."""
 # JSON has no NaN and no infinities; a file with Python's own spellings can't be read by other languages.
 SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 
+SEAL = re.compile(rb', "(.{5})": "(.{8})"}')
+"""How a line ends: `"crc32": "01234567"`, a checksum of all before it, so that a bit that flips on the disk is noticed,
+be it one of the checksum or of its name. Runs of before 0.2.0 have none."""
+
+SEAL_SIZE = len(b', "crc32": "01234567"}')
+
 KINDS = (bool, int, float, str)
 """Of a value."""
 
@@ -52,6 +60,7 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._file: io.FileIO | None = None
+        self._named = False  # whether its name is on the disk
         self._read: tuple[_Found, list[_Damage], tuple[int, int]] | None = (
             None  # the last is when and how it was
         )
@@ -113,6 +122,9 @@ class RecordFile:
         """Waits until what was appended is on the disk. Raises OSError where it can't be written."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+            if not self._named:
+                files.sync(self.path.absolute().parent)
+                self._named = True
 
     def insert(self, rows: Mapping[int, Row]) -> None:
         """Puts rows of steps that have none in their places, all or none. Raises UserError where the disk refuses."""
@@ -255,7 +267,7 @@ def _parsed(
     """The records of some lines after step `last`, the places of their lines, and those of damaged lines with what is
     wrong with each."""
     with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
-        rows = list(map(orjson.loads, lines))
+        rows = list(map(orjson.loads, map(_unsealed, lines)))
         if _are_records(rows, last):
             return [_decoded(row) for row in rows] if spelled else rows, list(range(len(rows))), []
     rows, kept, bad = [], [], []
@@ -284,10 +296,23 @@ def _are_records(rows: Sequence[Any], last: int) -> bool:
     )
 
 
+def _unsealed(line: bytes) -> bytes:
+    """A line without its checksum, if it has one. Raises ValueError where it isn't what was written."""
+    end = len(line) - SEAL_SIZE
+    found = SEAL.match(line, end) if end > 0 else None
+    if found is None:
+        return line
+    content = line[:end]
+    if found[1] != b'crc32' or found[2] != b'%08x' % zlib.crc32(content):
+        raise ValueError('its checksum is that of another')
+    return content + b'}'
+
+
 def _record(line: bytes, last: int) -> dict[str, Any]:
     """Raises ValueError with what is wrong."""
+    whole = _unsealed(line)
     try:
-        row = orjson.loads(line)
+        row = orjson.loads(whole)
     except ValueError as error:
         raise ValueError(f'not JSON: {str(error).partition(": line")[0]}') from None
     if type(row) is not dict:
@@ -304,7 +329,13 @@ def _record(line: bytes, last: int) -> dict[str, Any]:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(encoded(row)).encode() + b'\n'
+    return sealed(json.dumps(encoded(row)).encode()) + b'\n'
+
+
+def sealed(line: bytes) -> bytes:
+    """A JSON object with the checksum of a record."""
+    content = line.rstrip(b'\n').removesuffix(b'}')
+    return content + f', "crc32": "{zlib.crc32(content):08x}"}}'.encode()
 
 
 def encoded(row: Row) -> Row:

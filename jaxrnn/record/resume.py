@@ -51,18 +51,22 @@ def newest_intact(checkpoints: Checkpoints, recorded: Callable[[int], str | None
 
 
 def check_identity(root: Path, checkpoints: Checkpoints, identity: Mapping[str, str]) -> None:
-    """Raises UserError where a run is of another identity, as the newest checkpoint with a meta of its own has it."""
+    """Raises UserError where a run is of another identity, as the newest checkpoint with a meta of its own has it, and
+    those before it. A run has one: where an older one agrees, what is newer was damaged."""
+    refusal = None
     for step in reversed(checkpoints.steps()):
         meta = _meta(checkpoints, step)
         if not meta or meta.get('step', step) != step:
             continue
-        for name, value in identity.items():
-            if meta.get(name, value) != value:
-                raise UserError(
-                    f'--run_dir: {root} holds a run of another {name} ({meta[name]}, not {value}); '
-                    'choose another directory, or the same flags'
-                )
-        return
+        other = [name for name, value in identity.items() if meta.get(name, value) != value]
+        if not other:
+            return
+        refusal = refusal or (
+            f'--run_dir: {root} holds a run of another {other[0]} ({meta[other[0]]}, not {identity[other[0]]}); '
+            'choose another directory, or the same flags'
+        )
+    if refusal:
+        raise UserError(refusal)
 
 
 def set_aside(checkpoints: Checkpoints, intact: Intact | None) -> None:

@@ -53,7 +53,7 @@ def read(path: Path) -> list[Rewind]:
         ):
             raise ValueError(f'more than {MOST_SKIPPED:,} batches left out')
         return found
-    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         said = str(error).removeprefix(f'{path}: ')
         raise UserError(
             f'--run_dir: {path} can not be read ({said}); without it the run can not be repeated'
@@ -62,6 +62,7 @@ def read(path: Path) -> list[Rewind]:
 
 def _checked(row: Any) -> Rewind:
     """Raises ValueError, TypeError or KeyError for what isn't one that `write` wrote."""
+    row = files.unsealed(row)  # earlier versions sealed none
     made = Rewind(**{**row, 'skipped': None if row['skipped'] is None else tuple(row['skipped'])})
     found = [type(each) for each in (made.kind, made.step, made.to, made.done, *(made.skipped or ()))]
     if found != [str, int, int, bool, *[int] * (2 * (made.skipped is not None))]:
@@ -72,7 +73,7 @@ def _checked(row: Any) -> Rewind:
 
 
 def write(path: Path, rewinds: Sequence[Rewind]) -> None:
-    loop.write_json(path, [rewind._asdict() for rewind in rewinds])
+    loop.write_json(path, [files.sealed(rewind._asdict()) for rewind in rewinds])
 
 
 def skipped(rewinds: Sequence[Rewind]) -> Collection[int]:
