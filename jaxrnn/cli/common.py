@@ -2,19 +2,24 @@
 
 import dataclasses
 import difflib
+import io
 import json
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags
 
 from jaxrnn import files
 from jaxrnn.errors import UserError
+from jaxrnn.escaping import one_line, visible
 from jaxrnn.words import config
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HEALTHY, FAILED, MISUSE, DIVERGED, IRREPRODUCIBLE = 0, 1, 2, 3, 4
 """Exit codes; 128 + n where signal n ended a run that can be resumed."""
@@ -183,6 +188,7 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
         name: of the program, as errors have it in front.
         arguments: flags, and what stands after them.
     """
+    _spell_what_has_no_place()
     if {'--help', '-help', '-h', '--helpfull'} & set(arguments):
         show(_help(doc))
         return HEALTHY
@@ -195,12 +201,19 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
         near = nearest(f'--{error.flagname}', _words())
         return refuse(name, f'--{error.flagname}: no such flag; {near or "see --help"}')
     except flags.Error as error:
-        return refuse(name, f'{error}'.strip().replace('\n', ' ') + '; see --help')
+        return refuse(name, f'{one_line(str(error))}; see --help')
     except UserError as error:
         return refuse(name, str(error))
     except BrokenPipeError:
         _close_output()
         return HEALTHY
+
+
+def _spell_what_has_no_place() -> None:
+    """Letters that the output's encoding lacks are spelled out, as everything else that can't be seen."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 MOST_BYTES = 1 << 20
@@ -248,9 +261,23 @@ def show(text: str) -> None:
         _close_output()
 
 
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines in which everything can be seen; on standard error if no other is given, which leaves the result its
+    place."""
+    for line in lines:
+        print(visible(line), file=file or sys.stderr, flush=True)
+
+
+def console(**options: Any) -> 'Console':
+    """What prints screens: no text in them is markup, a pattern to be coloured or the name of an emoji."""
+    from rich.console import Console  # slow to import
+
+    return Console(markup=False, highlight=False, emoji=False, **options)
+
+
 def refuse(name: str, message: str) -> int:
     """Says what a user got wrong; the exit code for it."""
-    print(f'{name}: {message}', file=sys.stderr)
+    say(f'{name}: {message}')
     return MISUSE
 
 

@@ -6,8 +6,8 @@ Trains word vectors on the Wikipedia articles that come with gensim, then the qu
 most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
 """
 
-import shlex
 import subprocess
+import sys
 import time
 
 from absl import flags
@@ -36,11 +36,11 @@ def main(arguments: list[str]) -> int:
     if trained not in (common.HEALTHY, common.DIVERGED):
         return trained
     found = _call('diagnose', directory)
-    print(f'\n{time.monotonic() - start:.0f} s in all')
+    common.say('', f'{time.monotonic() - start:.0f} s in all', file=sys.stdout)
     return common.HEALTHY if found == common.DIVERGED else found
 
 
 def _call(name: str, *arguments: str) -> int:
     command = invocation.of(name)
-    print(f'\n$ {command.typed} {shlex.join(arguments)}', flush=True)
+    common.say('', f'$ {invocation.line(name, *arguments)}', file=sys.stdout)
     return subprocess.call([*command.argv, *arguments])

@@ -9,7 +9,6 @@ at a time, beside a control without a change: what averts the symptom there is w
 import sys
 
 from absl import flags
-from rich.console import Console
 
 from jaxrnn.cli import common, invocation
 
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
         source=common.source(),
-        say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
+        say=lambda line: common.say(f'{line} …'),
     )
     diagnosis, opened = found.diagnosis, found.bisected.opened
     if flags.FLAGS.json:
@@ -58,13 +57,13 @@ def main(arguments: list[str]) -> int:
         step = diagnosis.first_bad_step
         words = investigation.words_of(opened, step) if step is not None else ()
         directory = directory.rstrip('/')
-        console = Console()
-        console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
+        screen = report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words)
+        common.console().print(screen)
         if added := report.advised_flags(diagnosis):
             following = invocation.following(
                 'train', f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
             )
-            console.print(f'\n{following} {added}', soft_wrap=True, highlight=False)
+            common.say('', f'{following} {added}', file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

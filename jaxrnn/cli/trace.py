@@ -12,7 +12,6 @@ jaxrnn bisect does the same for the step it names.
 """
 
 from absl import flags
-from rich.console import Console
 
 from jaxrnn.cli import common, invocation
 
@@ -62,6 +61,6 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(report.inspection_json(inspected, words))
     else:
-        Console().print(report.render_inspection(inspected, words), soft_wrap=False)
+        common.console().print(report.render_inspection(inspected, words))
     assert inspected.trace_report is not None
     return common.HEALTHY if inspected.trace_report.finding is None else common.DIVERGED

@@ -12,6 +12,7 @@ import jax
 from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.escaping import as_shell_word
 from jaxrnn.record import loop, rewind, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.telemetry import Row
@@ -184,7 +185,7 @@ def _check_same_config(paths: loop.Paths, config: Config) -> None:
         more = f' and {len(different) - 1} more' if len(different) > 1 else ''
         raise UserError(
             f'--run_dir: {paths.root} holds a run of other flags ({different[0]} there{more}); choose another '
-            f'directory, or go on with that run by --flagfile={paths.flags}'
+            f'directory, or go on with that run by --flagfile={as_shell_word(str(paths.flags))}'
         )
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrnn.escaping import as_shell_word
 from jaxrnn.types import UserError
 from jaxrnn.words.data.files import OpenFile, opened
 
@@ -158,10 +159,13 @@ def _binary_word(path: str, stream: io.BufferedReader, number: int) -> bytes:
 
 def _keyed_vectors(path: str, allow_pickle: bool) -> VectorTable:
     if not allow_pickle:
+        code = (
+            'from gensim.models import KeyedVectors as K;'
+            f' K.load({path!a}).save_word2vec_format({path + ".bin"!a}, binary=True)'
+        )
         raise UserError(
             f'{path}: a pickled file, as gensim saves KeyedVectors; unpickling can run any code in it. If you'
-            ' trust it, type --allow_pickle, or convert it: python -c "from gensim.models import KeyedVectors'
-            f' as K; K.load({path!r}).save_word2vec_format({path + ".bin"!r}, binary=True)"'
+            f' trust it, type --allow_pickle, or convert it: python -c {as_shell_word(code)}'
         )
     try:
         words, vectors = _unpickled(path)
