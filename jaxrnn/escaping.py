@@ -7,7 +7,7 @@ Python's `repr` does, and all else stays as it is. Every way out of jaxrnn leads
     screens     `report` takes `all_visible` of what it is given, and no cell of its tables is markup
     commands    to be copied: `as_shell_word`
     HTML        `as_html`
-    JSON        needs nothing: json.dumps writes ASCII, from which a program gets the very text back
+    JSON        `as_json`, which leaves the text as it is
 
 >>> print(visible('caf\u00e9 \x1b[31m \u202e \u65e5\u672c\u8a9e'))
 café \x1b[31m \u202e 日本語
@@ -16,7 +16,9 @@ café \x1b[31m \u202e 日本語
 import copy
 import dataclasses
 import html
+import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -102,6 +104,26 @@ def as_html(text: str) -> str:
     '&lt;b title=&quot;&amp;&quot;&gt;'
     """
     return html.escape(visible(text))
+
+
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    r"""As JSON in ASCII, from which a program gets the very text; NaN and infinities, which JSON lacks, as null.
+
+    >>> print(as_json({'word': '\x1b', 'loss': float('nan')}))
+    {"word": "\u001b", "loss": null}
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {name: _finite(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def all_visible(value: Value) -> Value:

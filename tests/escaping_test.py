@@ -147,6 +147,11 @@ def test_json_is_ascii_and_gives_the_text_back(capsys):
     assert line.isascii() and seen(line.rstrip('\n')) and json.loads(line) == [*HOSTILE, *MARKUP, *LEGITIMATE]
 
 
+def test_json_has_no_nan(capsys):
+    common.print_json({'vector': [float('nan'), 1.0, (float('inf'),)], 'step': 3})
+    assert capsys.readouterr().out == '{"vector": [null, 1.0, [null]], "step": 3}\n'
+
+
 # Screens: every string of what they are given is hostile.
 
 

@@ -3,19 +3,19 @@
 import dataclasses
 import difflib
 import io
-import json
 import os
 import pathlib
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags
 
 from jaxrnn import files
 from jaxrnn.errors import UserError
-from jaxrnn.escaping import one_line, visible
+from jaxrnn.escaping import as_json, one_line, visible
 from jaxrnn.words import config
 
 if TYPE_CHECKING:
@@ -33,25 +33,75 @@ EXIT_CODES = """exit codes
   1    anything else, with a traceback: a bug of jaxrnn's
 """
 
-_KINDS = {str: flags.ArgumentParser, int: flags.IntegerParser, float: flags.FloatParser}
 FLAGFILE = 'Read flags from a file, one a line; a run keeps its own in flags.txt.'
 
 _groups: list[tuple[str, list[str]]] = []
+_bounds: dict[str, Mapping[str, float]] = {}
+"""Of flags that aren't of the configuration, which has its own."""
+
+MOST = config.LARGEST[int]
+"""Of a flag that counts something."""
 
 
-def define(group: str, name: str, default: Any, help: str, choices: tuple[str, ...] | None = None) -> None:
-    """Defines a flag under a heading of --help."""
+def define(
+    group: str,
+    name: str,
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    **bounds: float,
+) -> None:
+    """Defines a flag under a heading of --help, with bounds as `config.check_number` has them."""
     if isinstance(default, bool):
         flags.DEFINE_boolean(name, default, help)
     elif choices:
         flags.DEFINE_enum(name, default, list(choices), help)
     else:
-        parser = _KINDS[type(default) if default is not None else int]()
+        parser = _parser(name, int if default is None else type(default))
         flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
+    _bounds[name] = bounds
     headings = dict(_groups)
     if group not in headings:
         _groups.append((group, []))
     dict(_groups)[group].append(name)
+
+
+class _Number:
+    """In front of a parser of absl's, whose errors have what was found twice, at any length."""
+
+    expected: str
+
+    def __init__(self, flag: str):  # which tells it from others: absl makes one of equal arguments
+        super().__init__()
+        self.flag = flag
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return super().parse(argument)  # type: ignore[misc]
+        except (TypeError, ValueError, OverflowError):
+            found = reprlib.repr(argument)
+            raise UserError(f'--{self.flag}: {found} found, {self.expected} expected') from None
+
+
+class _WholeNumber(_Number, flags.IntegerParser):
+    expected = 'a whole number'
+
+
+class _AnyNumber(_Number, flags.FloatParser):
+    expected = 'a number'
+
+
+def _parser(name: str, kind: type) -> flags.ArgumentParser:
+    if kind is str:
+        return flags.ArgumentParser()
+    return _WholeNumber(name) if kind is int else _AnyNumber(name)
+
+
+def _check_bounds() -> None:
+    """Raises UserError for a number out of the bounds that its flag was defined with."""
+    for name, bounds in _bounds.items():
+        if bounds and (value := flags.FLAGS[name].value) is not None:
+            config.check_number(f'--{name}', value, bounds)
 
 
 def define_config() -> None:
@@ -80,8 +130,9 @@ def define_run(help: str, default: str | None = None) -> None:
     define('run', 'run_dir', default or '', help)
     define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
     define(
-        'run', 'threads', 0, 'Processors to use; 0: all. Replays are bit for bit on the number that trained.'
-    )
+        'run', 'threads', 0, 'Processors to use; 0: all. Replays are bit for bit on the number that trained.',
+        at_least=0, at_most=MOST,
+    )  # fmt: skip
 
 
 SOURCE = ('vectors', 'corpus', 'allow_pickle')
@@ -132,8 +183,8 @@ def define_detectors(group: str) -> None:
         '',
         "Look for the first step at which this rule holds, as 'loss > 3 * median(loss, 200)'.",
     )
-    define(group, 'good', None, 'Look only after this step.')
-    define(group, 'bad', None, 'Look only up to this step.')
+    define(group, 'good', None, 'Look only after this step.', at_least=0, at_most=MOST)
+    define(group, 'bad', None, 'Look only up to this step.', at_least=0, at_most=MOST)
 
 
 def detectors():
@@ -156,8 +207,6 @@ def start() -> None:
         return
     if 'keep_memory' not in flags.FLAGS or flags.FLAGS.keep_memory:
         environment.keep_memory()
-    if flags.FLAGS.threads < 0:
-        raise UserError(f'--threads: {flags.FLAGS.threads} found, at least 0 expected')
     if flags.FLAGS.threads:
         environment.use_threads(flags.FLAGS.threads)
 
@@ -171,7 +220,7 @@ def run_dir() -> str:
 
 def print_json(value: Any) -> None:
     """The machine-readable result, on one line."""
-    print(json.dumps(value, allow_nan=False), flush=True)
+    print(as_json(value), flush=True)
 
 
 def main(call: Callable[[list[str]], int], doc: str) -> NoReturn:
@@ -195,6 +244,7 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
     try:
         _remember(arguments)
         words = flags.FLAGS([name, *arguments])
+        _check_bounds()
         start()
         return call(words[1:])
     except flags.UnrecognizedFlagError as error:

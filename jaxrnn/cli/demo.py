@@ -25,7 +25,7 @@ SETTING = (
 
 def define_flags() -> None:
     common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
-    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
+    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.', at_least=0, at_most=common.MOST)
 
 
 def main(arguments: list[str]) -> int:

@@ -22,8 +22,13 @@ def define_flags() -> None:
         'fresh_runs',
         0,
         'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
+        at_least=0,
+        at_most=common.MOST,
     )
-    common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
+    common.define(
+        'diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.',
+        at_least=1, at_most=common.MOST,
+    )  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -36,10 +41,6 @@ def main(arguments: list[str]) -> int:
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
     budget = flags.FLAGS.budget_steps
-    if flags.FLAGS.fresh_runs < 0:
-        raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
-    if budget is not None and budget < 1:
-        raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
     found = investigation.diagnose_run(
         directory,
         detectors,

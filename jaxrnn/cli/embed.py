@@ -14,7 +14,9 @@ from jaxrnn.cli import common
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
+    common.define(
+        'embed', 'neighbours', 5, 'How many nearest neighbours to show.', at_least=1, at_most=common.MOST
+    )
     common.define(
         'embed',
         'export',
@@ -28,8 +30,6 @@ def main(arguments: list[str]) -> int:
     from jaxrnn.types import UserError
     from jaxrnn.words import data, run, train
 
-    if flags.FLAGS.neighbours < 1:
-        raise UserError(f'--neighbours: {flags.FLAGS.neighbours} found, at least 1 expected')
     opened = run.open_run(common.run_dir(), source=common.source())
     dataset = opened.dataset
     words = arguments or (list(dataset.words) if flags.FLAGS.export else [])

@@ -19,13 +19,15 @@ from jaxrnn.cli import common, invocation
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define('trace', 'step', None, 'The step to look into.')
+    common.define('trace', 'step', None, 'The step to look into.', at_least=0, at_most=common.MOST)
     common.define(
         'trace',
         'against',
         None,
         'The earlier step to hold a finite one against; else the last before it whose loss was no more than its '
         'median.',
+        at_least=0,
+        at_most=common.MOST,
     )
     common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
     common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")

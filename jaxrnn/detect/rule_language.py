@@ -9,6 +9,9 @@ collapse, are in `detectors`.
 
 import ast
 import difflib
+import reprlib
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,8 +35,8 @@ SKIPPED, MOST_SKIPPED = 'skipped_in_a_row', 10
 FIRST = 'first'
 """first(x), until the rule is bound."""
 
-CHUNK = 8192
-"""Windows computed at once, which bounds memory: 8192 windows of 200 are 13 MB."""
+CHUNK, MOST_AT_ONCE = 8192, 1 << 21
+"""Windows computed at once, and numbers in them, which bounds memory: 8192 windows of 200 are 13 MB."""
 
 
 def median(windows: np.ndarray, axis: int = 1) -> np.ndarray:
@@ -117,7 +120,8 @@ _ARITHMETIC = {
     ast.Div: np.divide,
     ast.Pow: np.power,
 }
-MOST_CHARACTERS, MOST_LOOKBACK = 1000, 100_000
+MOST_CHARACTERS, MOST_LOOKBACK, MOST_DEPTH = 1000, 100_000, 50
+LARGEST = sys.float_info.max
 
 
 class Rule(NamedTuple):
@@ -141,7 +145,12 @@ def parse(text: str) -> Rule:
     if len(text) > MOST_CHARACTERS:
         raise UserError(f'--when: {len(text)} characters found, at most {MOST_CHARACTERS} expected')
     try:
-        node = _build(ast.parse(text.strip(), mode='eval').body, text)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', SyntaxWarning)  # of `1 is 2`, which is refused below
+            tree = ast.parse(text.strip(), mode='eval').body
+        if _depth(tree) > MOST_DEPTH:
+            raise RecursionError
+        node = _build(tree, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else 'too deep or malformed'
         raise UserError(
@@ -152,6 +161,15 @@ def parse(text: str) -> Rule:
     if node.lookback > MOST_LOOKBACK:
         raise _refuse(text, text, f'looks back {node.lookback} steps; at most {MOST_LOOKBACK} are possible')
     return Rule(text.strip(), node.fields, node.lookback, node.evaluate)
+
+
+def _depth(tree: ast.AST) -> int:
+    """Levels of an expression; found without descending into them by a call of a function each."""
+    level, deepest = [tree], 0
+    while level:
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        deepest += 1
+    return deepest
 
 
 def bind(rule: Rule, names: Mapping[str, str], columns: Series) -> Rule:
@@ -225,6 +243,8 @@ def _skipped(columns: Series) -> np.ndarray:
 def _build(node: ast.expr, text: str) -> _Node:
     match node:
         case ast.Constant(value=bool() | int() | float() as value):
+            if abs(value) > LARGEST:
+                raise _refuse(text, reprlib.repr(value), f'numbers up to {LARGEST:g} are expected')
             return _Node(frozenset(), 0, lambda columns: value, isinstance(value, bool))
         case ast.Name(id=name):
             return _Node(
@@ -314,11 +334,12 @@ def over_window(
     windows = np.lib.stride_tricks.sliding_window_view(padded, n)
     windows = windows[1:] if ends_with_step else windows[:-1]
     result = np.full(values.shape, np.nan)
-    for start in range(0, len(windows), CHUNK):
-        chunk = windows[start : start + CHUNK]
+    at_once = max(1, min(CHUNK, MOST_AT_ONCE // n))
+    for start in range(0, len(windows), at_once):
+        chunk = windows[start : start + at_once]
         enough = np.isfinite(chunk).sum(axis=1) >= min(n, LEAST_HISTORY)
         if enough.any():
-            result[start : start + CHUNK][enough] = reduce(chunk[enough], axis=1)
+            result[start : start + at_once][enough] = reduce(chunk[enough], axis=1)
     return result
 
 

@@ -76,7 +76,7 @@ def train_run(
     with _directory(paths.root):
         options = config.data if allow_pickle is None else config.changed(allow_pickle=allow_pickle).data
         dataset = _dataset(paths, options, config.training.seed, say)
-    program = make_program(config, dataset)
+        program = _fitting(config, dataset, make_program)
     _describe(paths, config, dataset)
     while True:
         rewinds = _rewound(paths)
@@ -210,6 +210,13 @@ def _dataset(paths: loop.Paths, options: Data, seed: int, say: Callable[[str], N
     dropped = ', '.join(f'{count:,} {reason}' for reason, count in dataset.dropped.items())
     say(f'{len(dataset.words):,} words from {dataset.source}; dropped: {dropped or "none"}')
     return dataset
+
+
+def _fitting(config: Config, dataset: data.Dataset, make_program: train.MakeProgram) -> train.Program:
+    """The program. Raises UserError where the memory holds no state or batch of it."""
+    program = make_program(config, dataset)
+    train.check_batch(config, dataset)
+    return program
 
 
 def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:

@@ -25,7 +25,6 @@ from jaxrnn.types import UserError
 from jaxrnn.words import config
 from jaxrnn.words.data import wikitext
 from jaxrnn.words.data.files import opened, raw
-from jaxrnn.words.data.formats import LONGEST_VECTOR
 from jaxrnn.words.data.letters import composed, marks
 
 SAMPLE = 'test/test_data/enwiki-latest-pages-articles1*shortened.bz2'  # 2 MB, part of gensim's wheel
@@ -58,8 +57,6 @@ def trained_on(
     Raises:
       UserError: for a corpus that can't be read or has too few words.
     """
-    if options.word2vec_size > LONGEST_VECTOR:
-        raise UserError(f'--word2vec_size: {options.word2vec_size} found, at most {LONGEST_VECTOR} expected')
     settings = {
         'vector_size': options.word2vec_size,
         'window': options.word2vec_window,

@@ -15,12 +15,12 @@ import numpy as np
 
 from jaxrnn.escaping import as_shell_word
 from jaxrnn.types import UserError
+from jaxrnn.words.config import LONGEST_VECTOR
 from jaxrnn.words.data.files import OpenFile, opened
 
 # Ours rather than gensim's parser: that one allocates what the header claims, keeps no line numbers for
 # its messages, cuts GloVe's words at their first space, and its `limit` counts words we then drop.
 
-LONGEST_VECTOR = 1 << 16  # far above any known word vector; a header that claims more is damaged
 LONGEST_LINE = 4 << 20  # bytes: LONGEST_VECTOR numbers of 63 characters
 LONGEST_WORD = 10_000  # bytes; word2vec's own limit is 100
 SAMPLE = 1 << 16  # bytes that decide between text and binary
