@@ -13,8 +13,8 @@ Rooms, each of which imports only those below it:
     detect      records -> symptoms
     optim       what optax lacks                record      a run: loop, records, checkpoints
     rnn         the fast recurrence             trace       a function evaluated equation by equation
-    errors, types, environment, tree,           ground
-    diagnosis, package
+    escaping, errors, types, environment,       ground
+    tree, diagnosis, package
 """
 
 import importlib

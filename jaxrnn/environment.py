@@ -1,5 +1,6 @@
 """What surrounds a run: what can move its bits (versions, platform, flags, threads), and how memory is kept."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Iterator
 
 import jax
 
@@ -85,6 +87,22 @@ def use_threads(count: int) -> None:
     """Restricts this process to `count` processors; call it before JAX starts its backend. Linux only."""
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
+"""Where Linux keeps what a container may use."""
+
+
+def memory() -> int:
+    """Bytes that a run's arrays may take: of the device, or of the machine, where it computes on processors."""
+    limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
+    return limit or min([os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), *_of_container()])
+
+
+def _of_container() -> Iterator[int]:
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no limit is the word `max`
+            yield int(pathlib.Path(path).read_text(encoding='ascii'))
 
 
 # Parameters of mallopt: malloc.h of glibc.

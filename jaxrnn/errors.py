@@ -1,8 +1,10 @@
-"""The user's error. It stands by itself, so that flags are read and refused before JAX is imported."""
+"""The user's error. It needs no JAX, so that flags are read and refused before that is imported."""
+
+from jaxrnn import escaping
 
 
 class UserError(Exception):
-    """Something the user can put right; its text is one line.
+    """Something the user can put right; its text is one line, in which everything can be seen.
 
     It names the flag or file, what was found, what was expected, and what to do.
 
@@ -13,4 +15,4 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(' '.join(message.split()))
+        super().__init__(escaping.one_line(message))

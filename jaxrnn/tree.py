@@ -59,8 +59,8 @@ def hex_digest(words: np.ndarray) -> str:
 
 
 def nbytes(tree: Tree) -> int:
-    """Bytes the leaves take."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes the leaves take; they may be shapes alone."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _is_float(leaf: Array) -> bool:

@@ -270,7 +270,7 @@ BAD_VECTORS = {
     'pad_to': Bad(text(), "--pad_to: 6 found, but the word 'हिन्दी' needs 7 time steps", {'pad_to': 6}),
     'pickle': Bad(
         lambda path: keyed().save(str(path)),
-        'unpickling can run any code .* --allow_pickle, .*python -c "from gensim.* binary=True',
+        "unpickling can run any code .* --allow_pickle, .*python -c 'from gensim.* binary=True",
     ),
     'pickle, gzip': Bad(gzip.compress(pickle.dumps({})), 'unpickling can run any code'),
     'pickle of a dict': Bad(pickle.dumps({'cat': 1}), 'no readable KeyedVectors', {'allow_pickle': True}),
@@ -390,10 +390,8 @@ def test_bad_corpus(tmp_path, name):
     bad, path = BAD_CORPUS[name], tmp_path / 'corpus'
     make(path, bad)
     corpus._word_pattern()  # once a process; not what is measured here
-    options = config.Data(
-        corpus=str(path), **{'word2vec_min_count': 1, 'word2vec_size': 4} | dict(bad.options)
-    )
-    message = complaint(lambda: data.load(options, 0, tmp_path / 'cache'))
+    options = {'corpus': str(path), 'word2vec_min_count': 1, 'word2vec_size': 4} | dict(bad.options)
+    message = complaint(lambda: data.load(config.Data(**options), 0, tmp_path / 'cache'))
     assert re.search(bad.message, message), message
     assert message.startswith((str(path), '--'))
 

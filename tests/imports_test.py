@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOMS = {
-    'errors': '',
+    'escaping': '',
+    'errors': 'escaping',
     'types': 'errors',
     'package': '',
     'files': 'errors',
@@ -29,7 +30,7 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('errors', 'types', 'package', 'files', 'programs', 'environment', 'tree', 'diagnosis')
+GROUND = ('escaping', 'errors', 'types', 'package', 'files', 'programs', 'environment', 'tree', 'diagnosis')
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

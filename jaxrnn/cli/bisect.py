@@ -8,8 +8,9 @@ A rule for --when compares fields of the records (see the first line of records.
 smooth (x, n) over the n steps up to this one; prev (x, n); abs, log, sqrt, finite (x).
 """
 
+import sys
+
 from absl import flags
-from rich.console import Console
 
 from jaxrnn.cli import common, invocation
 
@@ -53,10 +54,9 @@ def main(arguments: list[str]) -> int:
         common.print_json(diagnosis.to_json())
     else:
         words = investigation.words_of(opened, step) if step is not None else ()
-        console = Console(soft_wrap=True)
-        console.print(report.render_bisection(diagnosis, found.rows, words, found.inspected), soft_wrap=False)
+        common.console().print(report.render_bisection(diagnosis, found.rows, words, found.inspected))
         if step is not None:
-            console.print(invocation.following('diagnose', f'--run_dir={directory}'), highlight=False)
+            common.say(invocation.following('diagnose', f'--run_dir={directory}'), file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

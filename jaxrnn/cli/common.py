@@ -2,19 +2,24 @@
 
 import dataclasses
 import difflib
-import json
+import io
 import os
 import pathlib
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags
 
 from jaxrnn import files
 from jaxrnn.errors import UserError
+from jaxrnn.escaping import as_json, one_line, visible
 from jaxrnn.words import config
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HEALTHY, FAILED, MISUSE, DIVERGED, IRREPRODUCIBLE = 0, 1, 2, 3, 4
 OUT_OF_TIME = 124  # as of the command `timeout`
@@ -31,25 +36,75 @@ EXIT_CODES = """exit codes
   1    anything else, with a traceback: a bug of jaxrnn's
 """
 
-_KINDS = {str: flags.ArgumentParser, int: flags.IntegerParser, float: flags.FloatParser}
 FLAGFILE = 'Read flags from a file, one a line; a run keeps its own in flags.txt.'
 
 _groups: list[tuple[str, list[str]]] = []
+_bounds: dict[str, Mapping[str, float]] = {}
+"""Of flags that aren't of the configuration, which has its own."""
+
+MOST = config.LARGEST[int]
+"""Of a flag that counts something."""
 
 
-def define(group: str, name: str, default: Any, help: str, choices: tuple[str, ...] | None = None) -> None:
-    """Defines a flag under a heading of --help."""
+def define(
+    group: str,
+    name: str,
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    **bounds: float,
+) -> None:
+    """Defines a flag under a heading of --help, with bounds as `config.check_number` has them."""
     if isinstance(default, bool):
         flags.DEFINE_boolean(name, default, help)
     elif choices:
         flags.DEFINE_enum(name, default, list(choices), help)
     else:
-        parser = _KINDS[type(default) if default is not None else int]()
+        parser = _parser(name, int if default is None else type(default))
         flags.DEFINE(parser, name, default, help, serializer=flags.ArgumentSerializer())
+    _bounds[name] = bounds
     headings = dict(_groups)
     if group not in headings:
         _groups.append((group, []))
     dict(_groups)[group].append(name)
+
+
+class _Number:
+    """In front of a parser of absl's, whose errors have what was found twice, at any length."""
+
+    expected: str
+
+    def __init__(self, flag: str):  # which tells it from others: absl makes one of equal arguments
+        super().__init__()
+        self.flag = flag
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return super().parse(argument)  # type: ignore[misc]
+        except (TypeError, ValueError, OverflowError):
+            found = reprlib.repr(argument)
+            raise UserError(f'--{self.flag}: {found} found, {self.expected} expected') from None
+
+
+class _WholeNumber(_Number, flags.IntegerParser):
+    expected = 'a whole number'
+
+
+class _AnyNumber(_Number, flags.FloatParser):
+    expected = 'a number'
+
+
+def _parser(name: str, kind: type) -> flags.ArgumentParser:
+    if kind is str:
+        return flags.ArgumentParser()
+    return _WholeNumber(name) if kind is int else _AnyNumber(name)
+
+
+def _check_bounds() -> None:
+    """Raises UserError for a number out of the bounds that its flag was defined with."""
+    for name, bounds in _bounds.items():
+        if bounds and (value := flags.FLAGS[name].value) is not None:
+            config.check_number(f'--{name}', value, bounds)
 
 
 def define_config() -> None:
@@ -78,8 +133,9 @@ def define_run(help: str, default: str | None = None) -> None:
     define('run', 'run_dir', default or '', help)
     define('run', 'json', False, 'Print the machine-readable result as the last line of standard output.')
     define(
-        'run', 'threads', 0, 'Processors to use; 0: all. Replays are bit for bit on the number that trained.'
-    )
+        'run', 'threads', 0, 'Processors to use; 0: all. Replays are bit for bit on the number that trained.',
+        at_least=0, at_most=MOST,
+    )  # fmt: skip
 
 
 SOURCE = ('vectors', 'corpus', 'allow_pickle')
@@ -130,8 +186,8 @@ def define_detectors(group: str) -> None:
         '',
         "Look for the first step at which this rule holds, as 'loss > 3 * median(loss, 200)'.",
     )
-    define(group, 'good', None, 'Look only after this step.')
-    define(group, 'bad', None, 'Look only up to this step.')
+    define(group, 'good', None, 'Look only after this step.', at_least=0, at_most=MOST)
+    define(group, 'bad', None, 'Look only up to this step.', at_least=0, at_most=MOST)
 
 
 def detectors():
@@ -154,8 +210,6 @@ def start() -> None:
         return
     if 'keep_memory' not in flags.FLAGS or flags.FLAGS.keep_memory:
         environment.keep_memory()
-    if flags.FLAGS.threads < 0:
-        raise UserError(f'--threads: {flags.FLAGS.threads} found, at least 0 expected')
     if flags.FLAGS.threads:
         environment.use_threads(flags.FLAGS.threads)
 
@@ -169,7 +223,7 @@ def run_dir() -> str:
 
 def print_json(value: Any) -> None:
     """The machine-readable result, on one line."""
-    print(json.dumps(value, allow_nan=False), flush=True)
+    print(as_json(value), flush=True)
 
 
 def main(call: Callable[[list[str]], int], doc: str) -> NoReturn:
@@ -186,24 +240,33 @@ def run(call: Callable[[list[str]], int], doc: str, name: str, arguments: list[s
         name: of the program, as errors have it in front.
         arguments: flags, and what stands after them.
     """
+    _spell_what_has_no_place()
     if {'--help', '-help', '-h', '--helpfull'} & set(arguments):
         show(_help(doc))
         return HEALTHY
     try:
         _remember(arguments)
         words = flags.FLAGS([name, *arguments])
+        _check_bounds()
         start()
         return call(words[1:])
     except flags.UnrecognizedFlagError as error:
         near = nearest(f'--{error.flagname}', _words())
         return refuse(name, f'--{error.flagname}: no such flag; {near or "see --help"}')
     except flags.Error as error:
-        return refuse(name, f'{error}'.strip().replace('\n', ' ') + '; see --help')
+        return refuse(name, f'{one_line(str(error))}; see --help')
     except UserError as error:
         return refuse(name, str(error))
     except BrokenPipeError:
         _close_output(sys.stdout)
         return HEALTHY
+
+
+def _spell_what_has_no_place() -> None:
+    """Letters that the output's encoding lacks are spelled out, as everything else that can't be seen."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
 
 
 MOST_BYTES = 1 << 20
@@ -251,9 +314,27 @@ def show(text: str) -> None:
         _close_output(sys.stdout)
 
 
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines in which everything can be seen; on standard error if no other is given, which leaves the result its
+    place."""
+    out = file or sys.stderr
+    try:
+        for line in lines:
+            print(visible(line), file=out, flush=True)
+    except OSError:  # of a terminal that is closed, which must not be the end of a run
+        _close_output(out)
+
+
+def console(**options: Any) -> 'Console':
+    """What prints screens: no text in them is markup, a pattern to be coloured or the name of an emoji."""
+    from rich.console import Console  # slow to import
+
+    return Console(markup=False, highlight=False, emoji=False, **options)
+
+
 def refuse(name: str, message: str) -> int:
     """Says what a user got wrong; the exit code for it."""
-    print(f'{name}: {message}', file=sys.stderr)
+    say(f'{name}: {message}')
     return MISUSE
 
 

@@ -6,8 +6,8 @@ Trains word vectors on the Wikipedia articles that come with gensim, then the qu
 most frequent words, until its accuracy collapses: nothing is planted. Then diagnoses the run.
 """
 
-import shlex
 import subprocess
+import sys
 import time
 
 from absl import flags
@@ -25,7 +25,7 @@ SETTING = (
 
 def define_flags() -> None:
     common.define('run', 'run_dir', 'runs/demo', 'Where the run lives.')
-    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.')
+    common.define('run', 'seed', 0, 'Other seeds collapse elsewhere.', at_least=0, at_most=common.MOST)
 
 
 def main(arguments: list[str]) -> int:
@@ -36,11 +36,11 @@ def main(arguments: list[str]) -> int:
     if trained not in (common.HEALTHY, common.DIVERGED):
         return trained
     found = _call('diagnose', directory)
-    print(f'\n{time.monotonic() - start:.0f} s in all')
+    common.say('', f'{time.monotonic() - start:.0f} s in all', file=sys.stdout)
     return common.HEALTHY if found == common.DIVERGED else found
 
 
 def _call(name: str, *arguments: str) -> int:
     command = invocation.of(name)
-    print(f'\n$ {command.typed} {shlex.join(arguments)}', flush=True)
+    common.say('', f'$ {invocation.line(name, *arguments)}', file=sys.stdout)
     return subprocess.call([*command.argv, *arguments])

@@ -9,7 +9,6 @@ at a time, beside a control without a change: what averts the symptom there is w
 import sys
 
 from absl import flags
-from rich.console import Console
 
 from jaxrnn.cli import common, invocation
 
@@ -23,8 +22,13 @@ def define_flags() -> None:
         'fresh_runs',
         0,
         'How many of the remedies that avert the symptom are trained with from the start, too, with another seed.',
+        at_least=0,
+        at_most=common.MOST,
     )
-    common.define('diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.')
+    common.define(
+        'diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.',
+        at_least=1, at_most=common.MOST,
+    )  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -37,10 +41,6 @@ def main(arguments: list[str]) -> int:
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
     budget = flags.FLAGS.budget_steps
-    if flags.FLAGS.fresh_runs < 0:
-        raise UserError(f'--fresh_runs: {flags.FLAGS.fresh_runs} found, at least 0 expected')
-    if budget is not None and budget < 1:
-        raise UserError(f'--budget_steps: {budget} found, at least 1 expected')
     found = investigation.diagnose_run(
         directory,
         detectors,
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,
         source=common.source(),
-        say=lambda line: print(f'{line} …', file=sys.stderr, flush=True),
+        say=lambda line: common.say(f'{line} …'),
     )
     diagnosis, opened = found.diagnosis, found.bisected.opened
     if flags.FLAGS.json:
@@ -58,13 +58,13 @@ def main(arguments: list[str]) -> int:
         step = diagnosis.first_bad_step
         words = investigation.words_of(opened, step) if step is not None else ()
         directory = directory.rstrip('/')
-        console = Console()
-        console.print(report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
+        screen = report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words)
+        common.console().print(screen)
         if added := report.advised_flags(diagnosis):
             following = invocation.following(
                 'train', f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
             )
-            console.print(f'\n{following} {added}', soft_wrap=True, highlight=False)
+            common.say('', f'{following} {added}', file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

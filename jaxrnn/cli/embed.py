@@ -6,12 +6,7 @@
 A word is known if it was learnt; of any other the network reads the letters.
 """
 
-import sys
-
 from absl import flags
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from jaxrnn.cli import common
 
@@ -19,7 +14,9 @@ from jaxrnn.cli import common
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define('embed', 'neighbours', 5, 'How many nearest neighbours to show.')
+    common.define(
+        'embed', 'neighbours', 5, 'How many nearest neighbours to show.', at_least=1, at_most=common.MOST
+    )
     common.define(
         'embed',
         'export',
@@ -29,11 +26,10 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    from jaxrnn import report
     from jaxrnn.types import UserError
     from jaxrnn.words import data, run, train
 
-    if flags.FLAGS.neighbours < 1:
-        raise UserError(f'--neighbours: {flags.FLAGS.neighbours} found, at least 1 expected')
     opened = run.open_run(common.run_dir(), source=common.source())
     dataset = opened.dataset
     words = arguments or (list(dataset.words) if flags.FLAGS.export else [])
@@ -45,7 +41,7 @@ def main(arguments: list[str]) -> int:
     vectors = train.predict_words(opened.program.predict, run.newest_params(opened), letters)
     if flags.FLAGS.export:
         data.write_vectors(flags.FLAGS.export, words, vectors)
-        print(f'{len(words):,} vectors written to {flags.FLAGS.export} (word2vec text)', file=sys.stderr)
+        common.say(f'{len(words):,} vectors written to {flags.FLAGS.export} (word2vec text)')
     index, cosines = data.nearest(dataset.vectors, vectors, min(flags.FLAGS.neighbours, len(dataset.words)))
     known = set(dataset.words)
     found = [
@@ -62,13 +58,5 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(found)
     elif arguments:
-        Console(soft_wrap=True).print(_table(found), soft_wrap=False)
+        common.console().print(report.render_neighbours(found))
     return common.HEALTHY
-
-
-def _table(found: list[dict]) -> Table:
-    table = Table('word', 'learnt', 'nearest by cosine', box=box.SIMPLE_HEAD, pad_edge=False)
-    for entry in found:
-        near = '  '.join(f'{near["word"]} {near["cosine"]:.2f}' for near in entry['nearest'])
-        table.add_row(entry['word'], 'yes' if entry['known'] else 'no', near)
-    return table

@@ -4,12 +4,12 @@ There are three: `jaxrnn train`, `python -m jaxrnn train`, and from a checkout `
 """
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxrnn.cli.commands import COMMANDS
+from jaxrnn.escaping import as_shell_word
 
 
 class Invocation(NamedTuple):
@@ -28,7 +28,7 @@ def of(command: str) -> Invocation:
         return Invocation(name, name, (sys.argv[0], command))
     if program.name == '__main__.py' or not script.exists():
         return Invocation(name, f'python -m {name}', (sys.executable, '-m', 'jaxrnn', command))
-    return Invocation(script.name, f'python {shlex.quote(str(script))}', (sys.executable, str(script)))
+    return Invocation(script.name, f'python {as_shell_word(str(script))}', (sys.executable, str(script)))
 
 
 def as_typed(text: str) -> str:
@@ -37,6 +37,11 @@ def as_typed(text: str) -> str:
     return re.sub(rf'\bjaxrnn ({commands})\b', lambda found: of(found[1]).typed, text)
 
 
+def line(command: str, *flags: str) -> str:
+    """What is typed into a shell to call a command; it can be copied."""
+    return ' '.join([of(command).typed, *map(as_shell_word, flags)])
+
+
 def following(command: str, *flags: str) -> str:
     """The line that says what to do next."""
-    return f'next: {of(command).typed} {shlex.join(flags)}'
+    return f'next: {line(command, *flags)}'

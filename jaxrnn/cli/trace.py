@@ -12,7 +12,6 @@ jaxrnn bisect does the same for the step it names.
 """
 
 from absl import flags
-from rich.console import Console
 
 from jaxrnn.cli import common, invocation
 
@@ -20,13 +19,15 @@ from jaxrnn.cli import common, invocation
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define('trace', 'step', None, 'The step to look into.')
+    common.define('trace', 'step', None, 'The step to look into.', at_least=0, at_most=common.MOST)
     common.define(
         'trace',
         'against',
         None,
         'The earlier step to hold a finite one against; else the last before it whose loss was no more than its '
         'median.',
+        at_least=0,
+        at_most=common.MOST,
     )
     common.define('trace', 'checkify', False, "Ask JAX's own checkify.float_checks, too.")
     common.define('trace', 'debug_nans', False, "Ask JAX's own jax_debug_nans, too.")
@@ -62,6 +63,6 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(report.inspection_json(inspected, words))
     else:
-        Console().print(report.render_inspection(inspected, words), soft_wrap=False)
+        common.console().print(report.render_inspection(inspected, words))
     assert inspected.trace_report is not None
     return common.HEALTHY if inspected.trace_report.finding is None else common.DIVERGED

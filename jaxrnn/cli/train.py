@@ -52,7 +52,7 @@ class Display:
         self.progress.update(self.task, completed=step + 1, description=seen)
         if not self.console.is_terminal and now - self.spoke > LINE_EVERY:
             self.spoke = now
-            self.console.print(f'step {step + 1:,} of {self.total:,}: {seen}', highlight=False)
+            common.say(f'step {step + 1:,} of {self.total:,}: {seen}')
 
 
 def main(arguments: list[str]) -> int:
@@ -67,22 +67,22 @@ def main(arguments: list[str]) -> int:
     )  # it asks for a checkpoint: while none can be made, for nothing
     config, directory = common.config_from_flags(), common.run_dir()
     environment.keep_compiled()
-    console = Console(file=cast(IO[str], common.Lasting()), soft_wrap=True)
+    console = common.console(file=cast(IO[str], common.Lasting()))
     display = Display(console, config.loop.max_steps)
     with display.progress:
         trained = run.train_run(
-            config, directory, allow_pickle=common.pickle_allowed(), say=console.print, on_row=display
+            config, directory, allow_pickle=common.pickle_allowed(), say=common.say, on_row=display
         )
     result, diagnosis = trained.result, trained.diagnosis
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        console.print(report.render_training(diagnosis, trained.evaluation), soft_wrap=False)
+        console.print(report.render_training(diagnosis, trained.evaluation))
     if result.interrupted is not None:
-        console.print(f'saved at step {result.step:,}; run the same command again to resume')
+        common.say(f'saved at step {result.step:,}; run the same command again to resume')
         return 128 + result.interrupted
     if result.timed_out:
-        console.print(
+        common.say(
             f'saved at step {result.step:,}: --max_minutes are over; run the same command again to resume'
         )
         return common.OUT_OF_TIME
@@ -90,5 +90,5 @@ def main(arguments: list[str]) -> int:
         return common.IRREPRODUCIBLE
     if diagnosis.symptom is None:
         return common.HEALTHY
-    console.print(invocation.following('diagnose', f'--run_dir={directory}'), highlight=False)
+    common.say(invocation.following('diagnose', f'--run_dir={directory}'))
     return common.DIVERGED

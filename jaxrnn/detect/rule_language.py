@@ -10,6 +10,9 @@ collapse, are in `detectors`.
 import ast
 import difflib
 import functools
+import reprlib
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,9 +37,11 @@ SKIPPED, MOST_SKIPPED = 'skipped_in_a_row', 10
 FIRST = 'first'
 """first(x), until the rule is bound."""
 
-CHUNK, BLOCK = 8192, 4096
-"""Windows computed at once, and steps at which a rule is evaluated at once, which bounds memory: 8192 windows of 200
-are 13 MB."""
+CHUNK, MOST_AT_ONCE = 8192, 1 << 21
+"""Windows computed at once, and numbers in them, which bounds memory: 8192 windows of 200 are 13 MB."""
+
+BLOCK = 4096
+"""Steps at which a rule is evaluated at once, beside those that it looks back to; or as many as those are."""
 
 
 def median(windows: np.ndarray, axis: int = 1) -> np.ndarray:
@@ -131,7 +136,8 @@ _ARITHMETIC = {
     ast.Div: np.divide,
     ast.Pow: np.power,
 }
-MOST_CHARACTERS, MOST_LOOKBACK = 1000, 100_000
+MOST_CHARACTERS, MOST_LOOKBACK, MOST_DEPTH = 1000, 100_000, 50
+LARGEST = sys.float_info.max
 
 
 class Rule(NamedTuple):
@@ -155,7 +161,12 @@ def parse(text: str) -> Rule:
     if len(text) > MOST_CHARACTERS:
         raise UserError(f'--when: {len(text)} characters found, at most {MOST_CHARACTERS} expected')
     try:
-        node = _build(ast.parse(text.strip(), mode='eval').body, text)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', SyntaxWarning)  # of `1 is 2`, which is refused below
+            tree = ast.parse(text.strip(), mode='eval').body
+        if _depth(tree) > MOST_DEPTH:
+            raise RecursionError
+        node = _build(tree, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else 'too deep or malformed'
         raise UserError(
@@ -166,6 +177,15 @@ def parse(text: str) -> Rule:
     if node.lookback > MOST_LOOKBACK:
         raise _refuse(text, text, f'looks back {node.lookback} steps; at most {MOST_LOOKBACK} are possible')
     return Rule(text.strip(), node.fields, node.lookback, node.evaluate)
+
+
+def _depth(tree: ast.AST) -> int:
+    """Levels of an expression; found without descending into them by a call of a function each."""
+    level, deepest = [tree], 0
+    while level:
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        deepest += 1
+    return deepest
 
 
 def bind(rule: Rule, names: Mapping[str, str], columns: Series) -> Rule:
@@ -212,8 +232,9 @@ def holds(rule: Rule, columns: Series) -> np.ndarray:
     size = columns[STEP].size
     found = np.zeros(size, bool)
     with np.errstate(all='ignore'):
-        for start in range(0, size, BLOCK):
-            low, stop = max(start - rule.lookback, 0), min(start + BLOCK, size)
+        block = max(BLOCK, rule.lookback)
+        for start in range(0, size, block):
+            low, stop = max(start - rule.lookback, 0), min(start + block, size)
             found[start:stop] = _broadcast(rule.evaluate, _read_by(rule, columns, low, stop))[start - low :]
     return found
 
@@ -285,6 +306,8 @@ def _all_of(parts: Sequence[_Node], holds: bool) -> Callable[[Series], np.ndarra
 def _build(node: ast.expr, text: str) -> _Node:
     match node:
         case ast.Constant(value=bool() | int() | float() as value):
+            if abs(value) > LARGEST:
+                raise _refuse(text, reprlib.repr(value), f'numbers up to {LARGEST:g} are expected')
             return _Node(frozenset(), 0, lambda columns: value, isinstance(value, bool))
         case ast.Name(id=name):
             return _Node(
@@ -389,13 +412,14 @@ def over_window(
     counts = np.concatenate([np.zeros(n + 1, np.int64), np.cumsum(finite)])
     counts = (counts[n:] - counts[:-n])[int(ends_with_step) :][: len(windows)]
     result = np.full(values.shape, np.nan)
-    for start in range(0, len(windows), CHUNK):
-        chunk, count = windows[start : start + CHUNK], counts[start : start + CHUNK]
+    at_once = max(1, min(CHUNK, MOST_AT_ONCE // n))
+    for start in range(0, len(windows), at_once):
+        chunk, count = windows[start : start + at_once], counts[start : start + at_once]
         enough = count >= min(n, LEAST_HISTORY)
         if enough.all():
-            result[start : start + CHUNK] = reduce(chunk, axis=1)
+            result[start : start + at_once] = reduce(chunk, axis=1)
         elif enough.any():
-            result[start : start + CHUNK][enough] = reduce(chunk[enough], axis=1)
+            result[start : start + at_once][enough] = reduce(chunk[enough], axis=1)
     return result
 
 

@@ -3,9 +3,7 @@
 import contextlib
 import fcntl
 import functools
-import json
 import logging
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment, files
+from jaxrnn.escaping import as_json
 from jaxrnn.record import checkpoint, ending, gaps, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
@@ -411,20 +410,9 @@ def _locked(paths: Paths) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes whole or not at all; NaN and infinities, which JSON lacks, as null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + '\n')
+    write_text(path, as_json(value, indent=1) + '\n')
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes whole or not at all, and to the disk. Raises UserError where it refuses."""
     files.write_bytes(path, text.encode())
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case Mapping():
-            return {name: _finite(item) for name, item in value.items()}
-        case list() | tuple():
-            return [_finite(item) for item in value]
-    return value

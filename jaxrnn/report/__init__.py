@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxrnn import diagnosis
 from jaxrnn.report.diagnoses import advised_flags, render_diagnosis
-from jaxrnn.report.runs import render_bisection, render_training
+from jaxrnn.report.runs import render_bisection, render_neighbours, render_training
 from jaxrnn.report.steps import inspection_json, render_inspection
 
 __all__ = [
@@ -19,13 +19,14 @@ __all__ = [
     'render_bisection',
     'render_diagnosis',
     'render_inspection',
+    'render_neighbours',
     'render_training',
 ]
 
 
 def _as_text(found: diagnosis.Diagnosis) -> str:
     """The screen, without colours."""
-    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console = Console(file=io.StringIO(), width=100, color_system=None, markup=False, emoji=False)
     console.print(render_diagnosis(found, None), highlight=False)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.escaping import all_visible
 from jaxrnn.experiment.outcome import (
     AVERTED,
     DELAYED,
@@ -46,6 +47,7 @@ def render_diagnosis(
         inspected: the first bad step.
         words: of the first bad step's batch.
     """
+    diagnosis, report, inspected, words = all_visible((diagnosis, report, inspected, words))
     parts: list[RenderableType] = [runs.verdict(diagnosis, rule=False)]
     if inspected is not None and inspected.comparison is not None:
         parts += steps.in_short(inspected, words)

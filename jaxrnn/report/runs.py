@@ -1,6 +1,7 @@
 """Of whole runs: what training ended with, what a bisect found, the records around the step."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -8,6 +9,7 @@ from rich.text import Text
 from jaxrnn import detect
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.escaping import all_visible
 from jaxrnn.record.records import Records, Row
 from jaxrnn.report import steps
 from jaxrnn.report.text import count, number, some, table
@@ -37,6 +39,7 @@ def render_bisection(
         words: of the first bad step's batch.
         inspected: that step.
     """
+    diagnosis, words, inspected = all_visible((diagnosis, words, inspected))
     parts: list[RenderableType] = [verdict(diagnosis), proof(diagnosis)]
     if inspected is not None and inspected.comparison is not None:
         parts += [Text(), *steps.in_short(inspected, words)]
@@ -52,11 +55,26 @@ def render_bisection(
 
 def render_training(diagnosis: Diagnosis, evaluation: Mapping[str, Mapping[str, float]]) -> RenderableType:
     """What training ended with."""
+    diagnosis, evaluation = all_visible((diagnosis, evaluation))
     names = list(next(iter(evaluation.values()), {}))
     scored = table('split', *names, left=('split',))
     for split, scores in evaluation.items():
         scored.add_row(split, *(number(scores[name]) for name in names))
     return Group(verdict(diagnosis), scored)
+
+
+def render_neighbours(found: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Words, whether they were learnt, and their nearest neighbours.
+
+    Args:
+        found: one a word: `word`, `known`, and `nearest`, each of which has `word` and `cosine`.
+    """
+    columns = ('word', 'learnt', 'nearest by cosine')
+    made = table(*columns, left=columns)
+    for entry in all_visible(found):
+        near = '  '.join(f'{near["word"]} {near["cosine"]:.2f}' for near in entry['nearest'])
+        made.add_row(entry['word'], 'yes' if entry['known'] else 'no', near)
+    return made
 
 
 def verdict(diagnosis: Diagnosis, *, rule: bool = True) -> Text:
@@ -106,7 +124,7 @@ def proof(diagnosis: Diagnosis) -> Text:
 
 def _around(step: int, rows: Sequence[Row]) -> RenderableType:
     found = {step + distance: Records.of(rows).at(step + distance) for distance in AROUND}
-    by_step = {at: row for at, row in found.items() if row is not None}
+    by_step = {at: all_visible(row) for at, row in found.items() if row is not None}
     shown = list(by_step)
     names = [name for name in COLUMNS if any(name in by_step[at] for at in shown)]
     if not names and shown:  # somebody's own step

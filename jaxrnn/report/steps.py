@@ -8,6 +8,7 @@ from rich.text import Text
 
 from jaxrnn import trace
 from jaxrnn.bisect import inspection
+from jaxrnn.escaping import all_visible
 from jaxrnn.report.text import count, number, pair, percent, short, some, table
 
 MOST = 6
@@ -24,6 +25,7 @@ def render_inspection(inspected: inspection.Inspection, words: Sequence[str] = (
         inspected: of `inspection.inspect`.
         words: of the step's batch.
     """
+    inspected, words = all_visible((inspected, words))
     parts: list[RenderableType] = []
     if inspected.compiled is not None:
         parts += _compiled(inspected.compiled, inspected.step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 
 def number(value: Any) -> str:
@@ -39,9 +40,23 @@ def short(source: str) -> str:
     return f'{path.relative_to(Path.cwd())}:{line}' if path.is_relative_to(Path.cwd()) else source
 
 
-def table(*columns: str, left: Sequence[str] = ()) -> Table:
+class PlainTable(Table):
+    """A table whose cells are letters alone, whoever prints it: `[b]` is no markup, and `:bee:` no picture."""
+
+    def add_column(self, header: Any = '', *arguments: Any, **options: Any) -> None:
+        super().add_column(_plain(header), *arguments, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(_plain, cells), **options)
+
+
+def _plain(cell: Any) -> Any:
+    return Text(cell) if isinstance(cell, str) else cell
+
+
+def table(*columns: str, left: Sequence[str] = ()) -> PlainTable:
     """Columns with two spaces between, so that many fit on 80; numbers to the right, but for those of `left`."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    made = PlainTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for column in columns:
         made.add_column(column, justify='left' if column in left else 'right', overflow='fold')
     return made

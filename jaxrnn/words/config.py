@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -22,42 +23,66 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     later: bool = False,
 ) -> Any:
-    """A dataclass field with its help and bounds.
+    """A dataclass field with its help and bounds; every number is at most LARGEST of its type if nothing else is said.
 
     `later`: runs were recorded before there was this option, as its default has it; that mustn't alter a digest.
     """
-    bounds = {'choices': choices, 'at_least': at_least, 'above': above, 'below': below}
+    bounds = {'choices': choices, 'at_least': at_least, 'at_most': at_most, 'above': above, 'below': below}
     return dataclasses.field(default=default, metadata={'help': help, 'later': later, **bounds})
 
 
-LARGEST = 10**300
-"""Whole numbers that a float has room for."""
+LARGEST: Mapping[type, float] = {int: 2**31 - 1, float: float.fromhex('0x1.fffffep+127')}
+"""Steps are counted in int32, and numbers are computed in float32."""
+
+LONGEST_VECTOR = 1 << 16
+"""Far above any known word vector."""
+
+_BREAKS = re.compile('[\n\r\0\ud800-\udfff]')
+"""What neither flags.txt, with one flag a line, nor any text in UTF-8 can hold."""
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     flag, bounds = f'--{field.name}', field.metadata
-    if field.type is float and type(value) is int and abs(value) < LARGEST:
+    if field.type is float and type(value) is int:
         pass  # an integer is a fine float
     elif type(value) is not field.type:
         kind = getattr(field.type, '__name__', field.type)
-        raise UserError(f'{flag}: {reprlib.repr(value)} found, {kind} expected')
+        raise UserError(f'{flag}: {_shown(value)} found, {kind} expected')
+    if bounds['choices'] and value not in bounds['choices']:
+        raise UserError(f'{flag}: {_shown(value)} found, one of {", ".join(bounds["choices"])} expected')
+    if isinstance(value, str) and _BREAKS.search(value):
+        raise UserError(
+            f'{flag}: {_shown(value)} found, one line of UTF-8 expected; give the file another name'
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        most = LARGEST[field.type] if bounds['at_most'] is None else bounds['at_most']
+        check_number(flag, value, bounds | {'at_most': most})
+
+
+def check_number(flag: str, value: float, bounds: Mapping[str, Any]) -> None:
+    """Raises UserError for a number that isn't finite, or out of the bounds of `option`."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'{flag}: {value} found, a finite number expected')
-    if bounds['choices'] and value not in bounds['choices']:
-        raise UserError(
-            f'{flag}: {reprlib.repr(value)} found, one of {", ".join(bounds["choices"])} expected'
-        )
     for bound, holds, words in (
         ('at_least', lambda x, b: x >= b, 'at least'),
+        ('at_most', lambda x, b: x <= b, 'at most'),
         ('above', lambda x, b: x > b, 'more than'),
         ('below', lambda x, b: x < b, 'less than'),
     ):
-        if bounds[bound] is not None and not holds(value, bounds[bound]):
-            raise UserError(f'{flag}: {value} found, {words} {bounds[bound]} expected')
+        if bounds.get(bound) is not None and not holds(value, bounds[bound]):
+            raise UserError(f'{flag}: {_shown(value)} found, {words} {bounds[bound]} expected')
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: Python takes its time for a number of a million digits, and refuses one in the end."""
+    if isinstance(value, int) and abs(value) >> 128:
+        return f'a number of some {int(value.bit_length() * math.log10(2)) + 1} digits'
+    return reprlib.repr(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +107,10 @@ class Data(OptionGroup):
     allow_pickle: bool = option(
         False, 'Read gensim KeyedVectors files, whose unpickling can run any code they contain.'
     )
-    word2vec_size: int = option(100, 'Word2Vec: length of the vectors.', at_least=1)
-    word2vec_window: int = option(5, 'Word2Vec: distance between a word and its context.', at_least=1)
+    word2vec_size: int = option(100, 'Word2Vec: length of the vectors.', at_least=1, at_most=LONGEST_VECTOR)
+    word2vec_window: int = option(
+        5, 'Word2Vec: distance between a word and its context.', at_least=1, at_most=10_000
+    )
     word2vec_min_count: int = option(5, 'Word2Vec: drop words that are rarer in the corpus.', at_least=1)
     word2vec_epochs: int = option(20, 'Word2Vec: passes over the corpus.', at_least=1)
     word2vec_skip_gram: bool = option(True, 'Word2Vec: skip-gram; else continuous bag of words.')
@@ -91,7 +118,7 @@ class Data(OptionGroup):
     max_length: int = option(19, 'Drop words of more letters.', at_least=1)
     pad_to: int = option(
         0, 'Time steps of an encoded word, its leading $ included; 0: as the longest word needs.',
-        at_least=0,
+        at_least=0, at_most=10_000,
     )  # fmt: skip
     normalise: bool = option(True, 'Scale every vector to length 1.')
     validation_share: float = option(0.05, 'Share of the words held out for validation.', at_least=0, below=1)
@@ -107,7 +134,9 @@ class Model(OptionGroup):
         'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library.",
         choices=('keras1', 'keras3', 'flax'),
     )  # fmt: skip
-    hidden: int = option(0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0)
+    hidden: int = option(
+        0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0, at_most=1 << 20
+    )
     gate: str = option(
         'preset', "The gates' squashing function, in place of the preset's.",
         choices=('preset', 'sigmoid', 'hard_sigmoid'), later=True,
@@ -217,7 +246,9 @@ class Optimiser(OptionGroup):
 class Training(OptionGroup):
     """What else decides the bits of a run."""
 
-    seed: int = option(0, 'Of everything random: initial weights, order of the words, split.', at_least=0)
+    seed: int = option(
+        0, 'Of everything random: initial weights, order of the words, split.', at_least=0, at_most=2**63 - 1
+    )
     batch_size: int = option(32, 'Words in a batch.', at_least=1)
     skip_batches: str = option(
         '',

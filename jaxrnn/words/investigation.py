@@ -242,6 +242,7 @@ def inspect_run(
 
 
 def _subject(opened: LoadedRun, records: Sequence[Row]) -> replay.Subject:
+    train.check_batch(opened.config, opened.dataset)
     options = opened.config.training
     return replay.subject(
         opened.program.step,

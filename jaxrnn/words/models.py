@@ -63,6 +63,11 @@ class Stacked(nnx.Module):
             return self.output(x)
 
 
+def width(options: config.Model) -> int:
+    """H."""
+    return options.hidden or WIDTHS[options.network]
+
+
 def build(options: config.Model, *, letters: int, vector_size: int, key: Array) -> nnx.Module:
     """The network of a configuration, with the initial weights that `key` decides.
 
@@ -72,7 +77,7 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         vector_size: E.
         key: PRNG key.
     """
-    hidden = options.hidden or WIDTHS[options.network]
+    hidden = width(options)
     preset = cells.PRESETS[options.preset]
     if options.gate != 'preset':
         preset = preset._replace(gate=cells.GATES[options.gate])

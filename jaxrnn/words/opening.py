@@ -1,9 +1,9 @@
 """What is asked of a run's directory before anything in it is believed: it may be a stranger's."""
 
-import shlex
 from typing import NamedTuple
 
 from jaxrnn import files
+from jaxrnn.escaping import as_shell_word
 from jaxrnn.record import loop
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.types import UserError
@@ -37,7 +37,7 @@ def check_allowed(paths: loop.Paths, config: Config, source: Source) -> None:
         return
     for name in ('vectors', 'corpus'):
         if path := getattr(config.data, name):
-            shown = shlex.quote(path) if path.isprintable() else ascii(path)
+            shown = as_shell_word(path)
             raise UserError(
                 f'--run_dir: {paths.root} has no data.npz, and a file that its config.json names is not opened on the '
                 f"run's word ({shown}); if you trust that file, give it yourself: --{name}={shown}"

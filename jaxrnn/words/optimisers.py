@@ -3,6 +3,8 @@
 And the state of one configuration's chain turned into that of another's.
 """
 
+import re
+import reprlib
 from typing import Any
 
 import jax
@@ -187,15 +189,22 @@ def _plateau(options: config.Optimiser) -> optax.GradientTransformationExtraArgs
 
 
 def _boundaries(options: config.Optimiser) -> list[int]:
-    try:
-        boundaries = [int(part) - options.warmup_steps for part in options.boundaries.split(',')]
-    except ValueError:
-        boundaries = []
+    parts = options.boundaries.split(',')
+    usable = len(parts) <= MOST_BOUNDARIES and all(_STEP.fullmatch(part.strip()) for part in parts)
+    boundaries = [int(part) - options.warmup_steps for part in parts] if usable else []
     if not boundaries or boundaries[0] <= 0 or boundaries != sorted(set(boundaries)):
         raise UserError(
-            f'--boundaries: {options.boundaries!r} found, rising steps after the warm-up expected, as 1000,2000'
+            f'--boundaries: {reprlib.repr(options.boundaries)} found, at most {MOST_BOUNDARIES} rising steps after '
+            'the warm-up expected, as 1000,2000'
         )
     return boundaries
+
+
+MOST_BOUNDARIES = 100
+"""Each is compiled into the step."""
+
+_STEP = re.compile('[0-9]{1,9}')
+"""A number of a step: every whole number of 9 digits fits an int32."""
 
 
 def clipped(options: config.Optimiser, gradients: Tree, opt_state: Tree, params: Tree) -> Tree:

@@ -13,6 +13,7 @@ import jax
 from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
+from jaxrnn.escaping import as_shell_word
 from jaxrnn.record import loop, rewind
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
@@ -81,7 +82,7 @@ def train_run(
     with _directory(paths.root):
         options = config.data if allow_pickle is None else config.changed(allow_pickle=allow_pickle).data
         dataset = _dataset(paths, options, config.training.seed, say)
-    program = make_program(config, dataset)
+        program = _fitting(config, dataset, make_program)
     _describe(paths, config, dataset)
     while True:
         rewinds = _rewound(paths)
@@ -192,7 +193,7 @@ def _check_same_config(paths: loop.Paths, config: Config) -> None:
         more = f' and {len(different) - 1} more' if len(different) > 1 else ''
         raise UserError(
             f'--run_dir: {paths.root} holds a run of other flags ({different[0]} there{more}); choose another '
-            f'directory, or go on with that run by --flagfile={paths.flags}'
+            f'directory, or go on with that run by --flagfile={as_shell_word(str(paths.flags))}'
         )
 
 
@@ -217,6 +218,13 @@ def _dataset(paths: loop.Paths, options: Data, seed: int, say: Callable[[str], N
     dropped = ', '.join(f'{count:,} {reason}' for reason, count in dataset.dropped.items())
     say(f'{len(dataset.words):,} words from {dataset.source}; dropped: {dropped or "none"}')
     return dataset
+
+
+def _fitting(config: Config, dataset: data.Dataset, make_program: train.MakeProgram) -> train.Program:
+    """The program. Raises UserError where the memory holds no state or batch of it."""
+    program = make_program(config, dataset)
+    train.check_batch(config, dataset)
+    return program
 
 
 def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:

@@ -1,6 +1,8 @@
 """jaxrnn's own networks as a program: a state to start from, a train step, and the batch of each step."""
 
 import functools
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxrnn import tree
+from jaxrnn import environment, tree
 from jaxrnn.optim import curvature, transforms
 from jaxrnn.record import loop
 from jaxrnn.rnn import cells, layers
@@ -41,8 +43,12 @@ class MakeProgram(Protocol):
 
 
 def make_program(config: Config, dataset: data.Dataset) -> Program:
-    """The program of a configuration; everything random in it follows from config.training.seed."""
+    """The program of a configuration; everything random in it follows from config.training.seed.
+
+    Raises UserError for options that contradict each other, or a network that no memory holds.
+    """
     network = _network(config.model, len(dataset.alphabet), dataset.vectors.shape[1])
+    _check_state(config, network)
     preset = cells.PRESETS[config.model.preset]
     optimiser = optimisers.build(config.optimiser, epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
 
@@ -63,8 +69,32 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     return Program(init, step, batch_at, network.predict)
 
 
+def _check_state(config: Config, network: 'Network') -> None:
+    """Raises UserError for a state that no memory holds: its parameters and Adam's two means."""
+    means = 2 if config.optimiser.moment_dtype == 'float32' else 1
+    _check_fits('--hidden', models.width(config.model), network.size * (1 + means))
+
+
+def check_batch(config: Config, dataset: data.Dataset) -> None:
+    """Raises UserError for batches that can't be trained on. Counted is less than that needs: letters, targets, and one
+    layer's output at each time step in two bytes a number."""
+    (steps, _), size = dataset.letters.shape, dataset.vectors.shape[1]
+    batch, each = config.training.batch_size, 4 * steps + 4 * size + 2 * steps * models.width(config.model)
+    _check_fits('--batch_size', batch, batch * each)
+
+
+def _check_fits(flag: str, found: int, need: int) -> None:
+    if need > (memory := environment.memory()):
+        raise UserError(
+            f'{flag}: {found} found, which needs more than {need >> 30:,} GiB, and there are {memory / 2**30:,.1f} GiB '
+            'of memory; give a smaller one'
+        )
+
+
 class Network(NamedTuple):
     """A network as functions of its parameters."""
+
+    size: int  # bytes of its parameters
 
     init: Callable[[Array], Tree]  # key -> parameters
     predict: Callable[[Tree, Array], Array]  # as a program has it
@@ -84,7 +114,7 @@ def _network(options: Model, letters: int, vector_size: int) -> Network:
         with jax.default_matmul_precision(None if options.precision == 'default' else options.precision):
             return nnx.merge(graph, nnx.State(variables))(letters)
 
-    return Network(init, predict)
+    return Network(tree.nbytes(jax.eval_shape(init, jax.random.key(0))), init, predict)
 
 
 def skipped(text: str) -> frozenset[int]:
@@ -92,20 +122,24 @@ def skipped(text: str) -> frozenset[int]:
     steps: set[int] = set()
     for part in text.split(','):
         first, *rest = part.split('-')
-        if len(rest) > 1 or not all(number.isascii() and number.isdecimal() for number in (first, *rest)):
-            raise UserError(f'--skip_batches: {part!r} found, a step or a range as 1400-1410 expected')
-        bounds = range(int(first), int((rest or [first])[0]) + 1)
-        if not bounds or bounds[0] < 1 or len(bounds) > MOST_SKIPPED:
+        if len(rest) > 1 or not all(_STEP.fullmatch(number) for number in (first, *rest)):
             raise UserError(
-                f'--skip_batches: {part!r} found, steps from 1 on, in rising order and at most {MOST_SKIPPED:,}, '
-                'expected'
+                f'--skip_batches: {reprlib.repr(part)} found, a step or a range as 1400-1410 expected'
+            )
+        bounds = range(int(first), int((rest or [first])[0]) + 1)
+        if not bounds or bounds[0] < 1 or len(bounds) + len(steps) > MOST_SKIPPED:
+            raise UserError(
+                f'--skip_batches: {part!r} found, steps from 1 on, in rising order and at most {MOST_SKIPPED:,} in '
+                'all, expected'
             )
         steps |= set(bounds)
     return frozenset(steps)
 
 
 MOST_SKIPPED = 1_000_000
-"""Steps in one range of --skip_batches."""
+"""Steps of --skip_batches."""
+
+_STEP = re.compile('[0-9]{1,18}')
 
 
 def make_step(

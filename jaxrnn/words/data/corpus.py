@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
+import types
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
@@ -23,8 +23,9 @@ from jaxrnn import environment
 from jaxrnn.files import replacing
 from jaxrnn.types import UserError
 from jaxrnn.words import config
+from jaxrnn.words.data import wikitext
 from jaxrnn.words.data.files import opened, raw
-from jaxrnn.words.data.formats import LONGEST_VECTOR
+from jaxrnn.words.data.letters import composed, marks
 
 SAMPLE = 'test/test_data/enwiki-latest-pages-articles1*shortened.bz2'  # 2 MB, part of gensim's wheel
 SENTENCE_END = re.compile(r'[.!?]\s|\n+')
@@ -56,8 +57,6 @@ def trained_on(
     Raises:
       UserError: for a corpus that can't be read or has too few words.
     """
-    if options.word2vec_size > LONGEST_VECTOR:
-        raise UserError(f'--word2vec_size: {options.word2vec_size} found, at most {LONGEST_VECTOR} expected')
     settings = {
         'vector_size': options.word2vec_size,
         'window': options.word2vec_window,
@@ -96,7 +95,7 @@ def sentences(path: str) -> Iterator[list[str]]:
 
 def tokenise(text: str) -> Iterator[list[str]]:
     """The words of each sentence of two or more, lower-cased, NFC."""
-    for sentence in SENTENCE_END.split(unicodedata.normalize('NFC', text.lower())):
+    for sentence in SENTENCE_END.split(composed(text.lower())):
         words = _word_pattern().findall(sentence)
         if len(words) > 1:
             yield words
@@ -105,8 +104,7 @@ def tokenise(text: str) -> Iterator[list[str]]:
 @functools.cache
 def _word_pattern() -> re.Pattern:
     """Letters and their combining marks. Python's \\w has no marks, without which Hindi falls to pieces."""
-    marks = ''.join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith('M'))
-    return re.compile(rf'[^\W\d_]+(?:[{marks}]+[^\W\d_]*)*')
+    return re.compile(rf'[^\W\d_]+(?:[{marks()}]+[^\W\d_]*)*')
 
 
 def _lines(path: str, stream: io.BufferedReader) -> Iterator[str]:
@@ -128,13 +126,15 @@ def _lines(path: str, stream: io.BufferedReader) -> Iterator[str]:
 
 def _articles(path: str, stream: io.BufferedReader) -> Iterator[str]:
     """The plain text of each article of a MediaWiki dump."""
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki  # slow to import
+    from gensim.corpora.wikicorpus import extract_pages  # slow to import
 
     pages = 0
+    # It reads 16 kB at once, and expat before 2.6 begins a tag or comment anew with each.
+    pieces = types.SimpleNamespace(read=lambda size: stream.read(max(size, LONGEST_PIECE)))
     try:
-        for _, text, _ in extract_pages(stream, filter_namespaces=('0',)):
+        for _, text, _ in extract_pages(pieces, filter_namespaces=('0',)):
             pages += 1
-            yield filter_wiki(text)
+            yield wikitext.plain(text)
     except (SyntaxError, ValueError, AttributeError, RuntimeError) as error:  # all of extract_pages'
         raise UserError(f'{path}: no MediaWiki dump ({error}); give one, or plain text') from error
     if not pages:

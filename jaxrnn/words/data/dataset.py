@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxrnn import environment
 from jaxrnn.types import Array, UserError
 from jaxrnn.words import config
 from jaxrnn.words.data.corpus import sample_path, trained_on
@@ -64,7 +65,13 @@ def load(
     if options.normalise:
         found = normalised(name, found)
     alphabet = alphabet_of(found.words)
-    letters = encode(found.words, alphabet, steps_for(found.words, options.pad_to))
+    steps = steps_for(found.words, options.pad_to)
+    if (need := 4 * steps * len(found.words)) > environment.memory():
+        raise UserError(
+            f'--pad_to: {steps} time steps of {len(found.words):,} words found, which need {need >> 30:,} GiB, more '
+            'than the memory; give a smaller one, or fewer --num_words'
+        )
+    letters = encode(found.words, alphabet, steps)
     parts = split(found.words, seed=seed, validation=options.validation_share, test=options.test_share)
     arrays = (letters, found.vectors, *parts)
     for array in arrays:

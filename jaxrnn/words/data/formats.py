@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrnn.escaping import as_shell_word
 from jaxrnn.types import UserError
+from jaxrnn.words.config import LONGEST_VECTOR
 from jaxrnn.words.data.files import OpenFile, opened
 
 # Ours rather than gensim's parser: that one allocates what the header claims, keeps no line numbers for
 # its messages, cuts GloVe's words at their first space, and its `limit` counts words we then drop.
 
-LONGEST_VECTOR = 1 << 16  # far above any known word vector; a header that claims more is damaged
 LONGEST_LINE = 4 << 20  # bytes: LONGEST_VECTOR numbers of 63 characters
 LONGEST_WORD = 10_000  # bytes; word2vec's own limit is 100
 SAMPLE = 1 << 16  # bytes that decide between text and binary
@@ -158,10 +159,13 @@ def _binary_word(path: str, stream: io.BufferedReader, number: int) -> bytes:
 
 def _keyed_vectors(path: str, allow_pickle: bool) -> VectorTable:
     if not allow_pickle:
+        code = (
+            'from gensim.models import KeyedVectors as K;'
+            f' K.load({path!a}).save_word2vec_format({path + ".bin"!a}, binary=True)'
+        )
         raise UserError(
             f'{path}: a pickled file, as gensim saves KeyedVectors; unpickling can run any code in it. If you'
-            ' trust it, type --allow_pickle, or convert it: python -c "from gensim.models import KeyedVectors'
-            f' as K; K.load({path!r}).save_word2vec_format({path + ".bin"!r}, binary=True)"'
+            f' trust it, type --allow_pickle, or convert it: python -c {as_shell_word(code)}'
         )
     try:
         words, vectors = _unpickled(path)

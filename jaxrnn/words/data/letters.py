@@ -3,7 +3,10 @@
 A word is written as one leading `$`, its letters (code points, NFC), and `$` up to T time steps.
 """
 
+import functools
 import hashlib
+import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,6 +24,33 @@ class Split(NamedTuple):
     train: np.ndarray  # int32
     validation: np.ndarray  # int32
     test: np.ndarray  # int32
+
+
+MOST_MARKS = 30
+"""Combining marks in a row; no language comes near. The stream-safe text format has the same limit (Unicode Standard
+Annex 15, section 13)."""
+
+
+def composed(text: str) -> str:
+    """NFC, in time that grows as the length does: more than MOST_MARKS marks in a row, which take the square of their
+    number to be put in order, are parted by U+034F, as in the stream-safe text format."""
+    if _MAYBE_MARKS.search(text):
+        text = _too_many_marks().sub('\\g<0>\u034f', text)
+    return unicodedata.normalize('NFC', text)
+
+
+_MAYBE_MARKS = re.compile(f'[^\\x00-\u02ff]{{{MOST_MARKS + 1}}}')
+
+
+@functools.cache
+def _too_many_marks() -> re.Pattern:
+    return re.compile(f'[{marks()}]{{{MOST_MARKS}}}(?=[{marks()}])')
+
+
+@functools.cache
+def marks() -> str:
+    """Every combining mark."""
+    return ''.join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c).startswith('M'))
 
 
 def why_unusable(word: str, max_length: int) -> str:
@@ -63,7 +93,7 @@ def encode(words: Sequence[str], alphabet: str, steps: int) -> np.ndarray:
       UserError: for a letter that isn't in the alphabet, or a word of `steps` letters or more.
     """
     number = {letter: n for n, letter in enumerate(alphabet) if letter != PAD}
-    words = [unicodedata.normalize('NFC', word) for word in words]
+    words = [composed(word) for word in words]
     lengths = np.array([len(word) for word in words], int)
     if len(words) and lengths.max() >= steps:
         word = words[int(lengths.argmax())]

@@ -1,7 +1,6 @@
 """Words and their vectors: gathered from rows, scaled, compared, written."""
 
 import os
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from jaxrnn.files import replacing
 from jaxrnn.types import UserError
 from jaxrnn.words.data.formats import VectorTable, shown, vector_table
-from jaxrnn.words.data.letters import why_unusable
+from jaxrnn.words.data.letters import composed, why_unusable
 
 BLOCK = 1 << 22  # numbers worked on at once, in float64 32 MiB
 EQUAL = 'equal to another word after NFC'
@@ -54,7 +53,7 @@ def gather(name: str, table: VectorTable, *, max_length: int, num_words: int = 0
     dropped: Counter[str] = Counter()
     values = bytearray()  # grows as rows arrive: what a header claims allocates nothing
     for number, raw, vector in table.rows:
-        word = unicodedata.normalize('NFC', raw)
+        word = composed(raw)
         if word in kept and written.get(word, word) == raw:
             raise _twice(name, table.unit, raw, kept[word], number)
         if reason := why_unusable(word, max_length) or (EQUAL if word in kept else ''):
