@@ -454,6 +454,41 @@ def damaged(kept: Path, folder: Path) -> dict[tuple[str, str], Path]:
     return made
 
 
+OF_META = {
+    'empty': b'',
+    'a list': b'[]',
+    'a step in words': b'{"step": "1"}',
+    'a digest of numbers': b'{"state": 7}',
+    'nested': b'{"step": ' + b'[' * 100_000 + b']' * 100_000 + b'}',
+    'not UTF-8': b'{"state": "\xff"}',
+    'large': b'{"state": "' + b'a' * (2 << 20) + b'"}',
+    'a NaN': b'{"step": NaN}',
+}
+
+
+@pytest.mark.parametrize('content', OF_META.values(), ids=list(OF_META))
+def test_a_damaged_meta_is_named(kept, tmp_path, content):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    step = checkpoints.steps()[-1]
+    (tmp_path / 'checkpoints' / str(step) / 'meta' / 'metadata').write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"checkpoints/{step}/meta: it can't be read \(.{{1,200}}\); delete"
+    ) as error:
+        checkpoints.meta(step)
+    assert str(error.value).isprintable()
+
+
+def test_notes_of_any_size_are_not_read(kept, tmp_path):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / 'checkpoints')
+    step = checkpoints.steps()[-1]
+    with open(tmp_path / 'checkpoints' / str(step) / 'state' / '_METADATA', 'ab') as file:
+        file.truncate(1 << 40)  # takes no room
+    with pytest.raises(UserError, match='_METADATA: 1,099,511,627,776 bytes found, at most'):
+        checkpoints.restore(step)
+
+
 @pytest.mark.parametrize('command', [*COMMANDS, 'train'])
 def test_every_damage_is_one_line(command, kept, tmp_path):
     """No traceback, no waiting for a FIFO, and nothing outside of the run is read or written."""

@@ -63,6 +63,23 @@ def _plainly(directory: Path) -> Iterator[Path]:
         yield link
 
 
+META_FILE, MOST_META = 'metadata', 1 << 20
+"""Where orbax puts what is saved beside a state, and its bytes; it has 2,000."""
+
+MOST_NOTES = 64 << 20
+"""Bytes of a file in which orbax notes what a state consists of; an array has 300 in it."""
+
+
+def _meta_of(found: Any) -> dict[str, Any]:
+    """Raises TypeError for what isn't one that `Writer.save` was given."""
+    if not isinstance(found, dict):
+        raise TypeError(f'a {type(found).__name__} found, a dictionary expected')
+    for name, kind in (('step', int), ('state', str), ('environment', str), ('environment_details', dict)):
+        if name in found and type(found[name]) is not kind:
+            raise TypeError(f'{name}: a {type(found[name]).__name__} found, a {kind.__name__} expected')
+    return found
+
+
 class Checkpoints:
     """The checkpoints of a directory: those that `save` made, or those of somebody's orbax CheckpointManager.
 
@@ -87,6 +104,7 @@ class Checkpoints:
             raise UserError(
                 f'{self.directory}: no checkpoint of step {step}; there are {_ranges(self.steps())}'
             )
+        _check_notes(path)
         target = None if self.like is None else _boxed(jax.tree.map(_abstract, self.like))
         try:
             state = self._read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
@@ -107,15 +125,13 @@ class Checkpoints:
         if not path.is_dir():
             return {}
         try:
-            found = self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-            if not isinstance(found, dict):
-                raise TypeError(f'a {type(found).__name__} found, a dictionary expected')
-            return found
-        except UserError:
-            raise
-        except Exception as error:
+            # Not through orbax, which has no limits.
+            return _meta_of(files.read_json(path / META_FILE, MOST_META))
+        except (OSError, TypeError, UserError) as error:
+            said = (error.strerror if isinstance(error, OSError) else '') or _first_line(error)
+            said = said.removeprefix(f'{path / META_FILE}: ').partition('; ')[0]
             raise UserError(
-                f"{path}: it can't be read ({_first_line(error)}); delete it to go by the records alone"
+                f"{path}: it can't be read ({said}); delete it to go by the records alone"
             ) from error
 
     def drop_after(self, step: int) -> None:
@@ -368,6 +384,17 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     leaf = leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf)
     place = getattr(leaf, 'sharding', None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _check_notes(path: Path) -> None:
+    """Raises UserError where what orbax notes of a state is larger than of any: it reads it whole."""
+    with contextlib.suppress(OSError):
+        for note in path.iterdir():
+            if note.name.startswith('_') and note.stat().st_size > MOST_NOTES:
+                raise UserError(
+                    f'{note}: {note.stat().st_size:,} bytes found, at most {MOST_NOTES:,} expected; it is damaged: '
+                    'delete the folder of the step to go on from the one before'
+                )
 
 
 def _ranges(steps: list[int]) -> str:
