@@ -55,8 +55,6 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
             f'not reproducible from step {step} on: the states agree bit for bit, but {measured}, as by another '
             f'version of the code that makes the record{around}; train again with this one',
         )
-    if agree and (flipped := flipped_bits.of_step(replayer, step)) is not None:
-        return Cause('hardware', f'not reproducible from step {step} on: {_bit(flipped, step)}')
     if (
         agree
         and not differences
@@ -67,6 +65,8 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
             'program',
             f'not reproducible from step {step} on, nor from step {other} on: {AGREE}; {ANOTHER}',
         )
+    if agree and (flipped := flipped_bits.of_step(replayer, step)) is not None:
+        return Cause('hardware', f'not reproducible from step {step} on: {_bit(flipped, step)}')
     kind = 'hardware' if agree and not differences else 'nondeterminism'
     return Cause(kind, f'not reproducible from step {step} on: {AGREE if agree else DISAGREE}{around}')
 

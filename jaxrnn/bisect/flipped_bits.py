@@ -192,8 +192,8 @@ def _far(number: int, before: Any, saved: Any, reached: Any) -> list[tuple[float
             continue
         errors = []
         for bit in range(bits_of(before)):
-            flipped = float(np.asarray(_element(before, place, bit), np.float64))
-            with np.errstate(all='ignore'):
+            with np.errstate(all='ignore'):  # a signalling NaN can't be cast in silence
+                flipped = float(np.asarray(_element(before, place, bit), np.float64))
                 # What the number was changed by has stayed; or, where it decays, a part of it.
                 error = abs(np.log(abs(flipped - wide[0][place])) - np.log(apart[place]))
             errors.append((float(error) if np.isfinite(error) else np.inf, bit))

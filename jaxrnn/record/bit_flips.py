@@ -118,8 +118,9 @@ def named(path: str, leaf: Any, word: int, bit: int) -> BitFlip:
         part, word = divmod(word, right.size * words)
     place, within = divmod(word, max(words, 1))
     index = tuple(int(at) for at in np.unravel_index(place, right.shape)) if right.shape else ()
-    values = [(each.imag if part else each.real).reshape(-1)[place] for each in (right, wrong)]
-    return BitFlip(path, index, bit + 32 * within, float(values[0]), float(values[1]))
+    with np.errstate(invalid='ignore'):  # a signalling NaN can't be cast in silence
+        values = [float((each.imag if part else each.real).reshape(-1)[place]) for each in (right, wrong)]
+    return BitFlip(path, index, bit + 32 * within, *values)
 
 
 def _numbers(leaf: jax.Array) -> np.ndarray:
