@@ -15,7 +15,7 @@ import pytest
 
 from jaxrnn import environment
 from jaxrnn.types import UserError
-from jaxrnn.words import config, data, optimisers, train
+from jaxrnn.words import config, data, optimisers, remedies, train
 from jaxrnn.words.config import Config
 
 OPTIONS = [
@@ -212,3 +212,24 @@ def test_every_flag_of_a_command_has_bounds(command):
         )
         assert errors.count('\n') == 1 and len(errors) < 300 and errors.rstrip('\n').isprintable()
     assert len(done.stdout.splitlines()) == len(calls)
+
+
+# What is computed of options at their bounds.
+
+
+def test_remedies_stay_within_bounds():
+    """A diagnosis goes on, whatever a run was trained with."""
+    for group, option in NUMBERS:
+        for value in (1e308, -1e308):
+            most = config.limited(option.name, option.type(value))
+            if option.metadata['below'] is not None and most > 0:
+                most = 0.5
+            whole = made(group, option, most)
+            for remedy in (*remedies.REMEDIES, remedies.epsilon_by_rule(1e30)):
+                remedies.applied(remedies.applied(whole, remedy), remedy)
+
+
+def test_limited():
+    assert config.limited('hidden', 10**12) == 1 << 20 and config.limited('hidden', -5) == 0
+    assert 0 < config.limited('learning_rate', 0.0) < 1e-300 and config.limited('learning_rate', 0.5) == 0.5
+    assert type(config.limited('chrono_steps', 2**40)) is int

@@ -78,6 +78,15 @@ def check_number(flag: str, value: float, bounds: Mapping[str, Any]) -> None:
             raise UserError(f'{flag}: {_shown(value)} found, {words} {bounds[bound]} expected')
 
 
+def limited(name: str, value: float) -> float:
+    """The nearest number that an option may be: of a value that is computed from others at their bounds."""
+    field = next(field for group in GROUPS for field in dataclasses.fields(group) if field.name == name)
+    bounds, kind = field.metadata, type(value)
+    least = bounds['at_least'] if bounds['above'] is None else math.nextafter(bounds['above'], math.inf)
+    most = LARGEST[int if field.type is int else float] if bounds['at_most'] is None else bounds['at_most']
+    return kind(min(max(value, -most if least is None else least), most))
+
+
 def _shown(value: Any) -> str:
     """A value in an error: Python takes its time for a number of a million digits, and refuses one in the end."""
     if isinstance(value, int) and abs(value) >> 128:
@@ -283,6 +292,9 @@ class Loop(OptionGroup):
         'from there, a second time without the batches around it, and stop after a few tries (rewinds.json).',
         choices=('continue', 'stop', 'rewind'),
     )
+
+
+GROUPS = (Data, Model, Optimiser, Training, Loop)
 
 
 def _check_group(name: str, values: Any) -> None:

@@ -48,7 +48,7 @@ def _fresh_run(
     assert diagnosis.symptom is not None
     steps = min(2 * (diagnosis.symptom.step + 1), config.loop.max_steps)
     changed = config.changed(
-        seed=config.training.seed + 1, max_steps=steps, on_divergence='stop', checkpoint_every=steps
+        seed=(config.training.seed + 1) % 2**63, max_steps=steps, on_divergence='stop', checkpoint_every=steps
     )
     say(f'training anew for {steps:,} steps: {name}')
     with tempfile.TemporaryDirectory() as directory:

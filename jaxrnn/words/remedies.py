@@ -20,7 +20,7 @@ from jaxrnn.optim import curvature, signals
 from jaxrnn.rnn import cells
 from jaxrnn.types import Series, Tree
 from jaxrnn.words import data, models, optimisers, train
-from jaxrnn.words.config import Config
+from jaxrnn.words.config import Config, limited
 
 Overrides = Mapping[str, Any]
 
@@ -92,7 +92,7 @@ def _slower(config: Config, by: float) -> Overrides:
 
 def _rounded(rate: float) -> float:
     """As a person would write it; so that half of twice a rate is that rate."""
-    return float(f'{rate:.6g}')
+    return limited('learning_rate', float(f'{rate:.6g}'))
 
 
 def _decaying(config: Config) -> Overrides:
@@ -127,7 +127,7 @@ def epsilon_by_rule(sharpness: float) -> Remedy:
         if not (np.isfinite(least) and least > _epsilon(config)):
             return {}
         unit = 10.0 ** (np.floor(np.log10(least)) - 1)
-        return {'epsilon': float(f'{np.ceil(round(least / unit, 6)) * unit:.1e}')}
+        return {'epsilon': limited('epsilon', float(f'{np.ceil(round(least / unit, 6)) * unit:.1e}'))}
 
     return Remedy(
         EPSILON, 'optimiser', options,
@@ -152,7 +152,7 @@ def _soft_gates(config: Config) -> Overrides:
 
 def _chrono(config: Config) -> Overrides:
     steps = config.data.pad_to or config.data.max_length + 1
-    return {} if config.model.chrono_steps else {'chrono_steps': steps}
+    return {} if config.model.chrono_steps else {'chrono_steps': limited('chrono_steps', steps)}
 
 
 USUAL_GAIN = 1.5
