@@ -46,7 +46,7 @@ KINDS = {
     'blocks': range(56),
     'files': range(52),
     'meanwhile': range(0, 60, 3),
-    'size': range(0, 3600, 60),
+    'size': range(300, 3600, 60),
 }
 """What runs out -> how much of it there is; a checkpoint of this state takes 22 blocks, and 22 files and folders."""
 

@@ -1,6 +1,7 @@
 """A disk that fills inside a checkpoint's write: one line, a process that ends, and a run that goes on."""
 
 import asyncio
+import concurrent.futures
 import gc
 import subprocess
 import sys
@@ -86,11 +87,36 @@ def test_a_hook_that_came_later_stays(tmp_path, monkeypatch):
 
 
 def test_what_is_done_aside_gives_and_raises_as_ever():
-    assert quiet.aside(lambda: 3) == 3
+    aside = quiet.Aside()
+    assert aside(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        quiet.aside(lambda: 1 / 0)
+        aside(lambda: 1 / 0)
     with pytest.raises(TimeoutError, match='more than'):
-        quiet.aside(lambda: time.sleep(0.2), 0.01)
+        aside(lambda: time.sleep(0.2), 0.01)
+
+
+class Raising(threading.Thread):
+    def join(self, timeout=None):
+        raise OSError('as threads of orbax do')
+
+
+def test_threads_that_are_begun_there_are_waited_for():
+    """Else Python, when it ends, stops them inside of C++, which aborts the process."""
+    aside, ended, never = quiet.Aside(), [], threading.Event()
+
+    def begin():
+        threading.Thread(target=lambda: (time.sleep(0.1), ended.append(1))).start()
+
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    aside(lambda: (begin(), pool.submit(list)))
+    assert not ended
+    began = time.monotonic()
+    aside.settle(10)
+    assert ended and time.monotonic() < began + 9
+    pool.shutdown()
+    aside(lambda: Raising(target=never.wait).start())
+    aside.settle(0.01)
+    never.set()
 
 
 THREADS_THAT_WAIT = """

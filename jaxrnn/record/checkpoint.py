@@ -255,6 +255,7 @@ class Writer:
         self._guard(lambda: _empty_deleted(self.directory))
         self._open = contextlib.ExitStack()
         home = self._open.enter_context(_plainly(self.directory))
+        self._aside = quiet.Aside()
         self._quiet = quiet.Quiet(self.directory)
         self._quiet.begin()
         self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
@@ -335,9 +336,10 @@ class Writer:
     def _guard(self, action: Callable[[], Any]) -> None:
         """Does it where threads that orbax begins keep no process alive; waits for none for long after a failure."""
         try:
-            quiet.aside(action, PATIENCE if self._failed else None)
+            self._aside(action, PATIENCE if self._failed else None)
         except Exception as error:  # a full or failing disk comes as OSError, ValueError or RuntimeError
             self._failed = True
+            self._aside.settle(PATIENCE)
             raise UserError(
                 f"{self.directory}: a checkpoint couldn't be written ({_reason(error)}); make room or check "
                 'the disk, then run the same command again to resume'

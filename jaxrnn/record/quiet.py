@@ -5,8 +5,10 @@ of their own, where nobody waits for them any more. Three places print what beco
 """
 
 import logging
+import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,30 +71,60 @@ def _files(found: TracebackType | None) -> Iterator[Path]:
     return (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(found))
 
 
-def aside(action: Callable[[], Any], most: float | None = None) -> Any:
-    """Does something in a thread that doesn't keep the process alive; so those don't either that are begun there.
+class Aside:
+    """Does things in threads that keep no process alive; and so do those that are begun there.
 
-    Args:
-        action: what to do.
-        most: seconds to wait for it; None for no end.
-
-    Returns:
-        What it returns. Raises what it raises, and TimeoutError where it takes longer.
+    When Python ends it stops such threads wherever they are; one that is in C++ then aborts the process. So where they
+    should be about to end, they are waited for: see `settle`.
     """
-    done: list[Any] = []
-    failed: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            done.append(action())
-        except BaseException as error:
-            failed.append(error)
+    def __init__(self) -> None:
+        self._begun: list[threading.Thread] = []
 
-    thread = threading.Thread(target=run, name='jaxrnn checkpoint', daemon=True)
-    thread.start()
-    thread.join(most)
-    if failed:
-        raise failed[0]
-    if not done:
-        raise TimeoutError(f'it takes more than {most:g} seconds')
-    return done[0]
+    def __call__(self, action: Callable[[], Any], most: float | None = None) -> Any:
+        """Does one thing, and waits for it.
+
+        Args:
+            action: what to do.
+            most: seconds to wait; None for no end.
+
+        Returns:
+            What it returns. Raises what it raises, and TimeoutError where it takes longer.
+        """
+        done: list[Any] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            before = threading.enumerate()
+            try:
+                done.append(action())
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                self._begun += [each for each in threading.enumerate() if each not in before and _ends(each)]
+
+        thread = threading.Thread(target=run, name='jaxrnn checkpoint', daemon=True)
+        self._begun = [thread, *(each for each in self._begun if each.is_alive())]
+        thread.start()
+        thread.join(most)
+        if failed:
+            raise failed[0]
+        if not done:
+            raise TimeoutError(f'it takes more than {most:g} seconds')
+        return done[0]
+
+    def settle(self, most: float) -> None:
+        """Waits for the threads that were begun, in all so many seconds at most."""
+        until = time.monotonic() + most
+        for thread in list(self._begun):
+            threading.Thread.join(
+                thread, max(until - time.monotonic(), 0)
+            )  # orbax's own raises what failed in it
+
+
+OF_POOL = re.compile(r'_\d+$')
+"""How concurrent.futures calls its threads. They wait for work until Python ends, which waits for them by itself."""
+
+
+def _ends(thread: threading.Thread) -> bool:
+    return thread.daemon and not OF_POOL.search(thread.name)
