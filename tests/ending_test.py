@@ -64,6 +64,14 @@ def sends(number, at):
     return on_row
 
 
+@pytest.fixture(autouse=True)
+def hanging_up_is_not_ignored():
+    """As it is where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class TestSignals:
     def test_hanging_up_saves_and_ends(self, tmp_path, straight):
         handler = signal.getsignal(signal.SIGHUP)

@@ -251,11 +251,11 @@ class Writer:
         self._syncing: concurrent.futures.Future | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._failed = False
+        self._aside = quiet.Aside()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._guard(lambda: _empty_deleted(self.directory))
         self._open = contextlib.ExitStack()
         home = self._open.enter_context(_plainly(self.directory))
-        self._aside = quiet.Aside()
         self._quiet = quiet.Quiet(self.directory)
         self._quiet.begin()
         self._manager = ocp.CheckpointManager(home, options=options, item_names=('state', 'meta'))
