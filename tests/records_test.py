@@ -82,6 +82,15 @@ class TestRecords:
             data.draw(st.sampled_from(same))['loss'] = 'other'
             assert Records.of(rows).digest() != Records.of(same).digest()
 
+    def test_a_slice_has_the_columns_of_its_rows(self):
+        found = Records.of(
+            [{'step': 0, 'a': 1.0, 'b': 1}, {'step': 1, 'a': 2.0}, {'step': 2, 'c': 1.0, 'd': 'x'}]
+        )
+        for first in range(4):
+            for stop in range(4):
+                assert found[first:stop].columns.keys() == series(list(found)[first:stop]).keys()
+        assert not found.between(5, 9).columns
+
     def test_rows_in_any_order(self):
         found = Records.of([{'step': 2}, {'step': 0}, {'step': 2, 'a': 1}])
         assert list(found) == [{'step': 0}, {'step': 2, 'a': 1}]

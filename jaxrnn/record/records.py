@@ -72,7 +72,8 @@ class Records(Sequence[Row]):
     def columns(self) -> Series:
         """Name -> float64 [S], MISSING where a row lacks the name. Texts are left out."""
         if self._columns is None:
-            made = {name: _floats(values) for name, values in self._stored.items()}
+            there = {name: v for name, v in self._stored.items() if not _is_absent(v)}  # as of a slice
+            made = {name: _floats(values) for name, values in there.items()}
             self._columns = {name: values for name, values in made.items() if values is not None}
         return self._columns
 
@@ -239,6 +240,13 @@ def _joined(parts: Sequence[np.ndarray | int]) -> np.ndarray:
     if len(kinds) == 1 and not any(isinstance(part, int) for part in parts):
         return np.concatenate(parts)
     return np.concatenate([_objects([ABSENT] * p if isinstance(p, int) else _values(p)) for p in parts])
+
+
+def _is_absent(values: np.ndarray) -> bool:
+    """Whether no row has the field."""
+    if values.dtype == object:
+        return all(value is ABSENT for value in values)
+    return not values.size or bool(is_missing(values[:1]).all() and is_missing(values).all())
 
 
 def _floats(values: np.ndarray) -> np.ndarray | None:
