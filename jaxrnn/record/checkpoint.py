@@ -110,6 +110,8 @@ class Checkpoints:
             found = self._read(path, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
             if not isinstance(found, dict):
                 raise TypeError(f'a {type(found).__name__} found, a dictionary expected')
+            if not isinstance(found.get('state', ''), str):
+                raise TypeError(f'its digest is a {type(found["state"]).__name__}, a text expected')
             return found
         except UserError:
             raise
