@@ -284,7 +284,10 @@ def test_weights_of_another_step_are_not_taken(copied):
         run.newest_params(opened)
 
 
-@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'3', b'\xff', b'[' * 100_000, b'{"config": [1]}'])
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'{', b'[]', b'3', b'\xff', b'[' * 100_000, b'{"config": [1]}', b'{"state": 7, "config": ""}'],
+)
 def test_digests_that_cannot_be_read(content, copied):
     found = [path for path in (copied / 'checkpoints' / '40' / 'meta').iterdir() if path.is_file()]
     (written,) = [path for path in found if b'"config"' in path.read_bytes()]
@@ -523,6 +526,8 @@ FLAGS = {
     'gigantic': lambda path: path.write_bytes(b'--hidden=8\n' * 1_000_000),
     'itself': lambda path: path.write_text(f'--flagfile={path}\n'),
     'another': lambda path: path.write_text('--hidden=8\n --flagfile /etc/passwd\n'),
+    'another, after a carriage return': lambda path: path.write_bytes(b'--hidden=8\r--flagfile=/etc/passwd'),
+    'a name of a thousand letters': lambda path: path.write_bytes(b'--' + b'a' * 1200),
     'no flags': lambda path: path.write_bytes(b'root:x:0:0\0\n'),
 }
 

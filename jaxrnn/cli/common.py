@@ -281,6 +281,7 @@ def _remember(arguments: list[str]) -> None:
     for word in words:
         if word == '--' or not word.startswith('-'):
             return
+        _check_name(word)
         name, equals, value = word.lstrip('-').partition('=')
         if name == 'flagfile':
             _check_flags((value if equals else next(words, '')).strip())
@@ -302,8 +303,22 @@ def _check_flags(path: str) -> None:
         ) from error
     if '\0' in text:
         raise UserError(f'--flagfile: {path} has zero bytes, flags were expected, one a line')
-    if re.search(r'^\s*--?flagfile\b', text, re.MULTILINE):
+    lines = text.replace('\r', '\n').split('\n')  # absl ends a line at either
+    if any(re.match(r'\s*--?flagfile\b', line) for line in lines):
         raise UserError(f'--flagfile: {path} names another file of flags; give that one by itself')
+    for line in lines:
+        _check_name(line.strip())
+
+
+LONGEST_NAME = 100
+"""Letters of a flag's name. For an unknown one absl looks for the nearest, in time that grows as the square of its
+length, and by as many calls within each other."""
+
+
+def _check_name(word: str) -> None:
+    name = word.lstrip('-').partition('=')[0]
+    if word.startswith('-') and len(name) > LONGEST_NAME:
+        raise UserError(f'--{name[:20]}…: a flag of {len(name):,} letters found, no such flag; see --help')
 
 
 def show(text: str) -> None:

@@ -518,7 +518,7 @@ def _signals(adam: Adam, s: _Sums) -> dict[str, Array]:
     return {
         'update_rms': jnp.sqrt(s.normalised / size),
         'decoupling': jnp.where(s.v == 0, 0, 1 - _ratio(s.gg * adam.square, s.v)),
-        'descent_cosine': _ratio(-s.ug, jnp.sqrt(s.uu) * jnp.sqrt(s.gg)),
+        'descent_cosine': _cosine(-s.ug, s.uu, s.gg),
         'saturated_ratio': s.saturated / size,
         'step_rms': _ratio(rms, adam.learning_rate),
         'momentum_cosine': _momentum_cosine(adam, s),
@@ -533,7 +533,13 @@ def _momentum_cosine(adam: Adam, s: _Sums) -> Array:
     gm = (s.gm - (1 - adam.b1) * s.gg) / (adam.b1 or 1)
     mm = (s.mm - 2 * (1 - adam.b1) * s.gm + (1 - adam.b1) ** 2 * s.gg) / (adam.b1 or 1) ** 2
     lost = mm <= 1e-6 * s.gg
-    return _ratio(jnp.where(lost, 0, gm), jnp.sqrt(jnp.where(lost, 0, mm)) * jnp.sqrt(s.gg))
+    return _cosine(jnp.where(lost, 0, gm), jnp.where(lost, 0, mm), s.gg)
+
+
+def _cosine(ab: Array, aa: Array, bb: Array) -> Array:
+    """Of two vectors, from their products; 0 where a square is too small for its type, as of a gradient of 1e-23."""
+    lengths = jnp.sqrt(aa) * jnp.sqrt(bb)
+    return jnp.where(lengths == 0, 0, ab / jnp.where(lengths == 0, 1, lengths))
 
 
 def _ratio(a: Array, b: Array) -> Array:

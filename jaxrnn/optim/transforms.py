@@ -15,6 +15,9 @@ import optax
 from jaxrnn import tree
 from jaxrnn.types import Array, Record, Tree, UserError
 
+SMALLEST_EPSILON = 1e-30
+"""What a smaller epsilon counts as: in float32 it would be 0, and a gradient of 0 divided by it a NaN."""
+
 
 def scale_by_adam(
     b1: float,
@@ -56,6 +59,7 @@ def scale_by_adam(
             b2 = .999 a v in bfloat16 rises only where g^2 is 3 or more times as large, and never falls.
     """
     # long: half of it are equations, of three rules and two places for epsilon.
+    eps = max(eps, SMALLEST_EPSILON)
     rule = {'adam': _mean_square, 'amsgrad': _mean_square, 'yogi': _yogi_square}[second_moment]
 
     def init(params: Tree) -> Any:
@@ -129,6 +133,7 @@ def clip_update_rms(
     RMS_t is about 1 in the long run and never more than 1 / sqrt(1 - b2). The state is Adam's; with amsgrad
     v_t is the largest so far. A leaf whose RMS_t isn't finite passes as it is.
     """
+    eps = max(eps, SMALLEST_EPSILON)
 
     def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         updates, state = adam.update(grads, state, params)

@@ -161,4 +161,6 @@ def _some_units(axis: int, x: Array) -> Array:
 
 
 def _ratio(a: Array, b: Array) -> Array:
-    return (a + TINY) / (b + TINY)
+    found = (a + TINY) / (b + TINY)
+    of_type = jnp.finfo(found.dtype)
+    return jnp.clip(found, of_type.tiny, of_type.max)
