@@ -29,6 +29,8 @@ from jaxrnn.words.config import Optimiser
 ANY = float(np.finfo(np.float32).max)
 SQUARES = 2.0**61
 """Of eight such numbers the sum of squares is a float32."""
+SAMPLED = 2.0**57
+"""Of 1,024 such numbers, too: signals of a state alone sum up samples of it."""
 PRODUCTS = 2.0**24
 """Four time steps of products of so many of these and weights are."""
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).max)
@@ -243,6 +245,8 @@ def moved(values: dict) -> Any:
     return motion.of_step(motion.sampled(values['before']), values['after'])
 
 
+SAMPLED_PARAMS = {'bias': ((3,), SAMPLED), 'kernel': ((2, 3), SAMPLED)}
+SAMPLED_TWO = {'params': SAMPLED_PARAMS, 'gradients': [SAMPLED_PARAMS, SAMPLED_PARAMS]}
 TWO = {'params': PARAMS, 'gradients': [PARAMS, PARAMS]}
 
 LAYERS = ('keras1 lstm', 'keras1 gru', 'keras3 gru')
@@ -276,7 +280,7 @@ PROMISES = {
         for name, made in OPTIMISERS.items()
     },
     'signals of Adam': Promise(of_adam, TWO, finite),
-    "signals of anybody's Adam": Promise(of_anybody, TWO, finite),
+    "signals of anybody's Adam": Promise(of_anybody, SAMPLED_TWO, finite),
     'motion': Promise(moved, {'before': ANY_PARAMS, 'after': ANY_PARAMS}, no_nan),
 }  # fmt: skip
 
