@@ -37,7 +37,7 @@ from jaxrnn.record import checkpoint
 BLOCK = 4096
 """Bytes; tmpfs counts by them."""
 
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 """Seconds after which a process counts as one that never ends. An ordinary one takes two."""
 
 CHECKED = 'checked'

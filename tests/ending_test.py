@@ -19,6 +19,8 @@ from jaxrnn.words import data
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
+PATIENCE = 300
+"""Seconds, on a machine that has much else to do."""
 
 
 def step(state, batch):
@@ -176,7 +178,7 @@ for kind in KINDS:
     break
 else:
     os.waitpid(pids['stopped'], os.WUNTRACED)
-    time.sleep(5)
+    time.sleep(9)
     os.kill(pids['stopped'], signal.SIGCONT)
     for kind, pid in pids.items():
         print(kind, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
@@ -191,7 +193,8 @@ def noted(*arguments, **named):
         file.write(str(process.pid))
     return process
 subprocess.Popen = noted
-ending_test.run(directory, **KINDS[kind](), step_timeout=2)
+# On a busy machine nothing else may take so long; the one that is stopped goes on to save.
+ending_test.run(directory, **KINDS[kind](), step_timeout=7 if kind == 'stopped' else 4)
 """
 
 
@@ -201,7 +204,7 @@ def hung(tmp_path_factory):
     directory = tmp_path_factory.mktemp('hung')
     environ = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
     code = [sys.executable, '-c', HANGS, directory]
-    done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=120)
+    done = subprocess.run(code, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=PATIENCE)
     assert done.returncode == 0 and done.stderr == '', done.stderr
     return directory, {kind: int(code) for kind, code in map(str.split, done.stdout.splitlines())}
 
@@ -222,7 +225,7 @@ class TestHangs:
         directory, codes = hung
         assert codes[kind] == -number
         (line,) = (directory / kind / 'said').read_text().splitlines()
-        assert line.startswith('jaxrnn: --step_timeout: no step finished in 2 s: ') and says in line
+        assert line.startswith('jaxrnn: --step_timeout: no step finished in 4 s: ') and says in line
         assert len(rows(directory / kind)) == records
         ended = run(directory / kind)
         assert ended.first_mismatch is None
@@ -280,7 +283,7 @@ def test_the_command(tmp_path):
         '--checkpoint_every=500000', f'--run_dir={tmp_path / "run"}',
     ]  # fmt: skip
     terminal, inside = os.openpty()
-    argv = [sys.executable, '-c', ON_A_TERMINAL, *command, '--step_timeout=60']
+    argv = [sys.executable, '-c', ON_A_TERMINAL, *command, '--step_timeout=600']
     process = subprocess.Popen(argv, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside)
     os.close(inside)
     wait_for(
@@ -290,11 +293,11 @@ def test_the_command(tmp_path):
     wait_for(lambda: len(saved(tmp_path / 'run')) > 1, terminal)
     assert process.poll() is None
     os.close(terminal)  # which sends SIGHUP; nothing can be written to it any more
-    assert process.wait(60) == 128 + signal.SIGHUP
+    assert process.wait(PATIENCE) == 128 + signal.SIGHUP
     _, asked_for, last = saved(tmp_path / 'run')
     assert asked_for < last == len(rows(tmp_path / 'run'))
     again = [sys.executable, *command, '--max_minutes=0.001']
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 124 and done.stderr.endswith(
         f'saved at step {last + 1:,}: --max_minutes are over; run the same command again to resume\n'
     )
@@ -303,7 +306,7 @@ def test_the_command(tmp_path):
 def wait_for(comes, terminal):
     """Takes what is written to a terminal meanwhile."""
     os.set_blocking(terminal, False)
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not comes():
         assert time.monotonic() < until
         try:
