@@ -43,7 +43,7 @@ SPELLINGS = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 
 SEAL = re.compile(rb', "(.{5})": "(.{8})"}')
 """How a line ends: `"crc32": "01234567"`, a checksum of all before it, so that a bit that flips on the disk is noticed,
-be it one of the checksum or of its name. Runs of before 0.2.0 have none."""
+be it one of the checksum or of its name. Older runs have none."""
 
 SEAL_SIZE = len(b', "crc32": "01234567"}')
 
