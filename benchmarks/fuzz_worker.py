@@ -5,6 +5,7 @@
 Findings are written to FOLDER, one of each kind, and are no reason to end.
 """
 
+import logging
 import random
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def mutated(reader: str, content: bytes, most: int, seed: int) -> bytes:
 
 
 def main() -> None:
+    logging.getLogger('jaxrnn').setLevel(logging.CRITICAL)
     reader, home, *options = sys.argv[1:]
     folder, kinds = fuzzing.Folder(reader, Path(home) / 'at'), {}
 

@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 import resource
@@ -476,7 +475,6 @@ class Folder:
     def __init__(self, name: str, home: Path):
         self.reader, self.home = READERS[name], home / name
         self.home.mkdir(parents=True)
-        logging.getLogger('jaxrnn').setLevel(logging.CRITICAL)
         self.reader.prepare(self.home)
         self.whole = {path: path.read_bytes() for path in self.home.rglob('*') if path.is_file()}
         for content in self.reader.seeds():  # what is imported, compiled or cached on the way

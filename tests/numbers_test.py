@@ -118,7 +118,7 @@ def one_step_takes(cell: cells.Cell) -> dict:
     fields = cell.carry._fields
     return {
         'x': [((B, H), ANY)] * len(cell.d_inputs),
-        'us': [[((B, H), ANY)] * count for count in cell.blocks],
+        'us': [[((B, H), SQUARES)] * count for count in cell.blocks],  # a GRU's reset gate multiplies one
         'tm1': dict.fromkeys(fields, ((B, H), SQUARES)),
         'd': dict.fromkeys(fields, ((B, H), SQUARES)),
         'back': ((B, H), SQUARES),
