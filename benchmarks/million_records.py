@@ -25,13 +25,14 @@ from absl import flags
 from jaxrnn import detect, environment
 from jaxrnn.bisect import replay
 from jaxrnn.cli import common
+from jaxrnn.record import record_file
 from jaxrnn.record.record_file import RecordFile
 
 SIGNALS = 24
 
 
-def lines(count: int, seed: int = 0) -> Iterator[str]:
-    """The records of a run, one JSON line each."""
+def lines(count: int, seed: int = 0) -> Iterator[bytes]:
+    """The records of a run, as they stand in its file."""
     random = np.random.default_rng(seed)
     noise = random.standard_normal((65536, SIGNALS + 1)).astype(np.float32)
     for step in range(count):
@@ -46,7 +47,7 @@ def lines(count: int, seed: int = 0) -> Iterator[str]:
             'finite_state': True,
             'digest': f'{step * 2654435761 % 2**64:016x}',
         }
-        yield json.dumps(row) + '\n'
+        yield record_file.as_line(row)
 
 
 def measured(path: Path) -> dict[str, float]:
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, 'records.jsonl')
-        with path.open('w') as file:
+        with path.open('wb') as file:
             file.writelines(lines(flags.FLAGS.records))
         print(f'{path.stat().st_size / 1e6:.0f} MB of lines', environment.describe())
         for _ in range(flags.FLAGS.repeats):

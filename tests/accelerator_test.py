@@ -70,7 +70,6 @@ def check(out: Path, *options: str, **environ: str) -> tuple[int, dict, str]:
     return done.returncode, json.loads(path.read_text())['parts'], done.stderr
 
 
-@pytest.mark.battery
 def test_a_rehearsed_check_finds_all_right_and_is_not_done_twice(tmp_path):
     code, parts, said = check(tmp_path, '--only=parity,trace')
     assert code == 0, said

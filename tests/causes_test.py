@@ -73,7 +73,6 @@ def test_what_breaks_anew_is_advised_last(monkeypatch):
     assert fresh_runs.in_fresh_runs(found, opened, named, 0, print) == found
 
 
-@pytest.mark.battery
 def test_without_the_plant_the_runs_are_healthy(tmp_path):
     """Each setting of them."""
     settings = {(c.network, c.hidden, c.learning_rate): c for c in causes.CAUSES.values()}

@@ -151,7 +151,7 @@ def test_values_and_gradients(cell, gate, sizes, how):
 def larger():
     """All; of which those of plans that little else uses are a battery, but for the LSTM with its usual gate."""
     for cell, gate, how in itertools.product(CELLS, GATES, HOW):
-        telling = how == 'cpu' or (cell, gate) == ('lstm', 'sigmoid')
+        telling = how in ('cpu', 'accelerator') or (cell, gate) == ('lstm', 'sigmoid')
         marks = () if telling else pytest.mark.battery
         yield pytest.param(cell, gate, how, marks=marks, id=f'{cell}-{gate}-{how}')
 

@@ -241,7 +241,7 @@ def test_what_cannot_be_measured_counts_as_nothing():
     assert np.isfinite(state.vector['x']).all()
 
 
-@pytest.mark.parametrize('network', [pytest.param('gru', marks=pytest.mark.battery), 'stacked'])
+@pytest.mark.parametrize('network', ['gru', 'stacked'])
 def test_a_run_records_its_curvature(network):
     made = small.configuration(network).changed(curvature_every=2)
     program = train.make_program(made, small.dataset())

@@ -18,7 +18,7 @@ from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 
 FAULTS = 200
-QUICK = 18
+QUICK = 36
 """Of the faults, without --full."""
 
 STEPS = 90

@@ -65,7 +65,7 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
             'program',
             f'not reproducible from step {step} on, nor from step {other} on: {AGREE}; {ANOTHER}',
         )
-    if agree and (flipped := flipped_bits.of_step(replayer, step)) is not None:
+    if agree and not differences and (flipped := flipped_bits.of_step(replayer, step)) is not None:
         return Cause('hardware', f'not reproducible from step {step} on: {_bit(flipped, step)}')
     kind = 'hardware' if agree and not differences else 'nondeterminism'
     return Cause(kind, f'not reproducible from step {step} on: {AGREE if agree else DISAGREE}{around}')

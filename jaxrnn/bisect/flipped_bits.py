@@ -19,7 +19,7 @@ from jaxrnn import tree
 from jaxrnn.bisect.replayer import Replayer
 from jaxrnn.record.bit_flips import BitFlip, bits_of, named, of_state, with_flipped, words_of_digest
 from jaxrnn.record.telemetry import DIGEST
-from jaxrnn.types import Tree
+from jaxrnn.types import Tree, UserError
 
 MOST_STEPS = 1000
 """That may be computed to find one."""
@@ -55,8 +55,8 @@ def of_step(replayer: Replayer, step: int) -> FlippedBit | None:
     after = of_state(search.after, recorded)
     if after is not None:
         return FlippedBit(after, before=False)
-    for ways in (search.of_few, search.of_moments, search.of_checkpoint):
-        before = ways()
+    for way in (search.of_few, search.of_moments, search.of_checkpoint):
+        before = way()
         if before is not None:
             return FlippedBit(before, before=True)
     return None
@@ -161,16 +161,19 @@ class _Search:
         """Leaf, word and bit, the likeliest first."""
         steps = self._replayer.subject.checkpoints.steps()
         following = next((at for at in steps if at > self._step), None)
-        if following is None:
-            return
-        saved = jax.tree.leaves(self._replayer.subject.checkpoints.restore(following))
         start = self._replayer.checkpoint_before(self._step)
+        if following is None or following - start > self._left:
+            return
+        self._left -= following - start
+        try:
+            saved = jax.tree.leaves(self._replayer.subject.checkpoints.restore(following))
+        except UserError:  # it is damaged, which is another matter
+            return
         reached = jax.tree.leaves(self._replayer.reached(start, following))
         ranked = []
         for number, leaf in enumerate(self._leaves):
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and tree.words_of(leaf).size == np.size(
-                leaf
-            ):
+            whole = tree.words_of(leaf).size == np.size(leaf)
+            if whole and jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 ranked += _far(number, leaf, saved[number], reached[number])
         for _, number, word, bit in sorted(ranked):
             yield number, word, bit

@@ -25,8 +25,8 @@ from jaxrnn.types import UserError
 
 log = logging.getLogger('jaxrnn')
 
-CHUNK = 4 << 20
-"""Bytes read at once."""
+CHUNK = 256 << 10
+"""Bytes read at once: what a processor keeps near. Of 4 MB, reading takes a sixth longer."""
 
 MOST_LINE = 4 << 20
 """Bytes of a record; one of 30 fields has 600."""
@@ -61,9 +61,7 @@ class RecordFile:
         self.path = Path(path)
         self._file: io.FileIO | None = None
         self._named = False  # whether its name is on the disk
-        self._read: tuple[_Found, list[_Damage], tuple[int, int]] | None = (
-            None  # the last is when and how it was
-        )
+        self._known: _Known | None = None
 
     def read(self) -> Records:
         """All whole rows. Raises UserError where a line in the middle is damaged, or the file is none."""
@@ -71,7 +69,7 @@ class RecordFile:
 
     def read_intact(self) -> Records:
         """As `read`, without the lines that are damaged."""
-        return self._found()[0].records
+        return self._read().found.records
 
     def keep_before(self, step: int) -> Records:
         """Drops the rows of `step` and later, which a resumed run computes again, and returns them. Lines that are
@@ -81,31 +79,33 @@ class RecordFile:
         """
         self.close()
         self._mend()
-        (found, _), self._read = self._found(), None
+        found, self._known = self._read().found, None
         place = int(np.searchsorted(found.records.steps, step))
         if self.path.exists():
             os.truncate(self.path, found.end if place == len(found.records) else int(found.starts[place]))
         return found.records[place:]
 
-    def _found(self) -> tuple['_Found', list['_Damage']]:
+    def _read(self) -> '_Known':
         """What is intact, and what isn't; read again if the file has changed."""
         now = _state_of(self.path)
-        if self._read is None or self._read[2] != now:
+        if self._known is None or self._known.state != now:
             damaged: list[_Damage] = []
-            self._read = _read(self.path, damaged), damaged, now
-        return self._read[:2]
+            self._known = _Known(_read(self.path, damaged), damaged, now)
+        return self._known
 
     def _mend(self) -> None:
-        found, damaged = self._found()
-        if damaged:
-            aside = self._copy_aside()
-            kept = set(found.starts.tolist())
-            self._replace(line for start, line in _lines(self.path) if start in kept)
-            first, more = damaged[0], '' if len(damaged) == 1 else f', and {len(damaged) - 1} more'
-            log.warning(
-                '%s: line %d is not a record (%s)%s: left out; the file as it was is kept as %s',
-                self.path, first.number, first.why, more, aside.name,
-            )  # fmt: skip
+        """Leaves damaged lines out of the file, and keeps it as it was beside it."""
+        found, damaged, _ = self._read()
+        if not damaged:
+            return
+        aside = self._copy_aside()
+        kept = set(found.starts.tolist())
+        self._replace(line for start, line in _lines(self.path) if start in kept)
+        first, more = damaged[0], '' if len(damaged) == 1 else f', and {len(damaged) - 1} more'
+        log.warning(
+            '%s: line %d is not a record (%s)%s: left out; the file as it was is kept as %s',
+            self.path, first.number, first.why, more, aside.name,
+        )  # fmt: skip
 
     def append(self, row: Row) -> None:
         """Writes a row straight to the system: a process killed a moment later has lost nothing.
@@ -114,8 +114,8 @@ class RecordFile:
         """
         if self._file is None:
             self._file = io.FileIO(self.path, 'a')
-        line = _line(row)
-        if self._file.write(line) != len(line):
+        written = as_line(row)
+        if self._file.write(written) != len(written):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
@@ -166,12 +166,21 @@ class _Damage(NamedTuple):
     why: str
 
 
+class _Known(NamedTuple):
+    """What was read of a file."""
+
+    found: _Found
+    damaged: list[_Damage]
+    state: tuple[int, int]  # of the file then, see `_state_of`
+
+
 class _Chunk(NamedTuple):
     """Some whole lines of a file."""
 
     start: int  # where the first starts
     lines: Sequence[bytes]  # each without its end
     spelled: bool  # whether a NaN or an infinity may be in them
+    nested: bool  # whether a value may be in them that is neither number nor text
 
 
 def _read(path: Path, damaged: list[_Damage] | None = None) -> _Found:
@@ -181,7 +190,7 @@ def _read(path: Path, damaged: list[_Damage] | None = None) -> _Found:
         ends = chunk.start + np.cumsum([len(line) + 1 for line in chunk.lines])
         for place in range(0, len(chunk.lines), BLOCK):
             lines = chunk.lines[place : place + BLOCK]
-            rows, kept, bad = _parsed(lines, chunk.spelled, last)
+            rows, kept, bad = _parsed(lines, chunk, last)
             for at, why in bad:
                 _note(path, damaged, _Damage(number + at + 1, why))
             if rows:
@@ -229,8 +238,10 @@ def _chunks(path: Path) -> Iterator[_Chunk]:
         while content := file.read(CHUNK):
             whole, end, rest_of = (rest + content).rpartition(b'\n')
             if end:
+                lines = whole.split(b'\n')
                 spelled = b'"NaN"' in whole or b'nfinity"' in whole
-                yield _Chunk(start, whole.split(b'\n'), spelled)
+                nested = whole.count(b'{') != len(lines) or b'[' in whole or b'null' in whole
+                yield _Chunk(start, lines, spelled, nested)
                 start += len(whole) + 1
             rest = rest_of
             if len(rest) > MOST_LINE:
@@ -255,21 +266,21 @@ def _merged(lines: Iterable[tuple[int, bytes]], rows: Mapping[int, Row]) -> Iter
     place = 0
     for step, line in lines:
         while place < len(more) and more[place] < step:
-            yield _line(rows[more[place]])
+            yield as_line(rows[more[place]])
             place += 1
         yield line
-    yield from (_line(rows[step]) for step in more[place:])
+    yield from (as_line(rows[step]) for step in more[place:])
 
 
 def _parsed(
-    lines: Sequence[bytes], spelled: bool, last: int
+    lines: Sequence[bytes], chunk: _Chunk, last: int
 ) -> tuple[list[Row], list[int], list[tuple[int, str]]]:
-    """The records of some lines after step `last`, the places of their lines, and those of damaged lines with what is
-    wrong with each."""
+    """The records of some lines of a chunk after step `last`, the places of their lines, and those of damaged lines,
+    each with what is wrong with it."""
     with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
         rows = list(map(orjson.loads, map(_unsealed, lines)))
-        if _are_records(rows, last):
-            return [_decoded(row) for row in rows] if spelled else rows, list(range(len(rows))), []
+        if _are_records(rows, last) and not (chunk.nested and _are_nested(rows)):
+            return [_decoded(row) for row in rows] if chunk.spelled else rows, list(range(len(rows))), []
     rows, kept, bad = [], [], []
     for place, line in enumerate(lines):
         try:
@@ -284,16 +295,19 @@ def _parsed(
 
 
 def _are_records(rows: Sequence[Any], last: int) -> bool:
-    """Whether each is one, quickly; may raise TypeError, KeyError or IndexError where one isn't."""
+    """Whether each is one, but for its values; may raise TypeError, KeyError or IndexError where one isn't."""
     steps = [last, *(row[STEP] for row in rows)]
-    kinds = set(map(type, itertools.chain.from_iterable(row.values() for row in rows)))
     return (
         set(map(type, rows)) == {dict}
         and set(map(type, steps)) == {int}
-        and kinds <= set(KINDS)
         and all(map(operator.lt, steps, steps[1:]))
         and steps[-1] < MOST_STEP
     )
+
+
+def _are_nested(rows: Sequence[Row]) -> bool:
+    """Whether a value is neither number nor text."""
+    return not set(map(type, itertools.chain.from_iterable(row.values() for row in rows))) <= set(KINDS)
 
 
 def _unsealed(line: bytes) -> bytes:
@@ -303,7 +317,7 @@ def _unsealed(line: bytes) -> bytes:
     if found is None:
         return line
     content = line[:end]
-    if found[1] != b'crc32' or found[2] != b'%08x' % zlib.crc32(content):
+    if found[1] != files.SEAL.encode() or found[2] != b'%08x' % zlib.crc32(content):
         raise ValueError('its checksum is that of another')
     return content + b'}'
 
@@ -328,14 +342,11 @@ def _record(line: bytes, last: int) -> dict[str, Any]:
     return row
 
 
-def _line(row: Row) -> bytes:
-    return sealed(json.dumps(encoded(row)).encode()) + b'\n'
-
-
-def sealed(line: bytes) -> bytes:
-    """A JSON object with the checksum of a record."""
-    content = line.rstrip(b'\n').removesuffix(b'}')
-    return content + f', "crc32": "{zlib.crc32(content):08x}"}}'.encode()
+def as_line(row: Row) -> bytes:
+    """A row as it stands in the file."""
+    # Not `files.sealed`, whose checksum is of the values: to ask for it would take longer than to read the line.
+    content = json.dumps(encoded(row)).encode().removesuffix(b'}')
+    return content + f', "{files.SEAL}": "{zlib.crc32(content):08x}"}}\n'.encode()
 
 
 def encoded(row: Row) -> Row:
