@@ -28,7 +28,7 @@ from rich.table import Table
 from jaxrnn import environment
 from jaxrnn.cli import common, demo
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.words import investigation
 
 STEPS, STRIKES = 10_000, 9_350
@@ -47,7 +47,7 @@ def healthy(steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         _call('diagnose', f'--run_dir={directory}')
         seconds = time.perf_counter() - start
-        found = json.loads(loop.Paths(Path(directory)).diagnosis.read_text(encoding='utf-8'))
+        found = json.loads(layout.Paths(Path(directory)).diagnosis.read_text(encoding='utf-8'))
     return _row('healthy', seconds, found)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record import checkpoint, layout, loop, telemetry
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Row
 from jaxrnn.types import UserError
@@ -46,11 +46,11 @@ def run(
 
 
 def checkpoints(directory: Path) -> checkpoint.Checkpoints:
-    return checkpoint.Checkpoints(loop.Paths(directory).checkpoints, like=jax.eval_shape(init))
+    return checkpoint.Checkpoints(layout.Paths(directory).checkpoints, like=jax.eval_shape(init))
 
 
 def records(directory: Path) -> RecordFile:
-    return RecordFile(loop.Paths(directory).records)
+    return RecordFile(layout.Paths(directory).records)
 
 
 class Straight(NamedTuple):
@@ -181,7 +181,7 @@ def damage(directory: Path) -> None:
     run(directory)
     for path in (directory / 'checkpoints' / str(STOP) / 'state').rglob('d/*'):
         path.write_bytes(path.read_bytes()[:-40])
-    file = loop.Paths(directory).records
+    file = layout.Paths(directory).records
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b''.join([lines[0], *lines[2:4], *lines[5:], b'{"step": 8, "lo']))
     (directory / 'checkpoints' / '9.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)

@@ -19,7 +19,7 @@ import numpy as np
 import small
 
 from jaxrnn import diagnosis, environment
-from jaxrnn.record import loop
+from jaxrnn.record import layout, loop
 from jaxrnn.types import Tree
 from jaxrnn.words import config, data, investigation, run, train
 from jaxrnn.words.data import Batch
@@ -266,7 +266,7 @@ CAUSES = {
 
 def trained(cause: Cause, directory: Path, seed: int = 0, flags: str = '') -> run.TrainingResult:
     """Trains it, with flags added."""
-    data.write_dataset(loop.Paths(directory).data, small.dataset(cause.pad_to))
+    data.write_dataset(layout.Paths(directory).data, small.dataset(cause.pad_to))
     made = cause.config(seed)
     types_of = {name: type(value) for group in made.to_json().values() for name, value in group.items()}
     pairs = (flag.removeprefix('--').split('=', 1) for flag in flags.split())

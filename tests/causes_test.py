@@ -9,7 +9,7 @@ import small
 
 from jaxrnn import environment, report
 from jaxrnn.diagnosis import Diagnosis, Symptom
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.words import data, fresh_runs, remedies, run
 
 SOME = ['corrupt batch', 'gates shut', 'bit of a moment', 'threads race']
@@ -79,6 +79,6 @@ def test_without_the_plant_the_runs_are_healthy(tmp_path):
     for place, cause in enumerate(settings.values()):
         directory = tmp_path / str(place)
         directory.mkdir()
-        data.write_dataset(loop.Paths(directory).data, small.dataset())
+        data.write_dataset(layout.Paths(directory).data, small.dataset())
         clean = cause._replace(options=None)
         assert causes.broken(run.train_run(clean.config(), directory).diagnosis) is None, cause.name

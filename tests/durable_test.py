@@ -10,7 +10,7 @@ import pytest
 import small
 
 from jaxrnn import files
-from jaxrnn.record import checkpoint, loop
+from jaxrnn.record import checkpoint, layout, loop
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 from jaxrnn.words import data
@@ -126,7 +126,7 @@ def test_a_failing_disk_is_said_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'write'),
     [
-        ('a.txt', lambda path: loop.write_text(path, 'text')),
+        ('a.txt', lambda path: layout.write_text(path, 'text')),
         ('data.npz', lambda path: data.write_dataset(path, small.dataset())),
     ],
 )

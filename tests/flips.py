@@ -16,7 +16,7 @@ import numpy as np
 import words_acts
 
 from jaxrnn.experiment.cache import OutcomeCache
-from jaxrnn.record import loop, resume, rewind
+from jaxrnn.record import layout, loop, resume, rewind
 from jaxrnn.types import UserError
 from jaxrnn.words import data, opening, run
 
@@ -120,7 +120,7 @@ def records_target(directory: Path) -> Target:
             raise NoticedError('the last line has no end: as one that a kill cut short, it is computed again')
         return found
 
-    return Target(loop.Paths(directory).records, read)
+    return Target(layout.Paths(directory).records, read)
 
 
 # A run of words
@@ -134,7 +134,7 @@ def words_run(directory: Path) -> None:
 
 def words_targets(directory: Path) -> dict[str, Target]:
     """The files that decide what a run was."""
-    paths = loop.Paths(directory)
+    paths = layout.Paths(directory)
     config, dataset = run.read_config(paths), data.read_dataset(paths.data)
 
     def of_config() -> Any:

@@ -5,7 +5,7 @@ import flips
 import pytest
 import words_acts
 
-from jaxrnn.record import loop, resume
+from jaxrnn.record import layout, resume
 from jaxrnn.types import UserError
 from jaxrnn.words import investigation, run
 
@@ -74,7 +74,7 @@ def test_no_other_file_is_read(home):
 def test_a_run_is_not_another_for_one_bit_of_its_newest_meta(home):
     """The older checkpoints say what it is; a run that is another is another in all of them."""
     directory = home / 'any'
-    path = loop.Paths(directory).checkpoints / '4' / 'meta' / 'metadata'
+    path = layout.Paths(directory).checkpoints / '4' / 'meta' / 'metadata'
     whole = path.read_text()
     path.write_text(whole.replace('c0ffee', 'c0ffed'))
     try:

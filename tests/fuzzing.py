@@ -38,7 +38,7 @@ from jaxrnn.cli import common
 from jaxrnn.detect import rule_language
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import cache
-from jaxrnn.record import loop, resume, rewind
+from jaxrnn.record import layout, resume, rewind
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
@@ -107,12 +107,12 @@ def _look_into(found: Any) -> None:
 
 
 def _config(folder: Path) -> None:
-    found = run.read_config(loop.Paths(folder))
+    found = run.read_config(layout.Paths(folder))
     assert config.Config.from_json(json.loads(json.dumps(found.to_json()))).digest() == found.digest()
     for use in (
         lambda: train.skipped(found.training.skip_batches) if found.training.skip_batches else None,
         lambda: optimisers.learning_rate(found.optimiser),
-        lambda: opening.check_allowed(loop.Paths(folder), found, opening.Source()),
+        lambda: opening.check_allowed(layout.Paths(folder), found, opening.Source()),
     ):
         with contextlib.suppress(UserError):
             use()
@@ -128,7 +128,7 @@ def _meta(folder: Path) -> None:
     with contextlib.suppress(UserError):
         resume.check_identity(folder, saved, IDENTITY)
     with contextlib.suppress(UserError):
-        opening.check_identity(loop.Paths(folder), config.Config(), _DATA, opening.Source())
+        opening.check_identity(layout.Paths(folder), config.Config(), _DATA, opening.Source())
     saved.meta(2)
     resume.newest_intact(_Known(saved), lambda step: None)
 

@@ -11,7 +11,7 @@ import jaxrnn
 from jaxrnn import trace
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis, Symptom
-from jaxrnn.record import checkpoint, loop
+from jaxrnn.record import checkpoint, layout
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import series
 from jaxrnn.types import UserError
@@ -55,7 +55,7 @@ def run(request, tmp_path_factory):
 
 def subject_of(run, *, records=True):
     _, batch_at, directory = run
-    paths = loop.Paths(directory)
+    paths = layout.Paths(directory)
     rows = RecordFile(paths.records).read() if records else ()
     checkpoints = checkpoint.Checkpoints(paths.checkpoints, like=jax.eval_shape(init))
     return replay.subject(step, batch_at, checkpoints, rows)
@@ -81,7 +81,7 @@ def test_a_finite_step_is_held_against_the_last_ordinary_one(run):
             and found.against is None
         )
         return
-    losses = series(RecordFile(loop.Paths(directory).records).read())['loss']
+    losses = series(RecordFile(layout.Paths(directory).records).read())['loss']
     median = np.median(losses[BAD - 200 : BAD])
     assert losses[found.against] <= median and (losses[found.against + 1 : BAD] > median).all()
     assert found.trace_report.finding is None and found.comparison.by_batch

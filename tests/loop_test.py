@@ -17,7 +17,7 @@ import pytest
 import small
 
 from jaxrnn import tree
-from jaxrnn.record import checkpoint, loop, telemetry
+from jaxrnn.record import checkpoint, layout, loop, telemetry
 from jaxrnn.record.record_file import RecordFile, encoded
 from jaxrnn.types import UserError
 
@@ -550,7 +550,7 @@ class TestReadBack:
 
 class TestBadDirectory:
     def test_in_use(self, tmp_path):
-        with loop._locked(loop.Paths(tmp_path)), pytest.raises(UserError, match='in use'):
+        with layout.locked(layout.Paths(tmp_path)), pytest.raises(UserError, match='in use'):
             run(tmp_path)
 
     def test_is_a_file(self, tmp_path):

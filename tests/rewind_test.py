@@ -9,7 +9,7 @@ from detectors_test import stalled
 
 from jaxrnn import detect
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import loop, rewind
+from jaxrnn.record import layout, rewind
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.rewind import Rewind
 from jaxrnn.types import UserError
@@ -48,7 +48,7 @@ def test_the_first_batch_is_never_left_out(step):
 
 
 def trained(cause, directory, **options):
-    data.write_dataset(loop.Paths(directory).data, small.dataset())
+    data.write_dataset(layout.Paths(directory).data, small.dataset())
     lines: list[str] = []
     made = cause.config().changed(on_divergence='rewind', max_steps=750, **options)
     return run.train_run(made, directory, make_program=cause.make(), say=lines.append), lines
@@ -62,7 +62,7 @@ def test_a_fault_of_the_machine_does_not_come_again(tmp_path):
     assert lines == ['nonfinite at step 650: going back to step 600']
     assert found.result.step == 750 and found.diagnosis.symptom is None
     twin = causes.CAUSES['bit of a weight']
-    data.write_dataset(loop.Paths(tmp_path / 'twin').data, small.dataset())
+    data.write_dataset(layout.Paths(tmp_path / 'twin').data, small.dataset())
     run.train_run(twin.config().changed(max_steps=750), tmp_path / 'twin', make_program=twin.make(later=True))
     records = [(tmp_path / name / 'records.jsonl').read_text() for name in ('struck', 'twin')]
     assert records[0] == records[1]

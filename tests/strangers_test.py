@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxrnn import environment, files
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data, investigation, opening, run
@@ -571,7 +571,7 @@ def test_nothing_is_written_through_a_foreseen_name(name, copied, tmp_path):
     (copied / f'{name}.part').symlink_to(outside)
     for write in (
         lambda: investigation.bisect_run(copied),
-        lambda: run.train_run(run.read_config(loop.Paths(copied)), copied),
+        lambda: run.train_run(run.read_config(layout.Paths(copied)), copied),
     ):
         with contextlib.suppress(UserError):
             write()

@@ -11,7 +11,7 @@ from acts import Act, Found
 
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.cache import CachedOutcome, OutcomeCache
-from jaxrnn.record import loop, rewind
+from jaxrnn.record import layout, rewind
 from jaxrnn.words import data, run, train
 from jaxrnn.words.config import Config
 
@@ -39,7 +39,7 @@ def program() -> train.Program:
 
 def prepare(directory: Path) -> None:
     directory.mkdir()
-    data.write_dataset(loop.Paths(directory).data, small.dataset())
+    data.write_dataset(layout.Paths(directory).data, small.dataset())
 
 
 def trains(directory: Path) -> None:
@@ -65,7 +65,7 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 def goes_on(directory: Path, found: Found) -> list[str]:
     """With the same command it becomes the run that never stopped, whatever it has gone back from."""
-    if not loop.Paths(directory).data.exists():
+    if not layout.Paths(directory).data.exists():
         return ['its data is gone']
     trains(directory)
     return is_whole(directory)
@@ -74,7 +74,7 @@ def goes_on(directory: Path, found: Found) -> list[str]:
 def is_whole(directory: Path) -> list[str]:
     got, expected = _files(directory), straight()
     wrong = [f'{name} is another' for name in expected if got.get(name) != expected[name]]
-    if not all(each.done for each in rewind.read(loop.Paths(directory).rewinds)):
+    if not all(each.done for each in rewind.read(layout.Paths(directory).rewinds)):
         wrong.append('going back is not done')
     return wrong
 
@@ -88,7 +88,7 @@ KNOWN = {
 
 
 def remembers(directory: Path) -> None:
-    cache = OutcomeCache(loop.Paths(directory).experiments, 'scope')
+    cache = OutcomeCache(layout.Paths(directory).experiments, 'scope')
     for key, outcome in KNOWN.items():
         if cache.get(*key) is None:
             cache.put(*key, outcome)
@@ -97,10 +97,10 @@ def remembers(directory: Path) -> None:
 def knows_nothing_false(directory: Path, found: Found) -> list[str]:
     """What it knows is so, and what was lost is put there again."""
     directory.mkdir(exist_ok=True)
-    cache = OutcomeCache(loop.Paths(directory).experiments, 'scope')
+    cache = OutcomeCache(layout.Paths(directory).experiments, 'scope')
     wrong = [f'{key[0]} is another' for key, known in KNOWN.items() if cache.get(*key) not in (None, known)]
     remembers(directory)
-    again = OutcomeCache(loop.Paths(directory).experiments, 'scope')
+    again = OutcomeCache(layout.Paths(directory).experiments, 'scope')
     return wrong + [f'{key[0]} is lost' for key, known in KNOWN.items() if again.get(*key) != known]
 
 

@@ -10,6 +10,8 @@ inspection   one step evaluated equation by equation, or compared with an earlie
 The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
 """
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.package import make_callable
-from jaxrnn.record import loop
+from jaxrnn.record import kept_batches, layout, parts, recorder, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Row
@@ -29,7 +31,7 @@ from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 def bisect(
     step: Step,
-    batch_at: BatchAt,
+    batch_at: BatchAt | None,
     directory: str | os.PathLike,
     *,
     like: Tree | Callable[[], Tree] = None,
@@ -41,13 +43,14 @@ def bisect(
     alarms: Sequence[detect.Detector] | None = None,
     loss: str = '',
     verify: bool = False,
+    batch_like: Tree = None,
 ) -> tuple[Diagnosis, list[Row]]:
     """Names the first bad step of a run, proves it by replay, and says where in it.
 
     Args:
         step: as in the run.
-        batch_at: as in the run.
-        directory: of a run that `record` left, or of orbax checkpoints, k being the state that step k starts from.
+        batch_at: as in the run; None for the batches that a `Recorder` kept.
+        directory: of a run that was recorded, or of orbax checkpoints, k being the state that step k starts from.
         like: a state, or what makes one, for the structure of the state; not needed for nested dictionaries.
         when: a rule, as 'loss > 3 * median(loss, 200)'; else the built-in symptoms are looked for.
         symptom: look for this one only.
@@ -57,6 +60,7 @@ def bisect(
         alarms: which date the first sign of a symptom, of `detect.alarms_of`; those of an optimiser if not given.
         loss: the field of a record that is the loss; found by its name if not given, as train_loss is.
         verify: replay the whole run, symptom or not: finds a bit that flipped in memory, though nothing shows of it.
+        batch_like: a batch, for the structure of kept ones, where they are of classes of your own.
 
     Returns:
         The diagnosis, and the rows that were replayed.
@@ -76,32 +80,27 @@ def bisect(
     (Symptom(kind='nonfinite', step=7), 'data', True)
     """
     detectors = detectors_of(when, symptom)
-    subject = subject_of(step, batch_at, directory, like, digest_every, loss)
-    diagnosis, rows = replay.bisect(
-        subject,
-        detectors,
-        good=good,
-        bad=bad,
-        alarms=detect.ALARMS if alarms is None else alarms,
-        verify=verify,
-    )
+    subject = subject_of(step, batch_at, directory, like, digest_every, loss, batch_like)
+    alarms = detect.ALARMS if alarms is None else alarms
+    diagnosis, rows = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms, verify=verify)
     diagnosis, _ = inspection.locate(subject, diagnosis)
     return inspection.with_numbers(subject, diagnosis), rows
 
 
 def state(
     step: Step,
-    batch_at: BatchAt,
+    batch_at: BatchAt | None,
     directory: str | os.PathLike,
     number: int,
     *,
     like: Tree | Callable[[], Tree] = None,
     digest_every: int = 1,
+    batch_like: Tree = None,
 ) -> Tree:
     """The state that step `number` of a run starts from, replayed from the checkpoint before it.
 
     Args:
-        step, batch_at, directory, like, digest_every: as in `bisect`.
+        step, batch_at, directory, like, digest_every, batch_like: as in `bisect`.
         number: of the step.
 
     Returns:
@@ -121,7 +120,9 @@ def state(
     >>> float(state), float(step(state, batch_at(7))[1]['loss'])
     (0.0078125, 0.0078125)
     """
-    replayer = replay.Replayer(subject_of(step, batch_at, directory, like, digest_every))
+    replayer = replay.Replayer(
+        subject_of(step, batch_at, directory, like, digest_every, batch_like=batch_like)
+    )
     found = replayer.state(number)
     if replayer.first_mismatch is not None:
         raise UserError(
@@ -140,15 +141,22 @@ def detectors_of(when: str, symptom: str) -> Sequence[detect.Detector]:
 
 def subject_of(
     step: Step,
-    batch_at: BatchAt,
+    batch_at: BatchAt | None,
     directory: str | os.PathLike,
     like: Tree | Callable[[], Tree],
     digest_every: int,
     loss: str = '',
+    batch_like: Tree = None,
 ) -> replay.Subject:
     """Anybody's run in a directory. Arguments as `bisect` has them."""
+    paths = layout.Paths(Path(directory))
+    if (recorded := recorder.read_notes(paths)) is not None:
+        return _recorded(step, batch_at, paths, recorded, like, batch_like, loss)
+    if batch_at is None:
+        raise UserError(
+            f'batch_at: None found, and no recorder kept the batches of {directory}; give the function that makes them'
+        )
     structure = jax.eval_shape(like) if callable(like) else like
-    paths = loop.Paths(Path(directory))
     ours = paths.checkpoints.is_dir()
     return replay.subject(
         step,
@@ -158,6 +166,41 @@ def subject_of(
         digest_every=digest_every,
         loss=loss,
     )
+
+
+def _recorded(
+    step: Step,
+    batch_at: BatchAt | None,
+    paths: layout.Paths,
+    notes: Sequence[str],
+    like: Tree | Callable[[], Tree],
+    batch_like: Tree,
+    loss: str,
+) -> replay.Subject:
+    """A recorder's run: its steps are replayed by the function that trained, and its batches are those that it kept if
+    no others are given."""
+    if like is None:
+        raise UserError('like: None found, a state like that which the run began with expected')
+    state = like() if inspect.isroutine(like) or isinstance(like, functools.partial) else like
+    known = parts.Parts.named(state, notes)
+    pure = step if known.all_arrays else _of_arrays(step, known, state)
+    saved = Checkpoints(paths.checkpoints, like=known.arrays(state))
+    if batch_at is None:
+        kept = kept_batches.KeptBatches(paths.batches, batch_like)
+        batch_at = kept
+        saved.since = min(kept.steps(), default=0)
+    rows = RecordFile(paths.records).read()
+    return replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))
+
+
+def _of_arrays(step: Step, known: parts.Parts, like: Tree) -> Step:
+    """A step on the arrays of a state, all else as it is in `like`."""
+
+    def of_arrays(arrays: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        after, record = step(known.whole(arrays, like), batch)
+        return known.arrays(after), record
+
+    return of_arrays
 
 
 make_callable(__name__, bisect)

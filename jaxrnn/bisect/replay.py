@@ -18,7 +18,7 @@ from jaxrnn.bisect.replayer import subject as subject
 from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.diagnosis import Replay as Replay
-from jaxrnn.record.records import Row, series
+from jaxrnn.record.records import Records, Row, series
 from jaxrnn.types import Series, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -65,6 +65,8 @@ def bisect(
         found = detect.judged(columns, usable, subject.loss, good=good, bad=bad)
         if found.symptom is not None:
             replayer.replay(replayer.checkpoint_before(found.symptom.step), found.symptom.step + 1)
+            columns = _completed(replayer).columns
+            found = detect.judged(columns, usable, subject.loss, good=good, bad=bad)
         if verify:
             replayer.replay(subject.checkpoints.steps()[0], int(records.steps[-1]) + 1)
     else:
@@ -78,6 +80,17 @@ def bisect(
     if diagnosis.symptom is None and diagnosis.replay.first_mismatch is None and subject.loss is None:
         _ask_for_loss(replayer, detectors)
     return diagnosis, [replayer.rows[step] for step in sorted(replayer.rows)]
+
+
+def _completed(replayer: Replayer) -> Records:
+    """The records, and what they lack as replayed: a loop may look at every number of the state but now and then."""
+    recorded = replayer.recorded
+    lacking = [
+        {**row, **known}
+        for step, row in replayer.rows.items()
+        if (known := recorded.at(step)) is not None and not row.keys() <= known.keys()
+    ]
+    return recorded.updated(lacking) if lacking and replayer.first_mismatch is None else recorded
 
 
 def _ask_for_loss(replayer: Replayer, detectors: Sequence[Detector]) -> None:
@@ -195,7 +208,7 @@ def _diagnosis(
     if replayer.first_mismatch is not None:
         cause = another_run.cause_of(replayer)
         return Diagnosis(symptom=found.symptom, cause=cause, replay=replayer.outcome())
-    rows = replayer.subject.records or [replayer.rows[step] for step in sorted(replayer.rows)]
+    rows = _completed(replayer) or [replayer.rows[step] for step in sorted(replayer.rows)]
     diagnosis = _judged(series(rows), found, detectors, alarms, replayer.subject.loss)
     cause = dataclasses.replace(diagnosis.cause, why=f'{diagnosis.cause.why}{_but_for_rounding(replayer)}')
     return dataclasses.replace(diagnosis, cause=cause, replay=replayer.outcome())

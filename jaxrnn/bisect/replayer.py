@@ -48,6 +48,7 @@ def subject(
     digest_every: int = 1,
     checkify: bool = False,
     loss: str = '',
+    observed: telemetry.CompiledStep | None = None,
 ) -> Subject:
     """Anybody's run, ready to be debugged.
 
@@ -59,11 +60,12 @@ def subject(
         digest_every: as in the run.
         checkify: as in the run.
         loss: the field of a record that is the loss; found by its name if not given.
+        observed: the step as training called it, where that isn't `telemetry.instrument`'s doing.
 
     Raises:
         UserError: the records don't have the field.
     """
-    observed = telemetry.instrument(step, checks=checkify)
+    observed = observed or telemetry.instrument(step, checks=checkify)
     found = Subject(observed, batch_at, checkpoints, Records.of(records), digest_every, step)
     fields = found.columns() or _first_columns(found)
     return found._replace(loss=detect.loss_of(fields, loss).field) if fields else found

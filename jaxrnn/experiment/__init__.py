@@ -38,7 +38,7 @@ __all__ = [
 
 def diagnose(
     step: Step,
-    batch_at: BatchAt,
+    batch_at: BatchAt | None,
     directory: str | os.PathLike,
     changes: Sequence[Change] = (),
     *,
@@ -51,6 +51,7 @@ def diagnose(
     digest_every: int = 1,
     alarms: Sequence[detect.Detector] | None = None,
     loss: str = '',
+    batch_like: Tree = None,
 ) -> tuple[Diagnosis, ExperimentReport | None]:
     """As `bisect`, and experiments: the steps before the symptom again under one change at a time.
 
@@ -59,7 +60,7 @@ def diagnose(
         changes: what is tried, in this order, beside what any step can be given: shorter steps, other batches, float64;
             see `Change`. One that can't be made, traced or run is an outcome of its own, 'not possible: why'.
         budget: steps that may be replayed, those of the bisection included.
-        like, when, symptom, good, bad, digest_every, alarms, loss: as in `bisect`.
+        like, when, symptom, good, bad, digest_every, alarms, loss, batch_like: as in `bisect`.
 
     Returns:
         The diagnosis with cause and remedies, and what the experiments gave, None where there was nothing to explain.
@@ -82,7 +83,7 @@ def diagnose(
     (49, 'optimiser', '--rate=1.01')
     """
     detectors = detectors_of(when, symptom)
-    subject = subject_of(step, batch_at, directory, like, digest_every, loss)
+    subject = subject_of(step, batch_at, directory, like, digest_every, loss, batch_like)
     diagnosis, _ = replay.bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )

@@ -5,6 +5,9 @@ checkpoint   states on disk, through orbax telemetry    records, made in the ste
 record_file  records on disk               records      in memory, by columns
 resume       the checkpoint to go on from  gaps         records that are missing, computed again
 rewind       going back while training     ending       signals, the time, steps that hang
+recorder     a run of somebody else's loop parts        the arrays of such a loop's state
+kept_batches its batches, on disk          outline      how a tree is made, as data
+layout       where things lie in a run     writing      records and checkpoints, in their order
 bit_flips    a bit of a state that is not what its digest says
 
 The package is callable: `jaxrnn.record(...)` is `jaxrnn.record.record(...)`.
@@ -16,6 +19,7 @@ from typing import Any
 
 from jaxrnn.package import make_callable
 from jaxrnn.record import loop
+from jaxrnn.record.recorder import Recorder as Recorder
 from jaxrnn.types import BatchAt, Step, Tree
 
 

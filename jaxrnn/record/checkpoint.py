@@ -89,13 +89,17 @@ class Checkpoints:
             are made of dictionaries and lists, which suits a state that is.
     """
 
+    since = 0
+    """Earlier ones don't count: nothing is known of the steps after them."""
+
     def __init__(self, directory: str | os.PathLike, like: Tree = None):
         self.directory = Path(directory).absolute()
         self.like = like
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
-        return sorted(step for step in self._numbered() if self._item(step) is not None)
+        found = (step for step in self._numbered() if self._item(step) is not None)
+        return sorted(step for step in found if step >= self.since)
 
     def restore(self, step: int) -> Tree:
         """The state that step `step` starts from. Raises UserError where it can't be read."""

@@ -1,11 +1,9 @@
 """The loop: runs any pure train step from its newest checkpoint on, and leaves records and checkpoints."""
 
-import contextlib
-import fcntl
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,63 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment, files
-from jaxrnn.escaping import as_json
-from jaxrnn.record import checkpoint, ending, gaps, resume, telemetry
+from jaxrnn.record import checkpoint, ending, gaps, layout, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.record_file import RecordFile
-from jaxrnn.record.records import Records, Row, same
+from jaxrnn.record.records import Records, Row
 from jaxrnn.record.steps import advance as advance
 from jaxrnn.record.steps import unshared as unshared
+from jaxrnn.record.writing import Saver, Sink
 from jaxrnn.types import BatchAt, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
-
-
-class Paths(NamedTuple):
-    """Where things lie in a run's directory."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / 'config.json'
-
-    @property
-    def records(self) -> Path:
-        return self.root / 'records.jsonl'
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / 'checkpoints'
-
-    @property
-    def diagnosis(self) -> Path:
-        return self.root / 'diagnosis.json'
-
-    @property
-    def experiments(self) -> Path:
-        return self.root / 'experiments.jsonl'
-
-    @property
-    def flags(self) -> Path:
-        return self.root / 'flags.txt'
-
-    @property
-    def data(self) -> Path:
-        return self.root / 'data.npz'
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / 'evaluation.json'
-
-    @property
-    def rewinds(self) -> Path:
-        return self.root / 'rewinds.json'
-
-    @property
-    def lock(self) -> Path:
-        return self.root / 'lock'
 
 
 class RunResult(NamedTuple):
@@ -135,10 +87,10 @@ def run(
         UserError: an unwritable or full directory, a run of another identity, one in use, or one without an intact
             checkpoint; a first checkpoint that can't be read back.
     """
-    paths = Paths(Path(directory))
-    make_directory(paths.root)
+    paths = layout.Paths(Path(directory))
+    layout.make_directory(paths.root)
     with (
-        _locked(paths),
+        layout.locked(paths),
         ending.signals() as signals,
         ending.watch(options.step_timeout) as watch,
         jax.debug_nans(options.debug_nans),
@@ -148,7 +100,7 @@ def run(
         records = RecordFile(paths.records)
         known = records.read_intact()
         first, state, resumed = _start(paths, checkpoints, known, init, identity or {})
-        sink = _Sink(records, records.keep_before(first), on_row)
+        sink = Sink(records, records.keep_before(first), on_row)
         clock = ending.Clock(options.max_minutes, first)
 
         def going(number: int, state: Tree) -> bool:
@@ -166,9 +118,9 @@ def run(
 
 def _trained(
     steps: Callable[..., tuple[int, Tree]],
-    paths: Paths,
+    paths: layout.Paths,
     options: LoopOptions,
-    sink: '_Sink',
+    sink: Sink,
     identity: Mapping[str, str],
     signals: ending.Signals,
     watch: ending.Watchdog,
@@ -185,7 +137,7 @@ def _trained(
     writer = checkpoint.Writer(
         paths.checkpoints, keep_latest=options.keep_latest, keep_every=options.keep_every
     )
-    save = _Saver(writer, sink, identity)
+    save = Saver(writer, sink, identity)
     try:
         done, state = steps(put=put, save=save, due=due)
         watch(ending.CHECKPOINT, done)
@@ -211,77 +163,16 @@ def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
 def rewind(directory: str | os.PathLike, step: int) -> None:
     """Takes a run back to one of its checkpoints: what was recorded and saved from there on is gone for good, and `run`
     goes on from it. Done twice it is the same as done once."""
-    paths = Paths(Path(directory))
-    with _locked(paths):
+    paths = layout.Paths(Path(directory))
+    with layout.locked(paths):
         checkpoint.Checkpoints(paths.checkpoints).drop_after(step)
         RecordFile(paths.records).keep_before(step)
         if paths.records.exists():
             files.sync(paths.records)
 
 
-class _Sink:
-    """Where records go: the file, the comparison with what a killed run had computed, the observer."""
-
-    def __init__(self, records: RecordFile, before: Records, on_row: Callable[[Row], bool]):
-        self.records, self.on_row = records, on_row
-        self.before = {row['step']: row for row in before}
-        self.first_mismatch: int | None = None
-        self.ended = False
-
-    def put(self, row: Row) -> None:
-        self._guard(lambda: self.records.append(row))
-        old = self.before.pop(row['step'], None)
-        if old is not None and self.first_mismatch is None and not same(old, row):
-            self.first_mismatch = row['step']
-        self.ended = bool(self.on_row(row)) or self.ended
-
-    def sync(self) -> None:
-        """Waits until every record is on the disk."""
-        self._guard(self.records.sync)
-
-    def _guard(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise UserError(
-                f'{self.records.path}: {error.strerror}; make room or check the disk, then run the same command '
-                'again to resume'
-            ) from error
-
-
-class _Saver:
-    """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order. The
-    first is read back before the next step."""
-
-    def __init__(self, writer: checkpoint.Writer, sink: _Sink, identity: Mapping[str, str]):
-        self._writer, self._sink, self._identity = writer, sink, identity
-        self._read_back = False
-
-    def __call__(self, number: int, state: Tree) -> None:
-        self._sink.sync()
-        meta = _meta(number, state, self._identity)
-        if self._writer.save(number, state, meta) and not self._read_back:
-            self._writer.wait()
-            self._check(number, state, meta['state'])
-            self._read_back = True
-
-    def _check(self, number: int, state: Tree, digest: str) -> None:
-        """Raises UserError where a checkpoint doesn't give back what was saved."""
-        directory = self._writer.directory
-        why = None
-        try:
-            found = state_digest(checkpoint.Checkpoints(directory, like=state).restore(number))
-        except UserError as error:
-            why = str(error).partition('; ')[0]
-        else:
-            if found != digest:
-                why = f'{directory / str(number)}: the checkpoint holds another state (digest {found}, not {digest})'
-        if why is not None:
-            raise UserError(f'{why}, and has just been written; check the disk, or choose another directory')
-
-
 def _start(
-    paths: Paths,
+    paths: layout.Paths,
     checkpoints: checkpoint.Checkpoints,
     known: Records,
     init: Callable[[], Tree],
@@ -359,60 +250,3 @@ def _owned(leaf: Any) -> jax.Array:
     buffer that nobody else has. The first step donates it; what made the state may still hold it, or have put it in the
     state twice."""
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else jnp.array(leaf, jnp.result_type(leaf))
-
-
-def _meta(step: int, state: Tree, identity: Mapping[str, str]) -> dict[str, Any]:
-    around = environment.describe()
-    return {
-        **identity,
-        'step': step,
-        'state': state_digest(state),
-        'environment': environment.digest(around),
-        'environment_details': around,
-    }
-
-
-def make_directory(root: Path) -> None:
-    """Makes a run's directory, whose name a power loss doesn't take. Raises UserError where nothing can be written."""
-    try:
-        made = [path for path in (root, *root.parents) if not path.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-        for path in made:
-            with contextlib.suppress(PermissionError):  # of a folder that may be written to and not read
-                files.sync(path.parent)
-    except (OSError, ValueError) as error:  # ValueError of a name with a zero byte
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f'--run_dir: {root} can not be made ({why}); choose a directory you may write to'
-        ) from error
-    if not os.access(root, os.W_OK | os.X_OK):
-        raise UserError(f'--run_dir: {root} is not writable; choose a directory you may write to')
-
-
-@contextlib.contextmanager
-def _locked(paths: Paths) -> Iterator[None]:
-    """Keeps a second process from training into the same directory; the lock goes with the process."""
-    try:
-        file = open(paths.lock, 'a', encoding='utf-8')
-    except OSError as error:
-        raise UserError(
-            f'--run_dir: {paths.root} is not writable ({error.strerror}); choose another'
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f'--run_dir: {paths.root} is in use by another process; wait for it, or choose another directory'
-            ) from None
-        yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all; NaN and infinities, which JSON lacks, as null."""
-    write_text(path, as_json(value, indent=1) + '\n')
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes whole or not at all, and to the disk. Raises UserError where it refuses."""
-    files.write_bytes(path, text.encode())

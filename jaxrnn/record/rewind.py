@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxrnn import files
 from jaxrnn.diagnosis import Symptom
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.types import UserError
 
 LEAD = 30
@@ -73,7 +73,7 @@ def _checked(row: Any) -> Rewind:
 
 
 def write(path: Path, rewinds: Sequence[Rewind]) -> None:
-    loop.write_json(path, [files.sealed(rewind._asdict()) for rewind in rewinds])
+    layout.write_json(path, [files.sealed(rewind._asdict()) for rewind in rewinds])
 
 
 def skipped(rewinds: Sequence[Rewind]) -> Collection[int]:

@@ -47,7 +47,7 @@ def advance(
     Returns:
         The number of the next step, and its state.
     """
-    late, number, state = _Late(put, doing), first, unshared(state)
+    late, number, state = Late(put, doing), first, unshared(state)
     try:
         while number < stop and before(number, state):
             if due(number):
@@ -73,7 +73,7 @@ def advance(
     return number, state
 
 
-class _Late:
+class Late:
     """Puts the record of a step when the next one has been started."""
 
     def __init__(self, put: Callable[[Row], None], doing: Callable[[int, int], None]):

@@ -5,6 +5,7 @@ In two phases, as the step runs on the device while the host still writes the re
 
 import functools
 import logging
+import time
 import weakref
 from typing import Any, NamedTuple, Protocol
 
@@ -120,6 +121,70 @@ class PlainStep:
         self._finish.lower(state, batch, begun, self._samples.shape(state)).compile()
 
 
+class CalledStep:
+    """A step as somebody else's loop calls it: their own function, compiled or not as they have it, and beside it what
+    is seen of a step from outside. So a replay has the bits of their training.
+
+    Args:
+        step: the step; whether it consumes its state is its own affair.
+    """
+
+    def __init__(self, step: Step):
+        self._step, self._beside = step, Beside()
+
+    def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+        self._beside.start(state)
+        after, record = self._step(state, batch)
+        return after, self._beside(after, record, whole=True)
+
+    def prepare(self, state: Tree, batch: Tree) -> None:
+        """Nothing: when it is compiled is the step's affair."""
+
+
+class Beside:
+    """What is seen of steps that somebody else computes, of the states between them."""
+
+    def __init__(self) -> None:
+        self._samples = _Samples()
+        self._before: _Sampled = UNSAMPLED
+        self._moved = jax.jit(_moved)
+        self._whole = jax.jit(_whole)
+
+    def start(self, state: Tree) -> None:
+        """The state that the next step starts from, which the step may consume."""
+        self._before = self._samples.of(state)
+
+    def __call__(self, state: Tree, record: Tree, *, whole: bool) -> Observation:
+        """What is seen of the step that led to a state.
+
+        Args:
+            state: after it; the next step may consume it as soon as this returns.
+            record: what the step says of itself, any tree of scalars.
+            whole: whether to look at every number: whether all are finite, and their digest.
+        """
+        found, samples = self._moved(self._before, state)
+        looked: Any = self._whole(state) if whole else {DIGEST: NO_DIGEST}
+        self._before = samples
+        self._samples.keep(state, samples)
+        return Observation({**found, **_host_scalars(record), **looked}, None)
+
+    def seconds(self, state: Tree) -> float:
+        """What it takes to look at every number of a state."""
+        jax.block_until_ready(self._whole(state))
+        start = time.perf_counter()
+        jax.block_until_ready(self._whole(state))
+        return time.perf_counter() - start
+
+
+def _moved(before: '_Sampled', after: Tree) -> tuple[Record, '_Sampled']:
+    found = {} if before.moving.moving is None else motion.of_step(before.moving, after)
+    return found, _sampled(after)
+
+
+def _whole(state: Tree) -> Record:
+    return {FINITE_STATE: tree.all_finite(state), DIGEST: tree.digest(state)}
+
+
 class _Sampled(NamedTuple):
     """What signals need of the state before a step."""
 
@@ -220,7 +285,8 @@ def row(step: int, observation: Observation) -> Row:
     that name which the step has of its own is in `record_step`.
     """
     record, error = observation
-    values = {name: _plain(value) for name, value in jax.device_get(record).items() if name != DIGEST}
+    fetched = {name: np.asarray(value) for name, value in jax.device_get(record).items()}
+    values = {name: _plain(value) for name, value in fetched.items() if name != DIGEST}
     words = np.asarray(record[DIGEST])
     row: dict[str, Any] = {'step': step, **values}
     if words.any():
@@ -237,19 +303,48 @@ def _scalars(record: Tree) -> dict[str, jax.Array]:
     """
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(record)):
         record = {'loss': record}
-    fields: dict[str, tuple[str, jax.Array]] = {}
+    fields = _fields(record)
+    return {name: jnp.reshape(jnp.asarray(leaf), ()) for name, leaf in fields.items()}
+
+
+def _host_scalars(record: Tree) -> dict[str, Any]:
+    """Likewise, without asking the device for anything."""
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(record)):
+        record = {'loss': record}
+    return {name: _host_scalar(name, leaf) for name, leaf in _fields(record).items()}
+
+
+def _host_scalar(name: str, leaf: Any) -> Any:
+    """A number of a record as the device has it. Raises UserError for what is none."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise UserError(
+            f'record: {name} is not computed yet; give a step to the recorder after its call, outside of jax.jit'
+        )
+    if isinstance(leaf, jax.Array):
+        return leaf
+    value = np.asarray(leaf)
+    if value.dtype.kind not in 'biufV':
+        raise UserError(f'record: numbers expected, {name} = {leaf!r:.40} found; leave it out')
+    if value.dtype == np.float64 and np.float32(value) == value:
+        return np.float32(value)  # float(loss) is the same number as loss
+    return value
+
+
+def _fields(record: Tree) -> dict[str, Any]:
+    """Scalars by the names that they are recorded under."""
+    fields: dict[str, tuple[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(record):
-        found, value = jax.tree_util.keystr(path, simple=True, separator='/'), jnp.asarray(leaf)
-        if value.size != 1:
+        found = jax.tree_util.keystr(path, simple=True, separator='/')
+        if np.size(leaf) != 1:
             raise UserError(
-                f'record: scalars expected, {found} {value.shape} found; reduce them inside the step'
+                f'record: scalars expected, {found} {np.shape(leaf)} found; reduce them inside the step'
             )
         name = _named(found)
         if name in fields:
             raise UserError(
                 f'record: the fields {fields[name][0]!r} and {found!r} would both be recorded as {name!r}; rename one'
             )
-        fields[name] = found, jnp.reshape(value, ())
+        fields[name] = found, leaf
     return {name: value for name, (_, value) in fields.items()}
 
 
@@ -260,6 +355,7 @@ def _named(field: str) -> str:
 
 
 def _plain(value: np.ndarray) -> float | int | bool:
+    value = value.reshape(())
     if value.dtype == np.bool_:
         return bool(value)
     if np.issubdtype(value.dtype, np.integer):

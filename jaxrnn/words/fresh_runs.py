@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.experiment.outcome import AVERTED, VERDICTS
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.words import checks, data, remedies
 from jaxrnn.words.config import Config
 from jaxrnn.words.run import LoadedRun, train_run
@@ -52,7 +52,7 @@ def _fresh_run(
     )
     say(f'training anew for {steps:,} steps: {name}')
     with tempfile.TemporaryDirectory() as directory:
-        data.write_dataset(loop.Paths(Path(directory)).data, opened.dataset)
+        data.write_dataset(layout.Paths(Path(directory)).data, opened.dataset)
         symptom = train_run(changed, directory, make_program=opened.make_program).diagnosis.symptom
     broke = symptom is not None and (symptom.kind != 'spike' or diagnosis.symptom.kind == 'spike')
     if symptom is None:

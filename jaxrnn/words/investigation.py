@@ -19,7 +19,7 @@ from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.experiment import outcome
 from jaxrnn.experiment.changes import in_order
 from jaxrnn.experiment.outcome import AVERTED, UNCHANGED
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.record.records import Row, same, series
 from jaxrnn.types import UserError
 from jaxrnn.words import checks, train
@@ -76,7 +76,7 @@ def bisect_run(
     diagnosis, inspected = inspection.locate(subject, diagnosis, screens=screens)
     diagnosis = _with_words(diagnosis, opened)
     rows = subject.recorded.updated(replayed)
-    loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
+    layout.write_json(layout.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return BisectionResult(diagnosis, rows, inspected, opened)
 
 
@@ -126,7 +126,7 @@ def diagnose_run(
     diagnosis, report = experiment.explain(
         subject, diagnosis, suspected, detectors, budget=budget, combine=suspects.combined,
         # Of a program that somebody altered no identity tells all.
-        keep=loop.Paths(Path(directory)).experiments if make_program is train.make_program else None,
+        keep=layout.Paths(Path(directory)).experiments if make_program is train.make_program else None,
     )  # fmt: skip
     if diagnosis.cause.kind == 'nondeterminism' and environment.threads() > 1:
         say('computing the step that differs twice more, on one thread')
@@ -136,7 +136,7 @@ def diagnose_run(
     diagnosis = dataclasses.replace(diagnosis, checks=(*measured, *beside))
     if report is not None and report.identical:
         diagnosis = in_fresh_runs(diagnosis, opened, suspects.by_name, fresh_runs, say)
-    loop.write_json(loop.Paths(Path(directory)).diagnosis, diagnosis.to_json())
+    layout.write_json(layout.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return DiagnosisResult(diagnosis, bisected, report)
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxrnn import files
 from jaxrnn.escaping import as_shell_word
-from jaxrnn.record import loop
+from jaxrnn.record import layout
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.types import UserError
 from jaxrnn.words import data
@@ -19,7 +19,7 @@ class Source(NamedTuple):
     allow_pickle: bool = False
 
 
-def check_files(paths: loop.Paths) -> None:
+def check_files(paths: layout.Paths) -> None:
     """Raises UserError for a run that leads out of its directory, or has a FIFO, a device or the like in it."""
     for path in (
         paths.config, paths.data, paths.records, paths.rewinds, paths.experiments, paths.evaluation,
@@ -31,7 +31,7 @@ def check_files(paths: loop.Paths) -> None:
     files.check_within(paths.checkpoints)
 
 
-def check_allowed(paths: loop.Paths, config: Config, source: Source) -> None:
+def check_allowed(paths: layout.Paths, config: Config, source: Source) -> None:
     """Raises UserError for a run whose data would be read from where the run says, and not the user."""
     if source.vectors or source.corpus:
         return
@@ -44,7 +44,7 @@ def check_allowed(paths: loop.Paths, config: Config, source: Source) -> None:
             )
 
 
-def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, source: Source) -> None:
+def check_identity(paths: layout.Paths, config: Config, dataset: data.Dataset, source: Source) -> None:
     """Raises UserError for a configuration or data that the run's checkpoints were not trained with: what follows from
     them would be said of the machine."""
     found = {
@@ -63,7 +63,7 @@ def check_identity(paths: loop.Paths, config: Config, dataset: data.Dataset, sou
                 )
 
 
-def _origin(paths: loop.Paths, source: Source) -> str:
+def _origin(paths: layout.Paths, source: Source) -> str:
     """Where the data is from, as an error begins."""
     if paths.data.exists():
         return f'--run_dir: {paths.data}'

@@ -14,7 +14,7 @@ from jaxrnn import detect, files
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.escaping import as_shell_word
-from jaxrnn.record import loop, rewind
+from jaxrnn.record import layout, loop, rewind
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, Row
@@ -75,7 +75,7 @@ def train_run(
     Raises:
         UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
     """
-    began, paths = time.monotonic(), loop.Paths(Path(directory))
+    began, paths = time.monotonic(), layout.Paths(Path(directory))
     opening.check_files(paths)
     _check_same_config(paths, config)
     optimisers.learning_rate(config.optimiser)  # refuses what contradicts itself before any slow work
@@ -109,8 +109,8 @@ def train_run(
     columns = RecordFile(paths.records).read().columns
     diagnosis = _of_records(columns, dataset, result)
     evaluation = train.evaluate(program.predict, result.state.params, dataset)
-    loop.write_json(paths.evaluation, evaluation)
-    loop.write_json(paths.diagnosis, diagnosis.to_json())
+    layout.write_json(paths.evaluation, evaluation)
+    layout.write_json(paths.diagnosis, diagnosis.to_json())
     return TrainingResult(result, diagnosis, evaluation)
 
 
@@ -131,7 +131,7 @@ def open_run(
         UserError: no run, not a whole one, one whose configuration or data isn't what its checkpoints were trained
             with, or one that leads out of its directory.
     """
-    paths = loop.Paths(Path(directory))
+    paths = layout.Paths(Path(directory))
     opening.check_files(paths)
     config = read_config(paths)
     source = source or Source()
@@ -159,7 +159,7 @@ def newest_params(opened: LoadedRun) -> Tree:
     return state.params
 
 
-def read_config(paths: loop.Paths) -> Config:
+def read_config(paths: layout.Paths) -> Config:
     """The configuration of a run. Raises UserError where there is none."""
     try:
         return Config.from_json(files.read_json(paths.config))
@@ -185,7 +185,7 @@ def _loop_options(config: Config, most: float, began: float) -> loop.LoopOptions
     return loop.LoopOptions(**shared, **checks)
 
 
-def _check_same_config(paths: loop.Paths, config: Config) -> None:
+def _check_same_config(paths: layout.Paths, config: Config) -> None:
     if not paths.config.exists():
         return
     before = read_config(paths)
@@ -201,7 +201,7 @@ def _check_same_config(paths: loop.Paths, config: Config) -> None:
 def _directory(root: Path) -> Iterator[None]:
     """A directory that can be written to, before the slow work; gone again if that fails."""
     made = not root.exists()
-    loop.make_directory(root)
+    layout.make_directory(root)
     try:
         yield
     except BaseException:
@@ -210,7 +210,7 @@ def _directory(root: Path) -> Iterator[None]:
         raise
 
 
-def _dataset(paths: loop.Paths, options: Data, seed: int, say: Callable[[str], None]) -> data.Dataset:
+def _dataset(paths: layout.Paths, options: Data, seed: int, say: Callable[[str], None]) -> data.Dataset:
     """The run's own copy of its data, so that it can be diagnosed anywhere; else made from its source."""
     if paths.data.exists():
         return data.read_dataset(paths.data)
@@ -227,13 +227,13 @@ def _fitting(config: Config, dataset: data.Dataset, make_program: train.MakeProg
     return program
 
 
-def _describe(paths: loop.Paths, config: Config, dataset: data.Dataset) -> None:
+def _describe(paths: layout.Paths, config: Config, dataset: data.Dataset) -> None:
     """Writes configuration, flags and data, each whole or not at all."""
-    loop.write_json(paths.config, config.to_json())
+    layout.write_json(paths.config, config.to_json())
     flags = [
         f'--{name}={_flag(value)}' for group in config.to_json().values() for name, value in group.items()
     ]
-    loop.write_text(paths.flags, '\n'.join(flags) + '\n')
+    layout.write_text(paths.flags, '\n'.join(flags) + '\n')
     if not paths.data.exists():
         data.write_dataset(paths.data, dataset)
 
@@ -253,7 +253,7 @@ def _of_records(columns: Series, dataset: data.Dataset, result: loop.RunResult) 
     return dataclasses.replace(diagnosis, cause=Cause('none', 'not looked for: run jaxrnn diagnose'))
 
 
-def _rewound(paths: loop.Paths) -> list[rewind.Rewind]:
+def _rewound(paths: layout.Paths) -> list[rewind.Rewind]:
     """How often a run has gone back; finishes a time that was cut short."""
     rewinds = rewind.read(paths.rewinds)
     if rewinds and not rewinds[-1].done:
@@ -264,7 +264,7 @@ def _rewound(paths: loop.Paths) -> list[rewind.Rewind]:
 
 
 def _goes_back(
-    paths: loop.Paths, stop: '_Stop', rewinds: Sequence[rewind.Rewind], say: Callable[[str], None]
+    paths: layout.Paths, stop: '_Stop', rewinds: Sequence[rewind.Rewind], say: Callable[[str], None]
 ) -> bool:
     """Decides whether a run that ended goes back, and writes it down."""
     if stop.found is None or stop.on != 'rewind':

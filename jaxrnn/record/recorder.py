@@ -1,0 +1,387 @@
+"""A recorder for a loop that somebody has: it sees each step when it was taken, and leaves a run as `loop` does."""
+
+import contextlib
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn import files
+from jaxrnn.record import checkpoint, kept_batches, layout, parts, resume, telemetry, writing
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Records, Row
+from jaxrnn.record.steps import Late
+from jaxrnn.types import Tree, UserError
+
+log = logging.getLogger('jaxrnn')
+
+SHARE = 0.01
+"""Of a step's time, that digests take at most on the average, if nothing else is said."""
+
+TIMED = range(4, 9)
+"""Steps, counted from where a process begins, that say what a step takes: the first ones compile."""
+
+FORMAT = 1
+"""Of recorder.json."""
+
+
+class Recorder:
+    """Records a training that somebody else's loop runs, so that it can be bisected, traced and diagnosed.
+
+    The loop, the step and the data loader stay as they are. A run that is there already is gone on with: take its
+    state and its step from the recorder.
+
+    Args:
+        directory: of the run, made if it isn't there.
+        state: what the first step starts from: any tree that has all that a step changes. It is copied.
+        checkpoint_every: steps between checkpoints.
+        keep_latest: how many of the newest are kept.
+        keep_every: those at multiples of it are kept for ever, the first (step 0) always.
+        digest_every: steps between digests, for which every number of the state is read; 0: as many as cost a
+            hundredth of the training's time. A digest proves a replay; each checkpoint has one.
+        most_bytes: of all batches that are kept on disk; the oldest go first. 0: none is kept.
+        on_row: sees every record, one step late.
+
+    Raises:
+        UserError: a directory that can't be used, is in use, or holds a run of another program.
+
+    >>> import tempfile
+    >>> import jax
+    >>> train_step = jax.jit(lambda x, batch: (x - 0.1 * batch, {'loss': x**2}))
+    >>> state = jax.numpy.float32(1)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     with jaxrnn.Recorder(directory, state) as recorder:
+    ...         for batch in [1.0, 1.0, float('nan'), 1.0]:
+    ...             state, metrics = train_step(state, batch)
+    ...             recorder(state, metrics, batch)
+    ...     diagnosis, rows = jaxrnn.bisect(train_step, None, directory, like=state)
+    >>> diagnosis.symptom, diagnosis.replay.bit_identical
+    (Symptom(kind='nonfinite', step=2), True)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        state: Tree,
+        *,
+        checkpoint_every: int = 100,
+        keep_latest: int = 100,
+        keep_every: int = 1000,
+        digest_every: int = 0,
+        most_bytes: int = kept_batches.MOST_BYTES,
+        on_row: Callable[[Row], Any] = lambda row: None,
+    ):
+        _check_positive(
+            checkpoint_every=checkpoint_every, keep_latest=keep_latest, keep_every=keep_every,
+            digest_every=digest_every + 1, most_bytes=most_bytes + 1,
+        )  # fmt: skip
+        self.paths = layout.Paths(Path(directory))
+        with contextlib.ExitStack() as opening:
+            layout.make_directory(self.paths.root)
+            opening.enter_context(layout.locked(self.paths))
+            self._start = _start(self.paths, state)
+            keep = _Keep(checkpoint_every, keep_latest, keep_every, most_bytes)
+            self._output = opening.enter_context(_Output(self.paths, keep, self._start.step, on_row))
+            self._open = opening.pop_all()
+        self._parts, self._like = self._start.parts, state
+        self._initial = jax.tree.map(_copied, state) if self._parts is None else None
+        self._next = self._first = self._start.step
+        self._beside = telemetry.Beside()
+        if self._start.arrays is not None:
+            self._beside.start(self._start.arrays)  # now, as the first step may consume it
+        self._pace = _Pace(digest_every, checkpoint_every)
+        self._taken: Tree = None  # the batch of the next step, in a tuple
+        self._last: Tree = None
+        self._asked = self._parts is None
+
+    @property
+    def step(self) -> int:
+        """The number of the next step: how many were taken, in all."""
+        return self._next
+
+    @property
+    def state(self) -> Tree:
+        """What the next step starts from: of a run that is there already, its newest intact checkpoint."""
+        self._asked = True
+        if self._parts is None or self._next > self._first or self._start.arrays is None:
+            return self._like
+        return self._parts.whole(self._start.arrays, self._like)
+
+    def batches(self, source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
+        """The batches of a loader, each kept before the step that it is for; those of steps that were taken before the
+        process began are drawn and left out.
+
+        Args:
+            source: an iterable, or what makes one.
+        """
+        drawn = iter(source() if callable(source) else source)
+        for number in range(self._next):
+            if next(drawn, self) is self:
+                raise UserError(
+                    f'batches: the loader ended after {number} batches, and the run has {self._next} steps; give one '
+                    'that goes on, as itertools.chain.from_iterable(itertools.repeat(loader))'
+                )
+        for batch in drawn:
+            self._keep(batch)
+            yield batch
+
+    def around(self, train_step: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
+        """A train step that records itself, for a loop that can't be changed.
+
+        Args:
+            train_step: `(state, batch) -> (state, metrics)`; more arguments are kept with the batch.
+        """
+
+        def recorded(state: Tree, *batch: Any) -> tuple[Tree, Tree]:
+            self._keep(batch[0] if len(batch) == 1 else batch)
+            state, metrics = train_step(state, *batch)
+            self(state, metrics)
+            return state, metrics
+
+        return recorded
+
+    def __call__(self, state: Tree, metrics: Tree, batch: Tree = None) -> None:
+        """Records a step that was just taken.
+
+        Args:
+            state: after it.
+            metrics: what it says of itself: any tree of scalars, or the loss alone.
+            batch: that it was taken on, if `batches` didn't give it. Everything that a replay can't have from the state
+                belongs to it, as a random key that the loop draws.
+
+        Raises:
+            UserError: a state of another structure, metrics that are no scalars, a full disk.
+        """
+        if not self._asked:
+            raise UserError(
+                f'{self.paths.root}: a run of {self._first} steps is there already; go on with recorder.state, '
+                f'which step {self._first} starts from, or choose another directory'
+            )
+        number = self._next
+        known = self._begun(state)
+        arrays = known.arrays(state)
+        due = self._output.due(number + 1)
+        self._pace.at(number, lambda: self._beside.seconds(arrays))
+        observation = self._beside(arrays, metrics, whole=due or self._pace.due(number))
+        if batch is not None:
+            self._keep(batch)
+        self._output.put(number, observation, self._taken)
+        self._next, self._last, self._taken = number + 1, arrays, None
+        if due:
+            self._output.save(number + 1, arrays)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except UserError as failure:
+            if error is None:
+                raise
+            log.warning('%s', failure)  # what ended the loop is what is to be said
+
+    def close(self) -> None:
+        """Writes what is still to be written, and a last checkpoint. The run can be gone on with."""
+        last, self._last = self._last, None
+        with self._open:
+            self._output.flush()
+            if last is not None and not _is_gone(last):
+                self._output.save(self._next, last)
+
+    def _begun(self, state: Tree) -> parts.Parts:
+        """Which leaves of a state are arrays: known once a step was taken. What the run began with is saved then."""
+        if self._parts is None:
+            self._parts = parts.Parts.of(self._initial, state)
+            first = jax.tree.map(_owned, self._parts.arrays(self._initial))
+            self._initial = None
+            _write_notes(self.paths, self._parts)
+            self._output.save(0, first)
+            self._beside.start(first)
+        return self._parts
+
+    def _keep(self, batch: Tree) -> None:
+        """Notes the batch of the next step, before a step consumes it."""
+        if self._output.batches is not None:
+            self._taken = (kept_batches.taken(batch),)
+
+
+class _Keep(NamedTuple):
+    """What a run keeps; see `Recorder`."""
+
+    checkpoint_every: int
+    keep_latest: int
+    keep_every: int
+    most_bytes: int
+
+
+class _Output:
+    """What a recorder leaves: records, batches and checkpoints, in an order that a power loss keeps.
+
+    Args:
+        paths: of the run.
+        keep: how much of it.
+        first: the step that it begins with; what is there of later ones is of another course.
+        on_row: sees every record.
+    """
+
+    def __init__(self, paths: layout.Paths, keep: _Keep, first: int, on_row: Callable[[Row], Any]):
+        self._keep = keep
+        self._records = RecordFile(paths.records)
+        self._records.keep_before(first)
+        self.batches: kept_batches.BatchWriter | None = None
+        if keep.most_bytes:
+            self.batches = kept_batches.BatchWriter(paths.batches, keep.most_bytes)
+            self.batches.keep_before(first)
+        self._writer = checkpoint.Writer(
+            paths.checkpoints, keep_latest=keep.keep_latest, keep_every=keep.keep_every
+        )
+        sink = writing.Sink(self._records, Records.of(()), lambda row: bool(on_row(row)) and False)
+        self._late = Late(sink.put, lambda what, number: None)
+        self._saver = writing.Saver(self._writer, sink, {})
+
+    def due(self, number: int) -> bool:
+        """Whether there is a checkpoint of what a step starts from."""
+        return number % self._keep.checkpoint_every == 0
+
+    def put(self, number: int, observation: telemetry.Observation, taken: tuple[Tree] | None) -> None:
+        """A record, a step late, and its batch if there is one."""
+        if self.batches is not None and taken is not None:
+            self.batches.put(number, *taken)
+        self._late.put(number, observation)
+
+    def flush(self) -> None:
+        """Every record there is."""
+        self._late.flush()
+
+    def save(self, number: int, arrays: Tree) -> None:
+        """A checkpoint, after the records and the batches of all steps before it."""
+        self.flush()
+        if self.batches is not None:
+            self.batches.begin()
+            self.batches.drop_before(number - self._keep.keep_latest * self._keep.checkpoint_every)
+        self._saver(number, arrays)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.ExitStack() as closing:
+            closing.callback(self._records.close)
+            closing.callback(self._writer.close)
+            if self.batches is not None:
+                closing.callback(self.batches.close)
+
+
+class _Started(NamedTuple):
+    """Where a recorder begins."""
+
+    step: int
+    parts: parts.Parts | None  # None for a new run
+    arrays: Tree  # what the step starts from; None for a new run
+
+
+def _start(paths: layout.Paths, state: Tree) -> _Started:
+    notes = read_notes(paths)
+    if notes is None:
+        if checkpoint.Checkpoints(paths.checkpoints).steps():
+            raise UserError(
+                f'{paths.root} holds a run that no recorder made; choose another directory, or go on as it was begun'
+            )
+        return _Started(0, None, None)
+    known = parts.Parts.named(state, notes)
+    saved = checkpoint.Checkpoints(paths.checkpoints, like=known.arrays(state))
+    records = RecordFile(paths.records).read_intact()
+
+    def recorded(step: int) -> str | None:
+        return (records.at(step - 1) or {}).get(telemetry.DIGEST)
+
+    found = resume.newest_intact(saved, recorded)
+    resume.set_aside(saved, found)
+    if found is None:
+        return _Started(0, None, None)
+    return _Started(found.step, known, found.state)
+
+
+def _write_notes(paths: layout.Paths, known: parts.Parts) -> None:
+    layout.write_json(paths.recorder, files.sealed({'format': FORMAT, 'state': [*known.paths]}))
+
+
+def read_notes(paths: layout.Paths) -> tuple[str, ...] | None:
+    """The paths of the arrays in a recorder's run; None for a run of `loop`. Raises UserError for what can't be read,
+    or is of a newer release."""
+    try:
+        found = files.read_json(paths.recorder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f'{paths.recorder} can not be read ({error.strerror})') from error
+    try:
+        found = files.unsealed(found)
+        if type(found['format']) is int and found['format'] > FORMAT:
+            raise UserError(
+                f'{paths.recorder}: format {found["format"]} found, at most {FORMAT} expected; it is of a newer '
+                'release of jaxrnn: update it'
+            )
+        if not all(type(path) is str for path in found['state']):
+            raise TypeError('state: a path is no text')
+        return tuple(found['state'])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{paths.recorder}: not as a recorder wrote it ({error}); {files.AGAIN}') from None
+
+
+class _Pace:
+    """When every number of the state is read: so seldom that it takes a SHARE of the training's time."""
+
+    def __init__(self, every: int, most: int):
+        self._every, self._most = every or most, most
+        self._ask = not every
+        self._begun: int | None = None
+        self._last: float | None = None
+        self._times: list[float] = []
+
+    def at(self, number: int, seconds: Callable[[], float]) -> None:
+        """Told of each step. Asks once what reading takes."""
+        if not self._ask:
+            return
+        self._begun = number if self._begun is None else self._begun
+        now = time.perf_counter()
+        if self._last is not None and number - self._begun in TIMED:
+            self._times.append(now - self._last)
+        self._last = now
+        if number - self._begun == TIMED[-1]:
+            share = seconds() / (SHARE * max(statistics.median(self._times), 1e-9))
+            self._every = min(max(int(share) + 1, 1), self._most)
+            self._ask = False
+
+    def due(self, number: int) -> bool:
+        """Whether it is read after step `number`; also while that isn't known yet."""
+        return self._ask or (number + 1) % self._every == 0
+
+
+def _copied(leaf: Any) -> Any:
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _owned(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf, jnp.result_type(leaf))
+
+
+def _is_gone(state: Tree) -> bool:
+    """Whether a step consumed it."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f'{name}: {number} found, a larger number expected')
