@@ -185,11 +185,12 @@ def _recorded(
     known = parts.Parts.named(state, notes)
     pure = step if known.all_arrays else _of_arrays(step, known, state)
     saved = Checkpoints(paths.checkpoints, like=known.arrays(state))
+    rows = RecordFile(paths.records).read()
     if batch_at is None:
-        kept = kept_batches.KeptBatches(paths.batches, batch_like)
+        steps = int(rows.steps[-1]) + 1 if rows else None
+        kept = kept_batches.KeptBatches(paths.batches, batch_like, steps)
         batch_at = kept
         saved.since = min(kept.steps(), default=0)
-    rows = RecordFile(paths.records).read()
     return replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))
 
 

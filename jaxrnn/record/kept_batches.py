@@ -38,8 +38,8 @@ MOST_BYTES = 1 << 30
 PARTS = 8
 """A file has at most so small a share of them: the oldest goes whole."""
 
-MOST_UNPACKED = 4 << 30
-"""Bytes of one batch."""
+MOST_UNPACKED = 1 << 30
+"""Bytes of one batch, as it is in memory."""
 
 LEVEL = 1
 """Of zstandard: the fastest."""
@@ -56,16 +56,17 @@ SIZE = struct.Struct('<I')
 class KeptBatches:
     """Reads them: called with a step's number it gives its batch, as `batch_at` does.
 
-    After the last they come again from the first: of a step that the run never took any batch is as good as another.
+    Of steps after the run's last they come again from the first: of those any batch is as good as another.
 
     Args:
         directory: of the files.
         like: a batch, for the structure of the others; only needed where that isn't made of dictionaries, lists, tuples
             and named tuples.
+        steps: of the run.
     """
 
-    def __init__(self, directory: str | os.PathLike, like: Tree = None):
-        self.directory, self.like = Path(directory), like
+    def __init__(self, directory: str | os.PathLike, like: Tree = None, steps: int | None = None):
+        self.directory, self.like, self._end = Path(directory), like, steps
         self._places: dict[int, _Place] | None = None
         self._known = functools.lru_cache(maxsize=64)(self._read)
 
@@ -91,8 +92,8 @@ class KeptBatches:
 
     def _read(self, step: int) -> Tree:
         known = self._index()
-        if known and step > (last := max(known)):
-            step = min(known) + (step - last - 1) % (last + 1 - min(known))
+        if known and self._end is not None and step >= self._end > (first := min(known)):
+            step = first + (step - self._end) % (self._end - first)
         place = known.get(step)
         if place is None:
             raise UserError(f'{self.directory}: no batch of step {step} is kept; {_ranges(sorted(known))}')
@@ -331,8 +332,16 @@ def _packed(batch: Tree) -> bytes:
         note, content = _note(leaf)
         notes.append(note)
         raw.append(content)
-    written = json.dumps({'leaves': notes, 'tree': outline.of(batch)}).encode()
-    return b''.join([SIZE.pack(len(written)), written, *raw])
+    written = json.dumps({'leaves': notes, 'tree': outline.of(batch)})
+    if files.depth(written) > files.MOST_DEPTH:
+        raise UserError('a batch: more levels of dictionaries and tuples found than a run keeps; flatten it')
+    content = b''.join([SIZE.pack(len(written.encode())), written.encode(), *raw])
+    if len(content) > MOST_UNPACKED:
+        raise UserError(
+            f'a batch: {len(content):,} bytes found, at most {MOST_UNPACKED:,} are kept of one; record without '
+            'batches (most_bytes=0)'
+        )
+    return content
 
 
 def _note(leaf: Any) -> tuple[list[Any], bytes]:

@@ -129,7 +129,7 @@ class Recorder:
                     'that goes on, as itertools.chain.from_iterable(itertools.repeat(loader))'
                 )
         for batch in drawn:
-            self._keep(batch)
+            self._keep(jax.tree.map(_copied, batch))
             yield batch
 
     def around(self, train_step: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
@@ -140,7 +140,7 @@ class Recorder:
         """
 
         def recorded(state: Tree, *batch: Any) -> tuple[Tree, Tree]:
-            self._keep(batch[0] if len(batch) == 1 else batch)
+            self._keep(jax.tree.map(_copied, batch[0] if len(batch) == 1 else batch))
             state, metrics = train_step(state, *batch)
             self(state, metrics)
             return state, metrics
@@ -164,6 +164,8 @@ class Recorder:
                 f'{self.paths.root}: a run of {self._first} steps is there already; go on with recorder.state, '
                 f'which step {self._first} starts from, or choose another directory'
             )
+        if self._next == self._first:
+            _check_computed((state, metrics))
         number = self._next
         known = self._begun(state)
         arrays = known.arrays(state)
@@ -210,7 +212,7 @@ class Recorder:
         return self._parts
 
     def _keep(self, batch: Tree) -> None:
-        """Notes the batch of the next step, before a step consumes it."""
+        """Notes the batch of the next step. Given before the step, it must be a copy: a step may consume its batch."""
         if self._output.batches is not None:
             self._taken = (kept_batches.taken(batch),)
 
@@ -366,6 +368,13 @@ class _Pace:
     def due(self, number: int) -> bool:
         """Whether it is read after step `number`; also while that isn't known yet."""
         return self._ask or (number + 1) % self._every == 0
+
+
+def _check_computed(values: Tree) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)):
+        raise UserError(
+            'recorder: values found that are not computed yet; give it a step after its call, outside of jax.jit'
+        )
 
 
 def _copied(leaf: Any) -> Any:

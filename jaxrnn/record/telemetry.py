@@ -316,10 +316,6 @@ def _host_scalars(record: Tree) -> dict[str, Any]:
 
 def _host_scalar(name: str, leaf: Any) -> Any:
     """A number of a record as the device has it. Raises UserError for what is none."""
-    if isinstance(leaf, jax.core.Tracer):
-        raise UserError(
-            f'record: {name} is not computed yet; give a step to the recorder after its call, outside of jax.jit'
-        )
     if isinstance(leaf, jax.Array):
         return leaf
     value = np.asarray(leaf)
