@@ -14,6 +14,7 @@ import jaxrnn
 from jaxrnn import detect, experiment
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Symptom
+from jaxrnn.experiment import window
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
 from jaxrnn.experiment.explain import explain, run
@@ -28,7 +29,7 @@ from jaxrnn.experiment.outcome import (
     Outcome,
 )
 from jaxrnn.experiment.strategies import FARTHER, bad_batches
-from jaxrnn.experiment.window import AFTER, LEAD, Window, window_of
+from jaxrnn.experiment.window import AFTER, FAR, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import series
@@ -500,6 +501,18 @@ def test_a_window_starts_early_enough_where_it_can(tmp_path):
     assert window_of(subject, 49 + lead).start == 0
     assert window_of(subject, 10).start == 0
     assert not window_of(subject, 0, began=0).lasting
+
+
+def test_a_window_starts_late_enough_where_checkpoints_are_far_apart(tmp_path, monkeypatch):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path, every=320)
+    assert window_of(subject, 310) == Window(310 - FAR, 310, 311 + AFTER)
+    assert window_of(subject, 310, began=105) == Window(5, 204, 205, lasting=True)
+    monkeypatch.setattr(window, 'FAR', 70)
+    found = experiments(subject)
+    assert found.window.start == SYMPTOM - 70
+    control, identical = found.control()
+    assert identical and control.verdict == 'unchanged'
+    assert found.attempt(change('slower', growing(1.01))).verdict == 'averted'
 
 
 def test_anybody_s_run_is_diagnosed(tmp_path):

@@ -26,13 +26,14 @@ def define_flags() -> None:
         at_most=common.MOST,
     )
     common.define(
-        'diagnose', 'budget_steps', None, 'Steps that may be replayed in all; 2000 if not given.',
+        'diagnose', 'budget_steps', None,
+        'Steps that may be replayed in all; if not given, 2000 beside those that find the step.',
         at_least=1, at_most=common.MOST,
     )  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import environment, experiment, report
+    from jaxrnn import environment, report
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
@@ -40,11 +41,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
-    budget = flags.FLAGS.budget_steps
     found = investigation.diagnose_run(
         directory,
         detectors,
-        budget=experiment.BUDGET if budget is None else budget,
+        budget=flags.FLAGS.budget_steps,
         fresh_runs=flags.FLAGS.fresh_runs,
         good=flags.FLAGS.good,
         bad=flags.FLAGS.bad,

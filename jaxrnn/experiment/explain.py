@@ -14,7 +14,7 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment.cause import cause_of
 from jaxrnn.experiment.changes import step_of
-from jaxrnn.experiment.engine import Experiments
+from jaxrnn.experiment.engine import BUDGET, Experiments
 from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Outcome
 from jaxrnn.experiment.strategies import (
     FARTHER,
@@ -90,7 +90,7 @@ def explain(
     changes: Callable[[Window, Sequence[int]], Sequence[Change]],
     detectors: Sequence[Detector] = detect.DETECTORS,
     *,
-    budget: int,
+    budget: int | None = None,
     combine: Combine = lambda change: None,
     keep: Path | None = None,
 ) -> tuple[Diagnosis, ExperimentReport | None]:
@@ -101,7 +101,7 @@ def explain(
         diagnosis: of `replay.bisect`.
         changes: of the window and the steps whose batches are bad -> what is to be tried, in that order.
         detectors: as the bisect had them.
-        budget: steps that may be replayed, those of the bisect included.
+        budget: steps that may be replayed, those of the bisect included; if not given, BUDGET beside them.
         combine: as in `run`.
         keep: as in `Experiments`.
     """
@@ -114,7 +114,7 @@ def explain(
     began = began_of(subject, diagnosis, detectors)
     lasting = symptom.kind in (*detect.LASTING, detect.WHEN)
     window = window_of(subject, symptom.step, began, lasting=lasting)
-    left = budget - diagnosis.replay.steps_replayed
+    left = BUDGET if budget is None else budget - diagnosis.replay.steps_replayed
     if hardware:
         report = _computed_again(subject, symptom, window, detectors, left)
         return _with(diagnosis, diagnosis.cause, report), report

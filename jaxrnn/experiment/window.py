@@ -10,6 +10,10 @@ LEAD = 60
 AFTER = 50
 """Steps after a symptom through which a change must hold."""
 
+FAR = 200
+"""Steps before a symptom, or when it began, from which on a change acts, at most: where checkpoints are far apart what
+leads to the first of them is replayed once, unchanged."""
+
 ALIVE = 200
 """Steps after which a network that did not start to learn must have started under a change."""
 
@@ -17,7 +21,7 @@ ALIVE = 200
 class Window(NamedTuple):
     """The steps of an experiment."""
 
-    start: int  # a checkpoint
+    start: int  # at or after a checkpoint
     symptom: int  # its step; of a state that lasts, the one at which it is looked for
     horizon: int  # the step after the last
     lasting: bool = False  # whether the symptom is a state that set in long before its rule reported it
@@ -31,7 +35,8 @@ class Window(NamedTuple):
 def window_of(
     subject: Subject, step: int, began: int | None = None, *, lasting: bool = True
 ) -> Window | None:
-    """From the newest checkpoint that gives changes time to act, else from the newest before the symptom.
+    """From the newest checkpoint that gives changes time to act, else from the newest before the symptom; but from FAR
+    steps before it at the earliest.
 
     Args:
         subject: the run.
@@ -48,8 +53,8 @@ def window_of(
         return None
     began = step if began is None else began
     early = [at for at in before if at <= (step if lasting else began) - LEAD]
-    start = early[-1] if early else before[0]
+    start = max(early[-1] if early else before[0], (step if lasting else began) - FAR)
     if not lasting or began == step or began > start:
         return Window(start, step, step + 1 + AFTER)
-    start = max((at for at in before if at <= began), default=before[0])
+    start = max(max((at for at in before if at <= began), default=before[0]), began - ALIVE // 2)
     return Window(start, start + ALIVE - 1, start + ALIVE, lasting=True)

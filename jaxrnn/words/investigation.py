@@ -84,7 +84,7 @@ def diagnose_run(
     directory: str | os.PathLike,
     detectors: Sequence[Detector] = detect.DETECTORS,
     *,
-    budget: int = experiment.BUDGET,
+    budget: int | None = None,
     good: int | None = None,
     bad: int | None = None,
     fresh_runs: int = 0,
@@ -98,7 +98,7 @@ def diagnose_run(
     Args:
         directory: of the run.
         detectors: as in `replay.bisect`.
-        budget: steps that may be replayed, those of the bisection included.
+        budget: steps that may be replayed, those of the bisection included; if not given, 2,000 beside them.
         good, bad: as in `replay.bisect`.
         fresh_runs: how many of the remedies that avert are also trained with from the start, with another seed, as far
             again as the symptom took to come.
