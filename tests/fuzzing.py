@@ -6,6 +6,7 @@ unpickled; a file outside of the reader's folder; more time or memory than the b
 """
 
 import bz2
+import collections
 import contextlib
 import encodings
 import functools
@@ -33,12 +34,12 @@ import numpy as np
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxrnn import detect
+from jaxrnn import detect, files
 from jaxrnn.cli import common
 from jaxrnn.detect import rule_language
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import cache
-from jaxrnn.record import layout, resume, rewind
+from jaxrnn.record import kept_batches, layout, parts, recorder, resume, rewind
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
@@ -165,6 +166,29 @@ def _experiments(folder: Path) -> None:
         kept.get(change, 0, 40)
     kept.put('added', 7, 8, added)
     assert cache.OutcomeCache(path, 'c0ffee').get('added', 7, 8) == added
+
+
+def _batches(folder: Path) -> None:
+    """As a file of frames; and as what is in a frame, which a checksum keeps others from."""
+    with mock.patch.object(kept_batches, 'MOST_UNPACKED', 16 << 20):
+        _all_of(kept_batches.KeptBatches(folder / 'batches'))
+        (folder / 'packed').mkdir(exist_ok=True)
+        content = (folder / 'batches' / '0.batches').read_bytes()
+        (folder / 'packed' / '3.batches').write_bytes(kept_batches.frame_of(3, content))
+        _all_of(kept_batches.KeptBatches(folder / 'packed'))
+
+
+def _all_of(kept: kept_batches.KeptBatches) -> None:
+    for step in kept.steps()[:20]:
+        with contextlib.suppress(UserError):
+            jax.tree.leaves(kept(step))
+
+
+def _recorder(folder: Path) -> None:
+    paths = layout.Paths(folder)
+    if (found := recorder.read_notes(paths)) is not None:
+        with contextlib.suppress(UserError):
+            parts.Parts.named({'w': np.zeros(2), 'name': 3}, found)
 
 
 def _rule(folder: Path) -> None:
@@ -316,6 +340,39 @@ def _of_experiments() -> list[bytes]:
     return [sealed, plain, b'{"scope": "c0ffee"}', b'{"scope": "c0ffee"}\n{"change": [1]}', *_texts()]
 
 
+def _of_batches() -> list[bytes]:
+    batches = [
+        {'x': np.arange(4, dtype=np.float32), 'y': (np.bool_([True]), 3, None, 0.5)},
+        [jnp.bfloat16([1, 2]), jax.random.key(3), fuzzed_tuple(np.int8(1), 2j)],
+    ]
+    packed = [kept_batches.packed(kept_batches.taken(batch)) for batch in batches]
+    frames = b''.join(kept_batches.frame_of(step, content) for step, content in enumerate(packed))
+    hostile = [
+        {'leaves': [['array', 'float32', [1 << 40]]], 'tree': '*'},
+        {'leaves': [['array', 'O', [1]]], 'tree': '*'},
+        {'leaves': [['number', 'int', '9' * 5000]], 'tree': '*'},
+        {'leaves': [['key', 'nosuch', [2]]], 'tree': '*'},
+        {'leaves': [], 'tree': ['namedtuple', 'x', ['__class__'], ['*']]},
+        {'leaves': [], 'tree': ['list', [['none']] * 9]},
+    ]
+    texts = [json.dumps(each).encode() for each in hostile]
+    return [
+        frames,
+        *packed,
+        *(kept_batches.SIZE.pack(len(text)) + text + bytes(8) for text in texts),
+        *_texts(),
+    ]
+
+
+fuzzed_tuple = collections.namedtuple('fuzzed_tuple', ['a', 'b'])
+
+
+def _of_recorder() -> list[bytes]:
+    made = {'format': 1, 'state': ['w', 'opt/0/mu']}
+    others = [files.sealed(made), made, {'format': 2, 'state': []}, {'format': [], 'state': {'w': 1}}, [1]]
+    return [*(json.dumps(each).encode() for each in others), *_texts()]
+
+
 def _of_rules() -> list[bytes]:
     named = [detector.rule.text.encode() for detector in (*detect.DETECTORS, *detect.ALARMS)]
     hostile = [
@@ -383,6 +440,12 @@ READERS: Mapping[str, Reader] = {
     'data': Reader('data.npz', _dataset, _of_dataset, ('<i4', '<f4', "'shape': (", 'True', 'PK\x03\x04', '<M8[ns]')),
     'rewinds': Reader('rewinds.json', _rewinds, _of_rewinds, (*JSON, '"skipped"', '"done"', '"kind"', '"to"')),
     'experiments': Reader('experiments.jsonl', _experiments, _of_experiments, (*JSON, '"symptom"', '"loss"', '\n')),
+    'batches': Reader(
+        'batches/0.batches', _batches, _of_batches,
+        (*JSON, '"leaves"', '"tree"', '"array"', '"key"', '"number"', '"namedtuple"', '"dict"', '"*"', '"float32"',
+         'JXB1', '"threefry2x32"'),
+    ),
+    'recorder': Reader('recorder.json', _recorder, _of_recorder, (*JSON, '"format"', '"state"', '"w"', 'Infinity')),
     'rules': Reader(
         'file',
         _rule,

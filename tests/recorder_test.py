@@ -112,7 +112,7 @@ def test_it_is_diagnosed_by_its_own_batches(tmp_path):
     diagnosis, report = jaxrnn.diagnose(train_step, None, tmp_path, like=start())
     assert (diagnosis.first_bad_step, diagnosis.cause.kind) == (bad, 'data')
     averted = {o.change.name for o in report.outcomes if o.verdict == 'averted'}
-    assert f'without the batch of step {bad}' in averted
+    assert f'without the batch of step {bad}' in averted, report.outcomes
 
 
 def test_between_digests_the_state_is_looked_at_again(tmp_path):

@@ -118,7 +118,6 @@ class BatchWriter:
     def __init__(self, directory: str | os.PathLike, most_bytes: int = MOST_BYTES):
         self.directory, self.most_bytes = Path(directory), most_bytes
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._packer = zstandard.ZstdCompressor(level=LEVEL)
         self._file: BinaryIO | None = None
         self._files = [_File(int(path.stem), path, path.stat().st_size) for path in _paths(self.directory)]
         self._lock = threading.Lock()
@@ -189,9 +188,7 @@ class BatchWriter:
                 self._waiting.task_done()
 
     def _write(self, step: int, batch: Tree) -> None:
-        packed = self._packer.compress(_packed(batch))
-        head = HEAD.pack(b'', 0, step, len(packed))[8:]
-        frame = MAGIC + struct.pack('<I', zlib.crc32(packed, zlib.crc32(head))) + head + packed
+        frame = frame_of(step, packed(batch))
         with self._lock:
             if self._begin_anew or self._files[-1].size + len(frame) > self.most_bytes // PARTS:
                 self._open(step)
@@ -289,12 +286,12 @@ def _content(place: _Place) -> bytes:
     _, checksum, step, length = HEAD.unpack(frame[: HEAD.size])
     if len(frame) != HEAD.size + length or step != place.step or zlib.crc32(frame[8:]) != checksum:
         raise _DamagedError('is damaged: it has another checksum than when it was written')
-    packed = frame[HEAD.size :]
-    size = zstandard.frame_content_size(packed)
+    small = frame[HEAD.size :]
+    size = zstandard.frame_content_size(small)
     if not 0 <= size <= MOST_UNPACKED:
         raise _DamagedError(f'has {size:,} bytes when unpacked, at most {MOST_UNPACKED:,} expected')
     try:
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=MOST_UNPACKED)
+        return zstandard.ZstdDecompressor().decompress(small, max_output_size=MOST_UNPACKED)
     except zstandard.ZstdError as error:
         raise _DamagedError(f"can't be unpacked ({error})") from None
 
@@ -326,7 +323,15 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _packed(batch: Tree) -> bytes:
+def frame_of(step: int, content: bytes) -> bytes:
+    """What stands in a file for a batch that is `packed`."""
+    small = zstandard.ZstdCompressor(level=LEVEL).compress(content)
+    head = HEAD.pack(b'', 0, step, len(small))[8:]
+    return MAGIC + struct.pack('<I', zlib.crc32(small, zlib.crc32(head))) + head + small
+
+
+def packed(batch: Tree) -> bytes:
+    """A batch as bytes. Raises UserError for one that is too large, or too deep."""
     notes, raw = [], []
     for leaf in jax.tree.leaves(batch):
         note, content = _note(leaf)
@@ -358,7 +363,7 @@ def _note(leaf: Any) -> tuple[list[Any], bytes]:
 
 
 def _unpacked(content: bytes, place: _Place, like: Tree) -> Tree:
-    """Raises UserError for what isn't one that `_packed` made."""
+    """Raises UserError for what isn't one that `packed` made."""
     try:
         (size,) = SIZE.unpack_from(content)
         written = files.parse_json(content[SIZE.size : SIZE.size + size].decode(), str(place.path))

@@ -4,8 +4,9 @@ Nothing of a class is kept but its name: a run is data, and brings no code with 
 """
 
 import collections
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -85,9 +86,38 @@ _classes: dict[tuple[str, tuple[str, ...]], type] = {}
 
 
 def _class(name: str, fields: tuple[str, ...]) -> Any:
-    """A named tuple of these fields: the same class each time, as JAX compiles for one."""
-    if len(fields) > MOST_FIELDS or not all(
-        type(each) is str and len(each) < 200 for each in (name, *fields)
-    ):
+    """A named tuple of these fields: the same class each time, as JAX compiles for one. Python's own `namedtuple` would
+    compile what a run names."""
+    if (name, fields) not in _classes:
+        _check(name, fields)
+        places = {field: property(operator.itemgetter(place)) for place, field in enumerate(fields)}
+        made = type(name, (_Named,), {'__slots__': (), '_fields': fields, **places})
+        _classes[name, fields] = made
+    return _classes[name, fields]
+
+
+def _check(name: Any, fields: tuple[Any, ...]) -> None:
+    """Raises ValueError."""
+    names = (name, *fields)
+    if len(fields) > MOST_FIELDS or not all(type(each) is str and each.isidentifier() for each in names):
         raise ValueError('a named tuple of such fields')
-    return _classes.setdefault((name, fields), collections.namedtuple(name, fields))
+    if len({*fields}) < len(fields) or any(field.startswith('_') or len(field) > 200 for field in fields):
+        raise ValueError('a named tuple of such fields')
+
+
+class _Named(tuple):
+    """What a named tuple can, as far as a step may ask for it."""
+
+    __slots__ = ()
+    _fields: tuple[str, ...] = ()
+
+    def __new__(cls, *values: Any) -> Self:
+        if len(values) != len(cls._fields):
+            raise ValueError(f'{len(values)} values for {len(cls._fields)} fields')
+        return super().__new__(cls, values)
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def _replace(self, **values: Any) -> Self:
+        return type(self)(*{**self._asdict(), **values}.values())
