@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn.record import checkpoint, kept_batches, layout
+from jaxrnn.record import checkpoint, kept_batches, layout, recorder
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 
@@ -132,6 +132,27 @@ def test_digests_cost_a_hundredth_of_a_step_if_nothing_is_said(tmp_path, monkeyp
     trained(tmp_path / 'fast', loader(40), checkpoint_every=20)
     slow, fast = ([row['step'] for row in rows(tmp_path / n) if 'digest' in row] for n in ('slow', 'fast'))
     assert slow == [*range(8), 19, 39] and fast == [*range(40)]
+
+
+def test_checkpoints_cost_a_hundredth_of_the_time_if_nothing_is_said(tmp_path, monkeypatch):
+    clock = (
+        itertools.count()
+    )  # which goes on each time that somebody looks: for a checkpoint, or at a hundredth step
+    monkeypatch.setattr(recorder._Output, '_clock', lambda self: next(clock))
+    monkeypatch.setattr(recorder, 'SHARE', 0.1)
+    trained(tmp_path, loader(2250), checkpoint_every=0)
+    assert checkpoint.Checkpoints(tmp_path / 'checkpoints', like=start()).steps() == [0, 1000, 2000, 2250]
+
+
+def test_a_checkpoint_is_due_before_batches_are_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, 'SHARE', 1e-9)
+    rng = np.random.default_rng()
+    batches = (rng.integers(0, 2**32, 250, np.uint32) for _ in range(1000))
+    step = jax.jit(lambda x, batch: (x + batch[0], {'loss': jnp.sum(x)}))
+    trained(tmp_path, batches, step, jnp.zeros(2), checkpoint_every=0, most_bytes=500_000)
+    steps = checkpoint.Checkpoints(tmp_path / 'checkpoints', like=jnp.zeros(2)).steps()
+    assert (np.diff(steps) <= 400).all() and len(steps) < 6
+    assert jaxrnn.bisect(step, None, tmp_path, like=jnp.zeros(2), when='step == 990')[0].replay.bit_identical
 
 
 # Going on

@@ -121,7 +121,7 @@ class BatchWriter:
         self._file: BinaryIO | None = None
         self._files = [_File(int(path.stem), path, path.stat().st_size) for path in _paths(self.directory)]
         self._lock = threading.Lock()
-        self._begin_anew = True
+        self._begin_anew, self._since = True, 0
         self._error: Exception | None = None
         self._waiting: queue.Queue[tuple[int, Tree] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._write_all, name='jaxrnn-batches', daemon=True)
@@ -153,6 +153,11 @@ class BatchWriter:
         self._raise()
         self._waiting.put((step, batch))
 
+    @property
+    def nearly_full(self) -> bool:
+        """Whether those since `begin` take so much that a later checkpoint might have lost some of them."""
+        return self._since > self.most_bytes // 2
+
     def begin(self) -> None:
         """From the next on in a new file; all before are on the disk."""
         self._waiting.join()
@@ -164,7 +169,7 @@ class BatchWriter:
                 files.sync(self.directory)
         except OSError as error:
             raise self._said(error) from error
-        self._begin_anew = True
+        self._begin_anew, self._since = True, 0
 
     def close(self) -> None:
         """Waits for what was put. Raises UserError where it couldn't be written."""
@@ -197,6 +202,7 @@ class BatchWriter:
             self._file.write(frame)
             self._file.flush()
             self._files[-1] = self._files[-1]._replace(size=self._files[-1].size + len(frame))
+            self._since += len(frame)
 
     def _open(self, step: int) -> None:
         if self._file is not None:

@@ -1,5 +1,6 @@
 """A recorder for a loop that somebody has: it sees each step when it was taken, and leaves a run as `loop` does."""
 
+import collections
 import contextlib
 import logging
 import os
@@ -23,7 +24,10 @@ from jaxrnn.types import Tree, UserError
 log = logging.getLogger('jaxrnn')
 
 SHARE = 0.01
-"""Of a step's time, that digests take at most on the average, if nothing else is said."""
+"""Of a training's time, that digests take at most if nothing else is said; and that checkpoints take."""
+
+LEAST = 100
+"""Steps between checkpoints, if nothing else is said."""
 
 TIMED = range(4, 9)
 """Steps, counted from where a process begins, that say what a step takes: the first ones compile."""
@@ -41,7 +45,7 @@ class Recorder:
     Args:
         directory: of the run, made if it isn't there.
         state: what the first step starts from: any tree that has all that a step changes. It is copied.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints; 0: multiples of a hundred, as many as cost a hundredth of the time.
         keep_latest: how many of the newest are kept.
         keep_every: those at multiples of it are kept for ever, the first (step 0) always.
         digest_every: steps between digests, for which every number of the state is read; 0: as many as cost a
@@ -71,7 +75,7 @@ class Recorder:
         directory: str | os.PathLike,
         state: Tree,
         *,
-        checkpoint_every: int = 100,
+        checkpoint_every: int = 0,
         keep_latest: int = 100,
         keep_every: int = 1000,
         digest_every: int = 0,
@@ -79,7 +83,7 @@ class Recorder:
         on_row: Callable[[Row], Any] = lambda row: None,
     ):
         _check_positive(
-            checkpoint_every=checkpoint_every, keep_latest=keep_latest, keep_every=keep_every,
+            checkpoint_every=checkpoint_every + 1, keep_latest=keep_latest, keep_every=keep_every,
             digest_every=digest_every + 1, most_bytes=most_bytes + 1,
         )  # fmt: skip
         self.paths = layout.Paths(Path(directory))
@@ -96,7 +100,7 @@ class Recorder:
         self._beside = telemetry.Beside()
         if self._start.arrays is not None:
             self._beside.start(self._start.arrays)  # now, as the first step may consume it
-        self._pace = _Pace(digest_every, checkpoint_every)
+        self._pace = _Pace(digest_every, checkpoint_every or LEAST)
         self._taken: Tree = None  # the batch of the next step, in a tuple
         self._last: Tree = None
         self._asked = self._parts is None
@@ -236,6 +240,8 @@ class _Output:
         on_row: sees every record.
     """
 
+    _clock = staticmethod(time.monotonic)
+
     def __init__(self, paths: layout.Paths, keep: _Keep, first: int, on_row: Callable[[Row], Any]):
         self._keep = keep
         self._records = RecordFile(paths.records)
@@ -250,10 +256,17 @@ class _Output:
         sink = writing.Sink(self._records, Records.of(()), lambda row: bool(on_row(row)) and False)
         self._late = Late(sink.put, lambda what, number: None)
         self._saver = writing.Saver(self._writer, sink, {})
+        self._saved: collections.deque[int] = collections.deque(maxlen=keep.keep_latest)
+        self._next_at: float | None = None  # by the clock; None where no checkpoint was timed yet
 
     def due(self, number: int) -> bool:
         """Whether there is a checkpoint of what a step starts from."""
-        return number % self._keep.checkpoint_every == 0
+        if every := self._keep.checkpoint_every:
+            return number % every == 0
+        if number % LEAST:
+            return False
+        full = self.batches is not None and self.batches.nearly_full
+        return full or self._next_at is None or self._clock() >= self._next_at
 
     def put(self, number: int, observation: telemetry.Observation, taken: tuple[Tree] | None) -> None:
         """A record, a step late, and its batch if there is one."""
@@ -270,8 +283,15 @@ class _Output:
         self.flush()
         if self.batches is not None:
             self.batches.begin()
-            self.batches.drop_before(number - self._keep.keep_latest * self._keep.checkpoint_every)
+            if len(self._saved) == self._keep.keep_latest:
+                self.batches.drop_before(self._saved[0])
+        begun = self._clock()
         self._saver(number, arrays)
+        if self._next_at is None:
+            self._writer.wait()
+            self._seconds = self._clock() - begun
+        self._next_at = self._clock() + self._seconds / SHARE
+        self._saved.append(number)
 
     def __enter__(self) -> Self:
         return self
