@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn.record import checkpoint, layout, loop, telemetry
+from jaxrnn.record import checkpoint, kept_batches, layout, loop, recorder, telemetry
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Row
 from jaxrnn.types import UserError
@@ -210,6 +210,52 @@ def goes_back_on(directory: Path, found: Found) -> list[str]:
     return wrong + goes_on(directory, found._replace(whole=[at for at in found.whole if at <= 4], named=()))
 
 
+# Of somebody's own loop
+
+
+compiled = jax.jit(step)
+
+
+def record(directory: Path, stop: int = STOP) -> loop.RunResult:
+    """As `run`, in a loop that has a recorder."""
+    with recorder.Recorder(directory, init(), checkpoint_every=2, keep_latest=2, digest_every=1) as recording:
+        first, state = recording.step, recording.state
+        for number in range(first, stop):
+            batch = np.float32(number % 5)
+            state, metrics = compiled(state, batch)
+            recording(state, metrics, batch)
+    return loop.RunResult(stop, state, None, None, first)
+
+
+@functools.lru_cache
+def straight_recorded() -> list[Row]:
+    with folder() as directory:
+        record(directory)
+        return list(records(directory).read())
+
+
+def recorder_goes_on(directory: Path, found: Found) -> list[str]:
+    """As `goes_on`; and the batches are kept of all steps that a checkpoint leads to."""
+    wrong, ended = _are_whole(directory), record(directory)
+    least = max(found.whole, default=0)
+    if (ended.resumed_from or 0) < least:
+        wrong.append(f'went on from {ended.resumed_from}, and {least} is whole')
+    return wrong + recorder_is_whole(directory) + _ends(ended)
+
+
+def recorder_is_whole(directory: Path, stop: int = STOP) -> list[str]:
+    wrong = _is_whole(directory, straight_recorded()[:stop])
+    kept = kept_batches.KeptBatches(directory / 'batches')
+    known, saved = kept.steps(), [at for at in checkpoints(directory).steps() if at]
+    if known != [*range(known[0] if known else 0, stop)] or (
+        saved and known[0] > saved[0] and saved[0] < stop
+    ):
+        wrong.append(f'the batches of {known} are kept, and there are checkpoints {saved}')
+    if any(kept(number) != number % 5 for number in known):
+        wrong.append('a batch is another')
+    return wrong
+
+
 ACTS = {
     'first save': Act(nothing, lambda directory: run(directory, 2), all_count, reaches(2)),
     'save': Act(
@@ -218,6 +264,18 @@ ACTS = {
     'record': Act(lambda directory: run(directory, 4), put_record, all_count, recorded),
     'resume': Act(damage, run, goes_on, reaches(8)),
     'rewind': Act(lambda directory: run(directory, keep_latest=3), go_back, goes_back_on, went_back),
+    'first recorded': Act(
+        nothing,
+        lambda directory: record(directory, 3),
+        recorder_goes_on,
+        lambda path: recorder_is_whole(path, 3),
+    ),
+    'recorder goes on': Act(
+        lambda directory: record(directory, 5),
+        lambda directory: record(directory, 7),
+        recorder_goes_on,
+        lambda path: recorder_is_whole(path, 7),
+    ),
 }
 
 
