@@ -232,6 +232,17 @@ def consumed(state, batch):
     return donating(state, batch)
 
 
+def test_records_that_are_lost_are_said(tmp_path, caplog):
+    trained(tmp_path, loader(30, bad=17))
+    lines = (tmp_path / 'records.jsonl').read_bytes().splitlines(keepends=True)
+    (tmp_path / 'records.jsonl').write_bytes(b''.join([*lines[:4], b'x', *lines[5:]]))
+    jaxrnn.Recorder(tmp_path, start()).close()
+    assert 'the records of steps 4 to 5 are lost; a bisect goes by the checkpoints' in caplog.text
+    assert [row['step'] for row in rows(tmp_path)] == [*range(4), *range(6, 30)]
+    diagnosis, _ = jaxrnn.bisect(train_step, None, tmp_path, like=start())
+    assert diagnosis.first_bad_step == 17 and diagnosis.replay.bit_identical
+
+
 def test_a_run_that_is_there_is_not_mistaken_for_a_new_one(tmp_path):
     trained(tmp_path, loader(12))
     before = (tmp_path / 'records.jsonl').read_bytes()

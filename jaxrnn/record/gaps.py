@@ -51,13 +51,13 @@ def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) 
     if beyond:
         log.warning(
             'the records of %s are missing for good: no checkpoint before them is left',
-            _steps(beyond),
+            named(beyond),
         )
     lost = lost[len(beyond) :]
     if lost:
         log.warning(
             'the records of %s are missing: computing them again, from the checkpoints before them',
-            _steps(lost),
+            named(lost),
         )
     found: dict[int, Row] = {}
     for start, end in itertools.pairwise([*starts, stop]):
@@ -78,7 +78,7 @@ def _again(known: Known, lost: Sequence[int], start: int, end: int, replay: Repl
             return {row['step']: row for row in again.rows if row['step'] in lost}
         why_not = f'computed again, step {other} comes out otherwise'
     if why_not is not None:
-        log.warning('the records of %s stay missing: %s', _steps(lost), why_not)
+        log.warning('the records of %s stay missing: %s', named(lost), why_not)
     return {}
 
 
@@ -92,7 +92,7 @@ def _other(known: Known, again: Replayed, stop: int, end: int) -> int | None:
     return stop - 1 if saved is not None and saved != again.digest else None
 
 
-def _steps(steps: Sequence[int]) -> str:
+def named(steps: Sequence[int]) -> str:
     """Steps by their ranges: `steps 3, 7 to 9`."""
     starts = [step for place, step in enumerate(steps) if not place or steps[place - 1] != step - 1]
     stops = [step for place, step in enumerate(steps) if step + 1 not in steps[place + 1 : place + 2]]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrnn import files
-from jaxrnn.record import checkpoint, kept_batches, layout, parts, resume, telemetry, writing
+from jaxrnn.record import checkpoint, gaps, kept_batches, layout, parts, resume, telemetry, writing
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, Row
 from jaxrnn.record.steps import Late
@@ -331,6 +332,12 @@ def _start(paths: layout.Paths, state: Tree) -> _Started:
     resume.set_aside(saved, found)
     if found is None:
         return _Started(0, None, None)
+    if lost := np.setdiff1d(np.arange(found.step), records.steps).tolist():
+        log.warning(
+            '%s: the records of %s are lost; a bisect goes by the checkpoints',
+            paths.records,
+            gaps.named(lost),
+        )
     return _Started(found.step, known, found.state)
 
 
