@@ -336,6 +336,50 @@ def test_a_recorder_in_a_compiled_step_is_refused(tmp_path):
             within(1.0)
 
 
+# The program
+
+
+def other_step(state, batch):
+    """As `step`, at another rate."""
+    params, moments = state
+    loss, gradients = jax.value_and_grad(loss_of)(params, batch)
+    updates, moments = optax.adam(2e-2).update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), {'loss': loss}
+
+
+@pytest.mark.parametrize('way', ['step', 'around'])
+def test_a_replay_by_another_program_says_in_which_equation(way, tmp_path, caplog):
+    recording = jaxrnn.Recorder(
+        tmp_path, state := start(), checkpoint_every=10, step=train_step if way == 'step' else None
+    )
+    recorded = recording.around(train_step)
+    with recording:
+        for batch in loader(30, bad=22):
+            if way == 'around':
+                state, _ = recorded(state, batch)
+            else:
+                state, metrics = train_step(state, batch)
+                recording(state, metrics, batch)
+    diagnosis, _ = jaxrnn.bisect(train_step, None, tmp_path, like=start())
+    assert diagnosis.first_bad_step == 22 and not caplog.text
+    diagnosis, _ = jaxrnn.bisect(jax.jit(other_step), None, tmp_path, like=start())
+    assert diagnosis.cause.kind == 'program' and diagnosis.first_bad_step is None
+    assert 'the step is another program than trained: equation' in diagnosis.cause.why
+    assert '0.02' in diagnosis.cause.why and '0.01' in diagnosis.cause.why
+
+
+def test_a_step_that_can_not_be_traced_is_recorded(tmp_path):
+    def by_numbers(x, batch):
+        return jnp.float32(float(x) + float(batch)), {'loss': float(x)}
+
+    with jaxrnn.Recorder(tmp_path, x := jnp.float32(0), step=by_numbers) as recording:
+        for batch in range(5):
+            x, metrics = by_numbers(x, batch)
+            recording(x, metrics, batch)
+    assert not (tmp_path / 'equations.txt').exists()
+    assert jaxrnn.bisect(by_numbers, None, tmp_path, like=x, verify=True)[0].replay.bit_identical
+
+
 # Batches
 
 

@@ -12,6 +12,7 @@ The package is callable: `jaxrnn.bisect(...)` is `jaxrnn.bisect.bisect(...)`.
 
 import functools
 import inspect
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from jaxrnn import detect
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.package import make_callable
-from jaxrnn.record import kept_batches, layout, parts, recorder, telemetry
+from jaxrnn.record import equations, kept_batches, layout, parts, recorder, telemetry
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Row
 from jaxrnn.types import BatchAt, Step, Tree, UserError
+
+log = logging.getLogger('jaxrnn')
 
 
 def bisect(
@@ -183,7 +186,7 @@ def _recorded(
         raise UserError('like: None found, a state like that which the run began with expected')
     state = like() if inspect.isroutine(like) or isinstance(like, functools.partial) else like
     known = parts.Parts.named(state, notes)
-    pure = step if known.all_arrays else _of_arrays(step, known, state)
+    pure = parts.on_arrays(step, known, state)
     saved = Checkpoints(paths.checkpoints, like=known.arrays(state))
     rows = RecordFile(paths.records).read()
     if batch_at is None:
@@ -191,17 +194,26 @@ def _recorded(
         kept = kept_batches.KeptBatches(paths.batches, batch_like, steps)
         batch_at = kept
         saved.since = min(kept.steps(), default=0)
-    return replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))
+    found = replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))
+    return found._replace(other_program=_other_program(paths, found, known.arrays(state)))
 
 
-def _of_arrays(step: Step, known: parts.Parts, like: Tree) -> Step:
-    """A step on the arrays of a state, all else as it is in `like`."""
+MOST_SHAPES = 100
+"""Batches among which one of the shapes of a run's first is looked for."""
 
-    def of_arrays(arrays: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        after, record = step(known.whole(arrays, like), batch)
-        return known.arrays(after), record
 
-    return of_arrays
+def _other_program(paths: layout.Paths, subject: replay.Subject, arrays: Tree) -> str:
+    """What is said where a run was recorded with another program than is given."""
+    was = equations.read(paths.equations)
+    steps = subject.checkpoints.steps()
+    if was is None or subject.step is None or not steps:
+        return ''
+    numbers = range(steps[0], min(steps[-1], steps[0] + MOST_SHAPES))
+    batches = (functools.partial(subject.batch_at, number) for number in numbers)
+    found = equations.difference(was, subject.step, arrays, batches)
+    if found:
+        log.warning('%s: the step is another program than the one that trained: %s', paths.equations, found)
+    return found
 
 
 make_callable(__name__, bisect)

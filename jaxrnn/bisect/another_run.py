@@ -35,6 +35,11 @@ def cause_of(replayer: Replayer) -> Cause:
     """Why a replay is another run than the one recorded, of a replay that is."""
     step = replayer.first_mismatch
     assert step is not None
+    if other := replayer.subject.other_program:
+        return Cause(
+            'program',
+            f'not reproducible from step {step} on: the step is another program than trained: {other}',
+        )
     first = next((each for each in replayer.broken if each.stop - 1 == step), None)
     return _by_record(replayer, step) if first is None else _by_checkpoint(replayer, first)
 

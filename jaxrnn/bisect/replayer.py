@@ -28,6 +28,7 @@ class Subject(NamedTuple):
     digest_every: int = 1
     step: Step | None = None  # to be evaluated equation by equation
     loss: str | None = 'loss'  # the field of a record that is the loss; None where that isn't known
+    other_program: str = ''  # in what the step is another program than the one that trained, if that is known
 
     @property
     def recorded(self) -> Records:

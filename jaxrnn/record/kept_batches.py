@@ -379,6 +379,7 @@ def _unpacked(content: bytes, place: _Place, like: Tree) -> Tree:
             leaves.append(leaf)
         if at != len(content):
             raise ValueError(f'{len(content) - at} bytes left over')
+        structure = written['tree']
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise UserError(
             f'{place.path}: the batch of step {place.step} is not one that was kept here ({error})'
@@ -389,7 +390,7 @@ def _unpacked(content: bytes, place: _Place, like: Tree) -> Tree:
                 f'batch_like: {found} arrays found, {len(leaves)} expected, as a batch of the run has'
             )
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return outline.made(written['tree'], leaves, f'{place.path}: the batch of step {place.step}')
+    return outline.made(structure, leaves, f'{place.path}: the batch of step {place.step}')
 
 
 def _leaf(note: Sequence[Any], content: bytes, at: int) -> tuple[Any, int]:

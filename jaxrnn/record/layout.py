@@ -58,6 +58,10 @@ class Paths(NamedTuple):
         return self.root / 'recorder.json'
 
     @property
+    def equations(self) -> Path:
+        return self.root / 'equations.txt'
+
+    @property
     def batches(self) -> Path:
         return self.root / 'batches'
 

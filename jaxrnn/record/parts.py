@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrnn.types import Tree, UserError
+from jaxrnn.types import Step, Tree, UserError
 
 
 class Parts(NamedTuple):
@@ -78,6 +78,18 @@ class Parts(NamedTuple):
             raise UserError(
                 f'state: {len(leaves)} leaves found, {len(self.mask)} expected, as the run began with'
             )
+
+
+def on_arrays(step: Step, known: Parts, like: Tree) -> Step:
+    """A step on the arrays of a state, all else as it is in `like`."""
+    if known.all_arrays:
+        return step
+
+    def of_arrays(arrays: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        after, record = step(known.whole(arrays, like), batch)
+        return known.arrays(after), record
+
+    return of_arrays
 
 
 def _is_array(leaf: Any) -> bool:

@@ -81,8 +81,12 @@ class RecordFile:
         self._mend()
         found, self._known = self._read().found, None
         place = int(np.searchsorted(found.records.steps, step))
-        if self.path.exists():
-            os.truncate(self.path, found.end if place == len(found.records) else int(found.starts[place]))
+        end = found.end if place == len(found.records) else int(found.starts[place])
+        if self.path.exists() and end < self.path.stat().st_size:
+            os.truncate(self.path, end)
+            files.sync(
+                self.path
+            )  # before anything is appended: else a power loss may take what is before it, too
         return found.records[place:]
 
     def _read(self) -> '_Known':

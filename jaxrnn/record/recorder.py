@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import files
-from jaxrnn.record import checkpoint, gaps, kept_batches, layout, parts, resume, telemetry, writing
+from jaxrnn.record import checkpoint, equations, gaps, kept_batches, layout, parts, resume, telemetry, writing
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, Row
 from jaxrnn.record.steps import Late
-from jaxrnn.types import Tree, UserError
+from jaxrnn.types import Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
@@ -53,6 +53,8 @@ class Recorder:
             hundredth of the training's time. A digest proves a replay; each checkpoint has one.
         most_bytes: of all batches that are kept on disk; the oldest go first. 0: none is kept.
         on_row: sees every record, one step late.
+        step: the train step, as it is to be replayed: its equations are kept, so that a replay by another program says
+            which equation differs.
 
     Raises:
         UserError: a directory that can't be used, is in use, or holds a run of another program.
@@ -82,6 +84,7 @@ class Recorder:
         digest_every: int = 0,
         most_bytes: int = kept_batches.MOST_BYTES,
         on_row: Callable[[Row], Any] = lambda row: None,
+        step: Step | None = None,
     ):
         _check_positive(
             checkpoint_every=checkpoint_every + 1, keep_latest=keep_latest, keep_every=keep_every,
@@ -105,6 +108,7 @@ class Recorder:
         self._taken: Tree = None  # the batch of the next step, in a tuple
         self._last: Tree = None
         self._asked = self._parts is None
+        self._step = step
 
     @property
     def step(self) -> int:
@@ -126,14 +130,7 @@ class Recorder:
         Args:
             source: an iterable, or what makes one.
         """
-        drawn = iter(source() if callable(source) else source)
-        for number in range(self._next):
-            if next(drawn, self) is self:
-                raise UserError(
-                    f'batches: the loader ended after {number} batches, and the run has {self._next} steps; give one '
-                    'that goes on, as itertools.chain.from_iterable(itertools.repeat(loader))'
-                )
-        for batch in drawn:
+        for batch in _drawn(source, self._next):
             self._keep(jax.tree.map(_copied, batch))
             yield batch
 
@@ -144,7 +141,12 @@ class Recorder:
             train_step: `(state, batch) -> (state, metrics)`; more arguments are kept with the batch.
         """
 
+        def on_all(state: Tree, batch: Any) -> tuple[Tree, Tree]:
+            return train_step(state, *batch)
+
         def recorded(state: Tree, *batch: Any) -> tuple[Tree, Tree]:
+            if self._next == self._first:
+                self._step = self._step or (train_step if len(batch) == 1 else on_all)
             self._keep(jax.tree.map(_copied, batch[0] if len(batch) == 1 else batch))
             state, metrics = train_step(state, *batch)
             self(state, metrics)
@@ -179,6 +181,9 @@ class Recorder:
         observation = self._beside(arrays, metrics, whole=due or self._pace.due(number))
         if batch is not None:
             self._keep(batch)
+        if self._step is not None and self._taken is not None:
+            pure, self._step = parts.on_arrays(self._step, known, self._like), None
+            _note_equations(self.paths.equations, pure, arrays, *self._taken)
         self._output.put(number, observation, self._taken)
         self._next, self._last, self._taken = number + 1, arrays, None
         if due:
@@ -339,6 +344,24 @@ def _start(paths: layout.Paths, state: Tree) -> _Started:
             gaps.named(lost),
         )
     return _Started(found.step, known, found.state)
+
+
+def _drawn(source: Iterable[Any] | Callable[[], Iterable[Any]], taken: int) -> Iterator[Any]:
+    """The batches after those that were taken."""
+    drawn = iter(source() if callable(source) else source)
+    for number in range(taken):
+        if next(drawn, drawn) is drawn:
+            raise UserError(
+                f'batches: the loader ended after {number} batches, and the run has {taken} steps; give one that goes '
+                'on, as itertools.chain.from_iterable(itertools.repeat(loader))'
+            )
+    yield from drawn
+
+
+def _note_equations(path: Path, step: Step, state: Tree, batch: Tree) -> None:
+    """Keeps a step's equations, if none are kept. Of state and batch the shapes are looked at."""
+    if equations.read(path) is None and (text := equations.written(step, state, batch)) is not None:
+        layout.write_text(path, text)
 
 
 def _write_notes(paths: layout.Paths, known: parts.Parts) -> None:

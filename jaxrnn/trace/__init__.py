@@ -36,6 +36,9 @@ What every file knows:
 `averages.decay`, an optimiser's constants:
     averages    by what a step multiplies the averages in its state
 
+`listing`, whether a function is another than it was:
+    listing     its equations as lines of text
+
 `compare` and `lost_precision`, a step whose values are finite:
     retrace     a step compiled once more, which also returns measurements of its values
     measure     how large each value is
