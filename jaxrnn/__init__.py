@@ -27,12 +27,24 @@ if TYPE_CHECKING:
     from jaxrnn.experiment import Change as Change
     from jaxrnn.experiment import Changed as Changed
     from jaxrnn.experiment import diagnose as diagnose
+    from jaxrnn.record import Drawn as Drawn
     from jaxrnn.record import Recorder as Recorder
     from jaxrnn.record import record as record
     from jaxrnn.types import UserError as UserError
 
 __version__ = '0.1.0'
-__all__ = ['Change', 'Changed', 'Recorder', 'UserError', 'bisect', 'diagnose', 'record', 'state', 'trace']
+__all__ = [
+    'Change',
+    'Changed',
+    'Drawn',
+    'Recorder',
+    'UserError',
+    'bisect',
+    'diagnose',
+    'record',
+    'state',
+    'trace',
+]
 
 _ROOMS = ('bisect', 'record', 'trace')
 """Of these names the package itself is meant; the first two can be called."""
@@ -42,6 +54,7 @@ _HOMES = {
     'Changed': 'jaxrnn.experiment',
     'diagnose': 'jaxrnn.experiment',
     'state': 'jaxrnn.bisect',
+    'Drawn': 'jaxrnn.record',
     'Recorder': 'jaxrnn.record',
     'UserError': 'jaxrnn.types',
 }

@@ -269,6 +269,79 @@ def test_a_loader_that_is_too_short_is_named(tmp_path):
         next(recorder.batches(loader(5)))
 
 
+class Placed:
+    """Batches that are random, and an iterator that knows its place, as Grain's do."""
+
+    def __init__(self, count, kind=dict):
+        self.count, self.kind, self.drawn, self.place = count, kind, 0, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.place == self.count:
+            raise StopIteration
+        self.place += 1
+        self.drawn += 1
+        return np.float32(self.place - 1)
+
+    def get_state(self):
+        return {'next_index': self.place} if self.kind is dict else str(self.place).encode()
+
+    def set_state(self, state):
+        self.place = state['next_index'] if self.kind is dict else int(state)
+
+
+adding = jax.jit(lambda x, batch: (x + batch, {'loss': x}))
+
+
+@pytest.mark.parametrize('kind', [dict, bytes])
+def test_a_loader_that_knows_its_place_is_set_there(kind, tmp_path):
+    def go_on(stop):
+        with jaxrnn.Recorder(tmp_path, jnp.float32(0), checkpoint_every=5) as recording:
+            state, source = recording.state, Placed(30, kind)
+            for batch in recording.batches(source):
+                state, metrics = adding(state, batch)
+                recording(state, metrics)
+                if recording.step == stop:
+                    break
+        return source.drawn, float(state)
+
+    assert go_on(12) == (12, sum(range(12)))
+    assert go_on(99) == (18, sum(range(30)))
+    kept = kept_batches.KeptBatches(tmp_path / 'batches')
+    assert [float(kept(k)) for k in range(30)] == [*range(30)]
+
+
+@pytest.mark.parametrize('begin', [lambda: iter(range(1000)), lambda: Placed(1000)])
+def test_batches_of_a_loader_in_any_order(begin):
+    begun = []
+
+    def counted():
+        begun.append(1)
+        return begin()
+
+    batch_at = jaxrnn.Drawn(counted)
+    order = random.sample(range(1000), 60)
+    assert [float(batch_at(step)) for step in order] == order
+    assert [float(batch_at(step)) for step in range(700, 900)] == [*range(700, 900)]
+    with pytest.raises(
+        UserError, match='the loader ended after 1000, and the batch of step 1000 is asked for'
+    ):
+        batch_at(1000)
+
+
+def test_a_seeded_loader_does_without_kept_batches(tmp_path):
+    with jaxrnn.Recorder(tmp_path, start(), checkpoint_every=10, most_bytes=0) as recording:
+        state = recording.state
+        for batch in recording.batches(loader(40, bad=33, seed=2)):
+            state, metrics = train_step(state, batch)
+            recording(state, metrics)
+    batch_at = jaxrnn.Drawn(lambda: loader(40, bad=33, seed=2))
+    diagnosis, _ = jaxrnn.bisect(train_step, batch_at, tmp_path, like=start())
+    assert diagnosis.first_bad_step == 33 and diagnosis.replay.bit_identical
+
+
 # States and metrics
 
 

@@ -7,6 +7,7 @@ resume       the checkpoint to go on from  gaps         records that are missing
 rewind       going back while training     ending       signals, the time, steps that hang
 recorder     a run of somebody else's loop parts        the arrays of such a loop's state
 kept_batches its batches, on disk          outline      how a tree is made, as data
+drawn        batches of a loader, counted  equations    a step as text
 layout       where things lie in a run     writing      records and checkpoints, in their order
 bit_flips    a bit of a state that is not what its digest says
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from jaxrnn.package import make_callable
 from jaxrnn.record import loop
+from jaxrnn.record.drawn import Drawn as Drawn
 from jaxrnn.record.recorder import Recorder as Recorder
 from jaxrnn.types import BatchAt, Step, Tree
 

@@ -6,7 +6,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import files
-from jaxrnn.record import checkpoint, equations, gaps, kept_batches, layout, parts, resume, telemetry, writing
+from jaxrnn.record import (
+    checkpoint,
+    drawn,
+    equations,
+    gaps,
+    kept_batches,
+    layout,
+    parts,
+    resume,
+    telemetry,
+    writing,
+)
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, Row
 from jaxrnn.record.steps import Late
@@ -109,6 +120,7 @@ class Recorder:
         self._last: Tree = None
         self._asked = self._parts is None
         self._step = step
+        self._loader: drawn.Counted | None = None
 
     @property
     def step(self) -> int:
@@ -124,13 +136,16 @@ class Recorder:
         return self._parts.whole(self._start.arrays, self._like)
 
     def batches(self, source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
-        """The batches of a loader, each kept before the step that it is for; those of steps that were taken before the
-        process began are drawn and left out.
+        """The batches of a loader, each kept before the step that it is for. A run that is gone on with begins where it
+        ended: a loader that knows its place (`get_state`, `set_state`, as Grain's) is set there, and of another the
+        batches of the steps that were taken are drawn and left out.
 
         Args:
             source: an iterable, or what makes one.
         """
-        for batch in _drawn(source, self._next):
+        place = None if self._next > self._first else drawn.unwritten(self._start.loader)
+        self._loader = drawn.Counted(drawn.after(source, self._next, place), self._next)
+        for batch in self._loader:
             self._keep(jax.tree.map(_copied, batch))
             yield batch
 
@@ -187,7 +202,7 @@ class Recorder:
         self._output.put(number, observation, self._taken)
         self._next, self._last, self._taken = number + 1, arrays, None
         if due:
-            self._output.save(number + 1, arrays)
+            self._save()
 
     def __enter__(self) -> Self:
         return self
@@ -204,11 +219,11 @@ class Recorder:
 
     def close(self) -> None:
         """Writes what is still to be written, and a last checkpoint. The run can be gone on with."""
-        last, self._last = self._last, None
+        last = self._last
         with self._open:
             self._output.flush()
             if last is not None and not _is_gone(last):
-                self._output.save(self._next, last)
+                self._save()
 
     def _begun(self, state: Tree) -> parts.Parts:
         """Which leaves of a state are arrays: known once a step was taken. What the run began with is saved then."""
@@ -217,9 +232,14 @@ class Recorder:
             first = jax.tree.map(_owned, self._parts.arrays(self._initial))
             self._initial = None
             _write_notes(self.paths, self._parts)
-            self._output.save(0, first)
+            self._output.save(0, first, {})
             self._beside.start(first)
         return self._parts
+
+    def _save(self) -> None:
+        self._output.save(
+            self._next, self._last, {} if self._loader is None else self._loader.place_at(self._next)
+        )
 
     def _keep(self, batch: Tree) -> None:
         """Notes the batch of the next step. Given before the step, it must be a copy: a step may consume its batch."""
@@ -284,7 +304,7 @@ class _Output:
         """Every record there is."""
         self._late.flush()
 
-    def save(self, number: int, arrays: Tree) -> None:
+    def save(self, number: int, arrays: Tree, beside: Mapping[str, Any]) -> None:
         """A checkpoint, after the records and the batches of all steps before it."""
         self.flush()
         if self.batches is not None:
@@ -292,7 +312,7 @@ class _Output:
             if len(self._saved) == self._keep.keep_latest:
                 self.batches.drop_before(self._saved[0])
         begun = self._clock()
-        self._saver(number, arrays)
+        self._saver(number, arrays, beside)
         if self._next_at is None:
             self._writer.wait()
             self._seconds = self._clock() - begun
@@ -316,6 +336,7 @@ class _Started(NamedTuple):
     step: int
     parts: parts.Parts | None  # None for a new run
     arrays: Tree  # what the step starts from; None for a new run
+    loader: Any = None  # the place of the loader, if it was noted
 
 
 def _start(paths: layout.Paths, state: Tree) -> _Started:
@@ -343,19 +364,7 @@ def _start(paths: layout.Paths, state: Tree) -> _Started:
             paths.records,
             gaps.named(lost),
         )
-    return _Started(found.step, known, found.state)
-
-
-def _drawn(source: Iterable[Any] | Callable[[], Iterable[Any]], taken: int) -> Iterator[Any]:
-    """The batches after those that were taken."""
-    drawn = iter(source() if callable(source) else source)
-    for number in range(taken):
-        if next(drawn, drawn) is drawn:
-            raise UserError(
-                f'batches: the loader ended after {number} batches, and the run has {taken} steps; give one that goes '
-                'on, as itertools.chain.from_iterable(itertools.repeat(loader))'
-            )
-    yield from drawn
+    return _Started(found.step, known, found.state, found.meta.get(drawn.LOADER))
 
 
 def _note_equations(path: Path, step: Step, state: Tree, batch: Tree) -> None:

@@ -49,9 +49,10 @@ class Saver:
         self._writer, self._sink, self._identity = writer, sink, identity
         self._read_back = False
 
-    def __call__(self, number: int, state: Tree) -> None:
+    def __call__(self, number: int, state: Tree, beside: Mapping[str, Any] | None = None) -> None:
+        """What is noted `beside` a state must be JSON."""
         self._sink.sync()
-        meta = meta_of(number, state, self._identity)
+        meta = {**meta_of(number, state, self._identity), **(beside or {})}
         if self._writer.save(number, state, meta) and not self._read_back:
             self._writer.wait()
             self._check(number, state, meta['state'])
