@@ -74,6 +74,7 @@ class Found(NamedTuple):
 
     whole: Collection[int]  # steps of the checkpoints that lack no byte
     named: Collection[int]  # of those that there were, as the process that ended saw it
+    garbled: bool = False  # whether what was synced may be gone, too
 
 
 class Act(NamedTuple):
@@ -236,19 +237,18 @@ def straight_recorded() -> list[Row]:
 
 def recorder_goes_on(directory: Path, found: Found) -> list[str]:
     """As `goes_on`; and the batches are kept of all steps that a checkpoint leads to."""
+    known = records(directory).read_intact().steps.tolist()
     wrong, ended = _are_whole(directory), record(directory)
     least = max(found.whole, default=0)
     if (ended.resumed_from or 0) < least:
         wrong.append(f'went on from {ended.resumed_from}, and {least} is whole')
-    return wrong + recorder_is_whole(directory, first=ended.resumed_from or 0) + _ends(ended)
+    # Nobody can compute again what was lost: without the step.
+    lost = {*range(ended.resumed_from or 0)} - {*known} if found.garbled else ()
+    return wrong + recorder_is_whole(directory, lost=lost) + _ends(ended)
 
 
-def recorder_is_whole(directory: Path, stop: int = STOP, first: int = 0) -> list[str]:
-    rows = straight_recorded()[:stop]
-    if any(directory.glob('records.damaged*')):  # nobody can compute them again without the step
-        known = set(records(directory).read().steps.tolist())
-        rows = [row for row in rows if row['step'] in known or row['step'] >= first]
-    wrong = _is_whole(directory, rows)
+def recorder_is_whole(directory: Path, stop: int = STOP, lost: Collection[int] = ()) -> list[str]:
+    wrong = _is_whole(directory, [row for row in straight_recorded()[:stop] if row['step'] not in lost])
     kept = kept_batches.KeptBatches(directory / 'batches')
     known, saved = kept.steps(), [at for at in checkpoints(directory).steps() if at]
     if known != [*range(known[0] if known else 0, stop)] or (

@@ -157,7 +157,7 @@ def outcomes(recorded: Recorded, folder: Path, share: float = 1, garbled: int = 
         if not done and rng.random() >= share:
             continue
         image = place.image()
-        found = found_in(image, recorded, place.seen())
+        found = found_in(image, recorded, place.seen())._replace(garbled=place.loss == 'garbled')
         key = _digest((sorted(image.items()), found, done))
         new = key not in known
         if new:
