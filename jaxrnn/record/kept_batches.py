@@ -6,7 +6,6 @@ A file holds the batches from one checkpoint to the next, in frames. When there 
     packed   by zstandard: bytes of the outline, the outline in JSON, then the arrays one after the other, each raw
 """
 
-import bisect
 import functools
 import json
 import logging
@@ -27,7 +26,7 @@ import numpy as np
 import zstandard  # packs 500 MB a second; well kept, BSD
 
 from jaxrnn import files
-from jaxrnn.record import outline
+from jaxrnn.record import gaps, outline
 from jaxrnn.types import Tree, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -96,7 +95,8 @@ class KeptBatches:
             step = first + (step - self._end) % (self._end - first)
         place = known.get(step)
         if place is None:
-            raise UserError(f'{self.directory}: no batch of step {step} is kept; {_ranges(sorted(known))}')
+            there = f'there are those of {gaps.named(sorted(known))}' if known else 'there is none'
+            raise UserError(f'{self.directory}: no batch of step {step} is kept; {there}')
         try:
             content = _content(place)
         except _DamagedError as error:
@@ -319,7 +319,7 @@ def _taken(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, bool | int | float | complex):
         return leaf
-    found = np.array(leaf)
+    found = np.asarray(leaf).copy()
     if found.dtype.name not in _PLAIN and found.dtype.name not in _SMALL:
         raise UserError(f'a batch: a {type(leaf).__name__} found, arrays and numbers expected')
     return found
@@ -431,10 +431,3 @@ _SMALL = frozenset(
     ('bfloat16', 'float8_e4m3fn', 'float8_e5m2', 'float8_e4m3b11fnuz', 'float8_e4m3fnuz', 'float8_e5m2fnuz',
      'float8_e3m4', 'float8_e4m3', 'float8_e8m0fnu', 'float4_e2m1fn', 'int4', 'uint4', 'int2', 'uint2')
 )  # fmt: skip
-
-
-def _ranges(steps: list[int]) -> str:
-    if not steps:
-        return 'none is'
-    gaps = bisect.bisect_left(range(1, len(steps)), True, key=lambda n: steps[n] - steps[n - 1] > 1)
-    return f'those of {steps[0]} to {steps[-1]} are' + ('' if gaps == len(steps) - 1 else ', with gaps')
