@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxrnn
@@ -407,6 +408,44 @@ def test_a_recorder_in_a_compiled_step_is_refused(tmp_path):
 
         with pytest.raises(UserError, match=r'after its call, outside of jax\.jit'):
             within(1.0)
+
+
+# Checkpoints of somebody's own
+
+
+def test_an_own_checkpoint_manager_saves_the_states(tmp_path):
+    directory = tmp_path / 'checkpoints'
+
+    def go_on(batches):
+        options = ocp.CheckpointManagerOptions(save_interval_steps=15, max_to_keep=3)
+        with ocp.CheckpointManager(directory, options=options) as manager:
+            with jaxrnn.Recorder(tmp_path, start(), checkpoints=manager) as recording:
+                state = recording.state
+                for batch in batches:
+                    state, metrics = train_step(state, batch)
+                    recording(state, metrics, batch)
+            return recording.step, manager.all_steps(), state
+
+    step, saved, state = go_on(loader(40))
+    assert (step, [*saved]) == (40, [15, 30, 40])
+    with ocp.CheckpointManager(directory) as manager:
+        restored = manager.restore(40, args=ocp.args.StandardRestore(start()))
+    assert equal(restored, state)
+    assert go_on(loader(40, bad=33))[0] == 80
+    diagnosis, _ = jaxrnn.bisect(train_step, None, tmp_path, like=start())
+    assert diagnosis.first_bad_step == 73 and diagnosis.replay.bit_identical
+
+
+def test_a_manager_of_another_folder_or_of_several_items_is_refused(tmp_path):
+    said = r'a manager of .*/mine found'
+    with ocp.CheckpointManager(tmp_path / 'mine') as manager, pytest.raises(UserError, match=said):
+        jaxrnn.Recorder(tmp_path / 'run', start(), checkpoints=manager)
+    directory, items = tmp_path / 'run' / 'checkpoints', ('state', 'other')
+    with (
+        ocp.CheckpointManager(directory, item_names=items) as manager,
+        pytest.raises(UserError, match='it must be one of a single item'),
+    ):
+        trained(tmp_path / 'run', loader(2), checkpoints=manager)
 
 
 # The program

@@ -350,6 +350,57 @@ class Writer:
             ) from error
 
 
+class ManagersWriter:
+    """Saves checkpoints through somebody's own orbax CheckpointManager, by its own policies; what it wrote, it syncs.
+
+    Args:
+        manager: of one item, in the directory of a run's checkpoints.
+        directory: of these.
+
+    Raises:
+        UserError: it saves elsewhere.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager, directory: str | os.PathLike):
+        self.directory, self._manager = Path(directory).absolute(), manager
+        if Path(manager.directory).absolute().resolve() != self.directory.resolve():
+            raise UserError(
+                f'checkpoints: a manager of {manager.directory} found, one of {self.directory} expected, where a run '
+                'has its checkpoints'
+            )
+        manager.reload()  # of what was set aside
+
+    def due(self, step: int) -> bool:
+        """Whether the manager would save."""
+        return bool(self._manager.should_save(step))
+
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> bool:
+        """As `Writer.save`; `meta` is left out, as the manager has no place for it."""
+        del meta
+        if step in self._manager.all_steps():
+            return False
+        copied = _boxed(jax.tree.map(jnp.copy, state))
+        self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(copied), force=True))
+        return True
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits; the manager is closed by whom it belongs to."""
+        self.wait()
+
+    def _guard(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # orbax raises whatever it likes
+            raise UserError(
+                f"{self.directory}: a checkpoint couldn't be written by the manager ({_reason(error)}); it must be one "
+                'of a single item, as ocp.CheckpointManager(directory) makes'
+            ) from error
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

@@ -66,6 +66,8 @@ class Recorder:
         on_row: sees every record, one step late.
         step: the train step, as it is to be replayed: its equations are kept, so that a replay by another program says
             which equation differs.
+        checkpoints: an orbax CheckpointManager of one item in `directory`/checkpoints, which then saves the states, by
+            its own policies: checkpoint k is what step k starts from. Don't save them in the loop, too.
 
     Raises:
         UserError: a directory that can't be used, is in use, or holds a run of another program.
@@ -96,6 +98,7 @@ class Recorder:
         most_bytes: int = kept_batches.MOST_BYTES,
         on_row: Callable[[Row], Any] = lambda row: None,
         step: Step | None = None,
+        checkpoints: Any = None,
     ):
         _check_positive(
             checkpoint_every=checkpoint_every + 1, keep_latest=keep_latest, keep_every=keep_every,
@@ -106,7 +109,7 @@ class Recorder:
             layout.make_directory(self.paths.root)
             opening.enter_context(layout.locked(self.paths))
             self._start = _start(self.paths, state)
-            keep = _Keep(checkpoint_every, keep_latest, keep_every, most_bytes)
+            keep = _Keep(checkpoint_every, keep_latest, keep_every, most_bytes, checkpoints)
             self._output = opening.enter_context(_Output(self.paths, keep, self._start.step, on_row))
             self._open = opening.pop_all()
         self._parts, self._like = self._start.parts, state
@@ -254,6 +257,7 @@ class _Keep(NamedTuple):
     keep_latest: int
     keep_every: int
     most_bytes: int
+    manager: Any  # somebody's own, or None
 
 
 class _Output:
@@ -276,9 +280,13 @@ class _Output:
         if keep.most_bytes:
             self.batches = kept_batches.BatchWriter(paths.batches, keep.most_bytes)
             self.batches.keep_before(first)
-        self._writer = checkpoint.Writer(
-            paths.checkpoints, keep_latest=keep.keep_latest, keep_every=keep.keep_every
-        )
+        self._writer: checkpoint.Writer | checkpoint.ManagersWriter
+        if keep.manager is not None:
+            self._writer = checkpoint.ManagersWriter(keep.manager, paths.checkpoints)
+        else:
+            self._writer = checkpoint.Writer(
+                paths.checkpoints, keep_latest=keep.keep_latest, keep_every=keep.keep_every
+            )
         sink = writing.Sink(self._records, Records.of(()), lambda row: bool(on_row(row)) and False)
         self._late = Late(sink.put, lambda what, number: None)
         self._saver = writing.Saver(self._writer, sink, {})
@@ -287,6 +295,8 @@ class _Output:
 
     def due(self, number: int) -> bool:
         """Whether there is a checkpoint of what a step starts from."""
+        if isinstance(self._writer, checkpoint.ManagersWriter):
+            return self._writer.due(number)
         if every := self._keep.checkpoint_every:
             return number % every == 0
         if number % LEAST:

@@ -45,7 +45,9 @@ class Saver:
     """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order. The
     first is read back before the next step."""
 
-    def __init__(self, writer: checkpoint.Writer, sink: Sink, identity: Mapping[str, str]):
+    def __init__(
+        self, writer: checkpoint.Writer | checkpoint.ManagersWriter, sink: Sink, identity: Mapping[str, str]
+    ):
         self._writer, self._sink, self._identity = writer, sink, identity
         self._read_back = False
 
