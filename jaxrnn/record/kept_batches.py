@@ -73,6 +73,13 @@ class KeptBatches:
         """Raises UserError for one that isn't kept, or is damaged."""
         return self._known(step)
 
+    def given_at(self, step: int) -> int:
+        """The step of the run whose batch a step is given."""
+        known = self._index()
+        if known and step > (last := max(known)):
+            return min(known) + (step - last - 1) % (last + 1 - min(known))
+        return step
+
     def steps(self) -> list[int]:
         """Whose batches are kept, ascending."""
         return sorted(self._index())
@@ -90,9 +97,7 @@ class KeptBatches:
         return self._places
 
     def _read(self, step: int) -> Tree:
-        known = self._index()
-        if known and step > (last := max(known)):
-            step = min(known) + (step - last - 1) % (last + 1 - min(known))
+        known, step = self._index(), self.given_at(step)
         place = known.get(step)
         if place is None:
             raise UserError(f'{self.directory}: no batch of step {step} is kept; {_ranges(sorted(known))}')
