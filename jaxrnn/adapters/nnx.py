@@ -70,7 +70,7 @@ class Objects:
     def state(self) -> Tree:
         """The values of all variables now: dictionaries by the objects' kinds and the variables' names, an optimiser's
         as optax has it."""
-        return self._of_values(self.values())
+        return self.state_of(self.values())
 
     def update(self, state: Tree) -> None:
         """Puts a state into the objects."""
@@ -92,7 +92,7 @@ class Objects:
             objects = nnx.merge(self._graph, self._as_nnx(values))
             out = train_step(*objects, *given.arguments, **given.keywords)
             after = self._values_in(objects)
-            return self._of_values(after), self.record(out, values, after)
+            return self.state_of(after), self.record(out, values, after)
 
         return step
 
@@ -123,9 +123,8 @@ class Objects:
             now is before for (_, now), before in zip(flat, self._variables, strict=True)
         )
 
-    def changes(self, before: Sequence[Any]) -> dict[str, Any]:
-        """What isn't as it was, by path."""
-        now = self.values()
+    def changes(self, before: Sequence[Any], now: Sequence[Any]) -> dict[str, Any]:
+        """What isn't the array that it was, by path."""
         return {
             name: value for name, value, was in zip(self._names, now, before, strict=True) if value is not was
         }
@@ -142,7 +141,8 @@ class Objects:
         sums = {name: (before[t], before[n], after[t], after[n]) for name, (t, n) in self._averages.items()}
         return {**(_of_step(sums) if sums else {}), **returned}
 
-    def _of_values(self, values: Sequence[Any]) -> Tree:
+    def state_of(self, values: Sequence[Any]) -> Tree:
+        """The state that has these values."""
         return jax.tree.unflatten(self._structure, [values[number] for number in self._order])
 
     def _values_of(self, state: Tree) -> list[Any]:
@@ -210,21 +210,21 @@ class ObjectsRecorder:
             UserError: as `jaxrnn.Recorder`; arguments that don't begin with the objects in their order.
         """
 
+        objects = self._objects
+
         @functools.wraps(train_step)
         def recorded(*arguments: Any, **keywords: Any) -> Any:
-            batch = self._batch(arguments, keywords)
-            out = None
+            before, out = objects.values(), None
+            batch = self._batch(arguments, keywords, objects.changes(self._last, before))
 
-            def step(before: Tree, batch: Tree) -> tuple[Tree, Tree]:
+            def step(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
                 nonlocal out
-                values = objects.values()
                 out = train_step(*arguments, **keywords)
                 if self.step % LOOK_EVERY == 0:
                     objects.look()
                 self._last = objects.values()
-                return objects.state(), objects.record(out, values, self._last)
+                return objects.state_of(self._last), objects.record(out, before, self._last)
 
-            objects = self._objects
             self._recorder.around(step)(None, batch)
             return out
 
@@ -242,7 +242,7 @@ class ObjectsRecorder:
         """As of `jaxrnn.Recorder`."""
         self._recorder.close()
 
-    def _batch(self, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    def _batch(self, arguments: Sequence[Any], keywords: dict[str, Any], changed: dict[str, Any]) -> Any:
         """What a replay is to be given: the batch as it is, if nothing else is needed."""
         ours = self._objects.objects
         first = [nnx.graphlib.is_graph_node(each) for each in arguments].count(True)
@@ -253,7 +253,7 @@ class ObjectsRecorder:
                 f'around: a step of {found} found, of {expected} expected, the very objects that Objects was made of, '
                 'in their order'
             )
-        given = Given(tuple(arguments[first:]), keywords, self._objects.changes(self._last))
+        given = Given(tuple(arguments[first:]), keywords, changed)
         alone = len(given.arguments) == 1 and not keywords and not given.changed
         return given.arguments[0] if alone else given
 
