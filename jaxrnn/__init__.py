@@ -10,6 +10,7 @@ Rooms, each of which imports only those below it:
     words       the question's networks         report      what a person reads
     experiment  which change averts a symptom
     bisect      the first bad step, proven
+    adapters    doors for flax.nnx and its like
     detect      records -> symptoms
     optim       what optax lacks                record      a run: loop, records, checkpoints
     rnn         the fast recurrence             trace       a function evaluated equation by equation

@@ -264,3 +264,18 @@ def test_a_mesh_with_explicit_axes_has_no_signals_and_goes_on():
     done = subprocess.run([sys.executable, '-c', EXPLICIT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['finite_state', 'loss', 'step']"] * 3
+
+
+def test_where_each_device_has_its_own_nothing_is_said():
+    """As under jax.pmap, where each counts for itself."""
+    params = {'w': jnp.ones((2, 8, 6))}
+    step, (params, opt) = jax.vmap(optax.adam(RATE).update), (params, jax.vmap(optax.adam(RATE).init)(params))
+
+    def train(state, batch):
+        params, opt = state
+        updates, opt = step({'w': batch}, opt)
+        return (optax.apply_updates(params, updates), opt), {'loss': jnp.sum(batch)}
+
+    observed = telemetry.instrument(train)
+    _, seen = observed((params, opt), jnp.ones((2, 8, 6)), False)
+    assert not {*telemetry.row(0, seen)} & {*adam.FIELDS}

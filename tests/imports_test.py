@@ -21,6 +21,7 @@ ROOMS = {
     'optim': 'ground',
     'record': 'ground optim trace',
     'detect': 'ground optim record',
+    'adapters': 'ground optim record',
     'bisect': 'ground optim record detect trace',
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',

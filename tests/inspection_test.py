@@ -11,7 +11,7 @@ import jaxrnn
 from jaxrnn import trace
 from jaxrnn.bisect import inspection, replay
 from jaxrnn.diagnosis import Diagnosis, Symptom
-from jaxrnn.record import checkpoint, layout
+from jaxrnn.record import checkpoint, layout, telemetry
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import series
 from jaxrnn.types import UserError
@@ -192,3 +192,39 @@ def test_custom_rules_are_looked_into_too(run):
     else:
         diagnosis, _ = jaxrnn.bisect(step, batch_at, directory, like=init, when='not finite(loss)')
         assert diagnosis.symptom == Symptom('when', BAD) and diagnosis.where['source'] == 'batch/y'
+
+
+@pytest.mark.parametrize('recorder', [False, True])
+def test_what_the_program_wrote_is_no_fault_of_the_batch(recorder, tmp_path):
+    """An infinity that is written in it comes of no operation; the tensor that has it is named, and nothing else."""
+
+    def faulty(state, batch):
+        after, record = step(state, batch['given'])
+        return {**after, 'w': jnp.where(batch['at'] == BAD, jnp.inf, after['w'])}, record
+
+    given = batches(lambda y: y)
+
+    def batch_at(number):
+        return {'given': given(number), 'at': np.int32(number)}
+
+    if recorder:
+        state = init()
+        with jaxrnn.Recorder(tmp_path, state, checkpoint_every=50) as recording:
+            for number in range(STEPS):
+                state, record = faulty(state, batch_at(number))
+                recording(state, record)
+    else:
+        jaxrnn.record(faulty, batch_at, init, tmp_path, max_steps=STEPS, checkpoint_every=50)
+    diagnosis, _ = jaxrnn.bisect(faulty, batch_at, tmp_path, like=init())
+    assert diagnosis.first_bad_step == BAD and diagnosis.replay.bit_identical
+    assert (diagnosis.where['pass'], diagnosis.where['layer']) == ('update', 'state/w')
+    assert diagnosis.where['examples'] == [] and diagnosis.cause.kind == 'none'
+    (said,) = [check['why'] for check in diagnosis.checks if check['name'] == 'what broke']
+    assert f'step {BAD} leaves state/w not finite' in said
+
+
+def test_a_step_that_somebody_else_calls_can_be_traced():
+    """So that what is compiled can be held against its equations."""
+    called = telemetry.CalledStep(jax.jit(step))
+    program = jax.make_jaxpr(lambda *given: called(*given, True))(init(), batches(lambda y: y)(0))
+    assert len(program.out_avals) == 3

@@ -17,7 +17,7 @@ import pytest
 import small
 
 from jaxrnn import tree
-from jaxrnn.record import checkpoint, layout, loop, telemetry
+from jaxrnn.record import checkpoint, kept_batches, layout, loop, telemetry
 from jaxrnn.record.record_file import RecordFile, encoded
 from jaxrnn.types import UserError
 
@@ -886,3 +886,15 @@ def _wait_for_steps(directory: Path, process: subprocess.Popen) -> None:
 def _size(directory: Path) -> int:
     path = directory / 'records.jsonl'
     return path.stat().st_size if path.exists() else 0
+
+
+def test_a_batch_that_is_left_out_does_not_come_again(tmp_path):
+    """After the last of those that were kept the first come again: of a batch that is left out, nor then."""
+    writer = kept_batches.BatchWriter(tmp_path)
+    for number in range(3, 7):
+        writer.put(number, number)
+    writer.close()
+    kept = kept_batches.KeptBatches(tmp_path)
+    assert [kept(number) for number in range(4, 12)] == [4, 5, 6, 3, 4, 5, 6, 3]
+    without = loop.without(kept, {5})
+    assert [without(number) for number in range(4, 12)] == [4, 4, 6, 3, 4, 4, 6, 3]

@@ -459,19 +459,8 @@ def other_step(state, batch):
     return (optax.apply_updates(params, updates), moments), {'loss': loss}
 
 
-@pytest.mark.parametrize('way', ['step', 'around'])
-def test_a_replay_by_another_program_says_in_which_equation(way, tmp_path, caplog):
-    recording = jaxrnn.Recorder(
-        tmp_path, state := start(), checkpoint_every=10, step=train_step if way == 'step' else None
-    )
-    recorded = recording.around(train_step)
-    with recording:
-        for batch in loader(30, bad=22):
-            if way == 'around':
-                state, _ = recorded(state, batch)
-            else:
-                state, metrics = train_step(state, batch)
-                recording(state, metrics, batch)
+def test_a_replay_by_another_program_says_in_which_equation(tmp_path, caplog):
+    trained(tmp_path, loader(30, bad=22), step=train_step)
     diagnosis, _ = jaxrnn.bisect(train_step, None, tmp_path, like=start())
     assert diagnosis.first_bad_step == 22 and not caplog.text
     diagnosis, _ = jaxrnn.bisect(jax.jit(other_step), None, tmp_path, like=start())

@@ -43,6 +43,9 @@ class Inspection(NamedTuple):
     compiled: trace.CompiledDifference | None = None  # where only the compiled step isn't finite
     leap: StateLeap | None = None  # of a finite step, where the batch did not bring it
     still: tuple[str, ...] = ()  # tensors that don't move, where others do, of a run that died
+    written: tuple[
+        str, ...
+    ] = ()  # tensors of the state that the step left not finite, where no equation broke
 
     def where(self) -> dict[str, Any] | None:
         """As a diagnosis states it."""
@@ -50,6 +53,8 @@ class Inspection(NamedTuple):
             return of_compiled(self.compiled)
         if self.trace_report is not None and self.trace_report.finding is not None:
             return of_finding(self.trace_report.finding)
+        if self.written:
+            return _of_tensor(self.written[0])
         if self.comparison is None:
             return None
         found = of_comparison(self.comparison)
@@ -86,9 +91,12 @@ def inspect(
     with jax.debug_nans(False):  # which would raise where we look
         trace_report = None if finite else trace.first_bad(subject.step, *now)
         compiled, comparison = None, None
+        written: tuple[str, ...] = ()
         if trace_report is not None and (trace_report.finding is None or trace_report.finding.kind == 'loop'):
             compiled = _compiled_otherwise(subject, *now)
-        if compiled is None and (trace_report is None or trace_report.finding is None):
+        if compiled is None and trace_report is not None and trace_report.finding is None:
+            written = _written(subject.step, *now)
+        if compiled is None and not written and (trace_report is None or trace_report.finding is None):
             against = _ordinary(subject, step) if against is None else against
             if against is not None:
                 before = Replayer(subject).state(against), subject.batch_at(against)
@@ -100,8 +108,9 @@ def inspect(
         for name, answer in said.items()
     )
     return Inspection(
-        step, trace_report, comparison, None if comparison is None else against, checks, precision, compiled
-    )
+        step, trace_report, comparison, None if comparison is None else against, checks, precision, compiled,
+        written=written,
+    )  # fmt: skip
 
 
 def locate(
@@ -124,6 +133,7 @@ def locate(
     more = [] if finding is None else [what_broke(finding)]
     more += [] if found.leap is None else [what_leapt(found.leap)]
     more += [what_stands_still(step, found.still)] if found.still else []
+    more += [what_was_written(step, found.written)] if found.written else []
     checks = (*diagnosis.checks, *more, *found.screens)
     cause = diagnosis.cause if found.compiled is None else Cause('compiler', of_compiler(found.compiled))
     return dataclasses.replace(diagnosis, where=found.where(), checks=checks, cause=cause), found
@@ -211,6 +221,16 @@ def what_leapt(leap: StateLeap) -> dict[str, Any]:
     return health.check('steps move the state alike', False, leap.times, why)
 
 
+def what_was_written(step: int, leaves: Sequence[str]) -> dict[str, Any]:
+    """Tensors that a step leaves not finite, though nothing that it computes is so, as a check of a diagnosis."""
+    more = f', and {len(leaves) - MOST_NAMED} more' if len(leaves) > MOST_NAMED else ''
+    why = (
+        f'step {step} leaves {", ".join(leaves[:MOST_NAMED])}{more} not finite, and no operation of it makes that of '
+        'finite numbers: the program has the number written in it'
+    )
+    return health.check('what broke', False, len(leaves), why)
+
+
 def what_stands_still(step: int, leaves: Sequence[str]) -> dict[str, Any]:
     """Tensors that a step doesn't move, where it moves others, as a check of a diagnosis."""
     more = f', and {len(leaves) - MOST_NAMED} more' if len(leaves) > MOST_NAMED else ''
@@ -279,6 +299,11 @@ def of_comparison(comparison: trace.Comparison) -> dict[str, Any]:
     return _place('update', '', '', layer, time_step, examples)
 
 
+def _of_tensor(leaf: str) -> dict[str, Any]:
+    """A tensor of the state that a step did something to."""
+    return _place('update', '', '', leaf, None, ())
+
+
 def _place(
     pass_: str, op: str, source: str, layer: str, time_step: int | None, examples: Sequence[int]
 ) -> dict[str, Any]:
@@ -306,6 +331,17 @@ def _compiled_otherwise(subject: Subject, state: Tree, batch: Tree) -> trace.Com
     except Exception as error:  # what can't be compiled in parts; JAX raises whatever it likes
         log.warning("the compiled step can't be held against its equations: %s", error)
         return None
+
+
+def _written(step: Step, state: Tree, batch: Tree) -> tuple[str, ...]:
+    """The leaves of a state that a step leaves not finite, and was given finite."""
+    after, _ = step(jax.tree.map(jnp.copy, state), batch)  # which may consume its state
+    before, after = tree.named_leaves(state), tree.named_leaves(after)
+    return tuple(
+        f'state/{path}'.rstrip('/')
+        for path, leaf in after.items()
+        if path in before and tree.all_finite([before[path]]) and not tree.all_finite([leaf])
+    )
 
 
 def _ordinary(subject: Subject, step: int) -> int | None:

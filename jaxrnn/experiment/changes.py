@@ -60,7 +60,8 @@ def without_batch(subject: Subject, step: int, flags: str = '') -> Change:
 
 
 def _first_replaced(batch_at: BatchAt) -> BatchAt:
-    return lambda step: batch_at(step or 1)
+    given_at: Callable[[int], int] = getattr(batch_at, 'given_at', lambda step: step)
+    return lambda step: batch_at(step if given_at(step) else 1)
 
 
 FEW, NEAR = 16, 600

@@ -154,11 +154,12 @@ def _rate(moved: Sequence[Array], directions: Sequence[Array], weights: np.ndarr
 
 
 def _leaves(state: Tree) -> _Leaves | None:
-    """None unless there is one Adam, whose means are kept in float32 or wider: of narrower ones no gradient follows."""
+    """None unless there is one Adam, whose means are kept in float32 or wider: of narrower ones no gradient follows.
+    Nor where each device has its own, as under jax.pmap: it has a count for each."""
     leaves, structure = jax.tree.flatten(state)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     adams = [n for n in jax.tree.leaves(numbered, is_leaf=_is_adam) if _is_adam(n)]
-    if len(adams) != 1:
+    if len(adams) != 1 or jnp.ndim(leaves[adams[0].count]):
         return None
     m, v = jax.tree.leaves(adams[0].mu), jax.tree.leaves(adams[0].nu)
     kept = [n for n in zip(m, v, strict=False) if _is_wide(leaves[n[0]]) and _is_wide(leaves[n[1]])]

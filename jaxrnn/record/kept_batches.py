@@ -73,16 +73,16 @@ class KeptBatches:
         """Raises UserError for one that isn't kept, or is damaged."""
         return self._known(step)
 
+    def given_at(self, step: int) -> int:
+        """The step of the run whose batch a step is given."""
+        known = self._index()
+        if known and self._end is not None and step >= self._end > (first := min(known)):
+            return first + (step - self._end) % (self._end - first)
+        return step
+
     def steps(self) -> list[int]:
         """Whose batches are kept, ascending."""
         return sorted(self._index())
-
-    def first_of(self, step: int) -> int:
-        """The first of the steps up to `step` - 1 that are kept without a gap; `step` where none is."""
-        known = self._index()
-        while step - 1 in known:
-            step -= 1
-        return step
 
     def _index(self) -> 'dict[int, _Place]':
         if self._places is None:
@@ -90,9 +90,7 @@ class KeptBatches:
         return self._places
 
     def _read(self, step: int) -> Tree:
-        known = self._index()
-        if known and self._end is not None and step >= self._end > (first := min(known)):
-            step = first + (step - self._end) % (self._end - first)
+        known, step = self._index(), self.given_at(step)
         place = known.get(step)
         if place is None:
             there = f'there are those of {gaps.named(sorted(known))}' if known else 'there is none'

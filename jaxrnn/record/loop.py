@@ -150,10 +150,12 @@ def _trained(
 
 
 def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
-    """The batches of some steps left out, each replaced by that of the last step before it that isn't one of them."""
+    """The batches of some steps left out, each replaced by that of the last step before it that isn't one of them; also
+    where kept batches come again."""
+    given_at: Callable[[int], int] = getattr(batch_at, 'given_at', lambda step: step)
 
     def at(step: int) -> Tree:
-        while step in steps:
+        while given_at(step) in steps:
             step -= 1
         return batch_at(step)
 

@@ -159,18 +159,17 @@ class Recorder:
             train_step: `(state, batch) -> (state, metrics)`; more arguments are kept with the batch.
         """
 
-        def on_all(state: Tree, batch: Any) -> tuple[Tree, Tree]:
-            return train_step(state, *batch)
-
         def recorded(state: Tree, *batch: Any) -> tuple[Tree, Tree]:
-            if self._next == self._first:
-                self._step = self._step or (train_step if len(batch) == 1 else on_all)
             self._keep(jax.tree.map(_copied, batch[0] if len(batch) == 1 else batch))
             state, metrics = train_step(state, *batch)
             self(state, metrics)
             return state, metrics
 
         return recorded
+
+    def replayed_by(self, step: Step) -> None:
+        """Names the step that a replay is to take, as the argument `step` does; before the first step. It is traced."""
+        self._step = step
 
     def __call__(self, state: Tree, metrics: Tree, batch: Tree = None) -> None:
         """Records a step that was just taken.

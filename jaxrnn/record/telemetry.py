@@ -133,6 +133,9 @@ class CalledStep:
         self._step, self._beside = step, Beside()
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch))):
+            after, record = self._step(state, batch)  # which is looked into; nothing is computed yet
+            return after, Observation(_scalars(record), None)
         self._beside.start(state)
         after, record = self._step(state, batch)
         return after, self._beside(after, record, whole=True)
