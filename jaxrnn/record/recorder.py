@@ -171,7 +171,7 @@ class Recorder:
         self._pace.at(number, lambda: self._beside.seconds(arrays))
         observation = self._beside(arrays, metrics, whole=due or self._pace.due(number))
         if batch is not None:
-            self._keep(batch)
+            self._keep(batch, before=False)
         self._output.put(number, observation, self._taken)
         self._next, self._last, self._taken = number + 1, arrays, None
         if due:
@@ -209,10 +209,10 @@ class Recorder:
             self._beside.start(first)
         return self._parts
 
-    def _keep(self, batch: Tree) -> None:
-        """Notes the batch of the next step, before a step consumes it."""
+    def _keep(self, batch: Tree, *, before: bool = True) -> None:
+        """Notes the batch of the next step, mostly before the step, which may consume it."""
         if self._output.batches is not None:
-            self._taken = (kept_batches.taken(batch),)
+            self._taken = (kept_batches.taken(batch, before=before),)
 
 
 class _Keep(NamedTuple):
