@@ -1,5 +1,6 @@
 """Twelve loops in the style of public training code: each is recorded, ended and gone on with, broken and diagnosed."""
 
+import functools
 import itertools
 import os
 import pickle
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from looping import FAULTS, NAMES, EndedError, ending, load, marked, without_recorder
 
@@ -156,6 +159,41 @@ def test_diagnosed(name, tmp_path, monkeypatch):
         assert diagnosis.where['source'].startswith('batch/')
     else:
         assert diagnosis.where['layer'].startswith('state/')
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def consuming(state, x):
+    weights, _ = state
+    return (weights - 0.1 * x, 2 * x), jnp.sum(weights**2)
+
+
+def seeded():
+    rng = np.random.default_rng(3)
+    while True:
+        yield jnp.asarray(rng.normal(size=20).astype(np.float32))
+
+
+def test_a_seeded_loader_is_gone_on_with_and_batches_may_be_consumed(tmp_path):
+    """By `recorder.batches`: those of steps that were taken are left out, and each is kept before its step."""
+
+    def init():
+        return jnp.ones(20), jnp.zeros(20)
+
+    def train(directory, steps):
+        with jaxrnn.Recorder(directory, init(), checkpoint_every=10) as recorder:
+            state = recorder.state
+            for x in itertools.islice(recorder.batches(seeded), steps - recorder.step):
+                state, loss = consuming(state, x)
+                assert x.is_deleted()
+                recorder(state, loss)
+
+    for steps in (17, STEPS):
+        train(tmp_path / 'twice', steps)
+    train(tmp_path / 'once', STEPS)
+    twice, once = rows(tmp_path / 'twice'), rows(tmp_path / 'once')
+    assert [row['loss'] for row in twice] == [row['loss'] for row in once]
+    found, _ = jaxrnn.bisect(consuming, None, tmp_path / 'twice', like=init(), verify=True)
+    assert found.replay.bit_identical and found.replay.steps_replayed >= STEPS
 
 
 def test_a_line_is_taken_out():

@@ -300,19 +300,27 @@ def _content(place: _Place) -> bytes:
         raise _DamagedError(f"can't be unpacked ({error})") from None
 
 
-def taken(batch: Tree) -> Tree:
-    """A batch that nobody else writes to; what is on a device is fetched later. Raises UserError for one that a step
-    has consumed, or of something else than arrays and numbers."""
-    return jax.tree.map(_taken, batch)
+def taken(batch: Tree, *, before: bool = False) -> Tree:
+    """A batch that nobody else writes to; what is on a device is fetched later.
+
+    Args:
+        batch: any tree of arrays and numbers.
+        before: whether its step is still to be taken, and may consume it.
+
+    Raises:
+        UserError: one that a step has consumed, or of something else than arrays and numbers.
+    """
+    return jax.tree.map(lambda leaf: _taken(leaf, before), batch)
 
 
-def _taken(leaf: Any) -> Any:
+def _taken(leaf: Any, before: bool) -> Any:
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted():
             raise UserError(
                 'a batch was consumed by the step that it was given to (donate_argnums); take it from '
                 'recorder.batches(loader), which keeps it before the step'
             )
+        leaf = jnp.copy(leaf) if before else leaf
         leaf.copy_to_host_async() if not _is_key(leaf) else None
         return leaf
     if isinstance(leaf, bool | int | float | complex):

@@ -149,7 +149,7 @@ class Recorder:
         place = None if self._next > self._first else drawn.unwritten(self._start.loader)
         self._loader = drawn.Counted(drawn.after(source, self._next, place), self._next)
         for batch in self._loader:
-            self._keep(jax.tree.map(_copied, batch))
+            self._keep(batch)
             yield batch
 
     def around(self, train_step: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
@@ -160,7 +160,7 @@ class Recorder:
         """
 
         def recorded(state: Tree, *batch: Any) -> tuple[Tree, Tree]:
-            self._keep(jax.tree.map(_copied, batch[0] if len(batch) == 1 else batch))
+            self._keep(batch[0] if len(batch) == 1 else batch)
             state, metrics = train_step(state, *batch)
             self(state, metrics)
             return state, metrics
@@ -197,7 +197,7 @@ class Recorder:
         self._pace.at(number, lambda: self._beside.seconds(arrays))
         observation = self._beside(arrays, metrics, whole=due or self._pace.due(number))
         if batch is not None:
-            self._keep(batch)
+            self._keep(batch, before=False)
         if self._step is not None and self._taken is not None:
             pure, self._step = parts.on_arrays(self._step, known, self._like), None
             _note_equations(self.paths.equations, pure, arrays, *self._taken)
@@ -243,10 +243,10 @@ class Recorder:
             self._next, self._last, {} if self._loader is None else self._loader.place_at(self._next)
         )
 
-    def _keep(self, batch: Tree) -> None:
-        """Notes the batch of the next step. Given before the step, it must be a copy: a step may consume its batch."""
+    def _keep(self, batch: Tree, *, before: bool = True) -> None:
+        """Notes the batch of the next step, mostly before the step, which may consume it."""
         if self._output.batches is not None:
-            self._taken = (kept_batches.taken(batch),)
+            self._taken = (kept_batches.taken(batch, before=before),)
 
 
 class _Keep(NamedTuple):
