@@ -25,7 +25,8 @@ ROOMS = {
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
     'words': 'ground optim record detect trace bisect experiment rnn',
-    'cli': 'ground optim record detect trace bisect experiment rnn report words',
+    'adapters': 'ground optim record detect trace bisect experiment report',
+    'cli': 'ground optim record detect trace bisect experiment rnn report words adapters',
     '__main__': 'cli',
 }
 """A room -> those that it may import."""
@@ -36,10 +37,11 @@ DOORS = {
     'orbax': 'record/checkpoint',
     'jax.extend': 'trace',
     'absl': 'cli',
+    'keras': 'adapters/keras',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl'}
+HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras'}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'
