@@ -7,10 +7,10 @@
 Rooms, each of which imports only those below it:
 
     cli         the command `jaxrnn`
-    words       the question's networks         report      what a person reads
+    words       the question's networks         adapters    doors for nnx, Keras
+    report      what a person reads
     experiment  which change averts a symptom
     bisect      the first bad step, proven
-    adapters    doors for flax.nnx and its like
     detect      records -> symptoms
     optim       what optax lacks                record      a run: loop, records, checkpoints
     rnn         the fast recurrence             trace       a function evaluated equation by equation
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrnn import trace as trace
+    from jaxrnn.adapters import keras as keras
     from jaxrnn.bisect import bisect as bisect
     from jaxrnn.bisect import state as state
     from jaxrnn.experiment import Change as Change
@@ -65,6 +66,8 @@ def __getattr__(name: str) -> Any:
     """All of __all__, imported when they are wanted: JAX takes its time."""
     if name in ('bisect', 'diagnose'):
         importlib.import_module('jaxrnn.report')  # so that a diagnosis can be printed
+    if name == 'keras':
+        return importlib.import_module('jaxrnn.adapters.keras')
     if name in _ROOMS:
         return importlib.import_module(f'jaxrnn.{name}')
     if name in _HOMES:

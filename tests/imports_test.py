@@ -21,12 +21,12 @@ ROOMS = {
     'optim': 'ground',
     'record': 'ground optim trace',
     'detect': 'ground optim record',
-    'adapters': 'ground optim record',
     'bisect': 'ground optim record detect trace',
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
     'words': 'ground optim record detect trace bisect experiment rnn',
-    'cli': 'ground optim record detect trace bisect experiment rnn report words',
+    'adapters': 'ground optim record detect trace bisect experiment report',
+    'cli': 'ground optim record detect trace bisect experiment rnn report words adapters',
     '__main__': 'cli',
 }
 """A room -> those that it may import."""
@@ -37,10 +37,11 @@ DOORS = {
     'orbax': 'record/checkpoint',
     'jax.extend': 'trace',
     'absl': 'cli',
+    'keras': 'adapters/keras',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl'}
+HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras'}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

@@ -1,4 +1,5 @@
-"""Doors for what people train with, each imported by who needs it: what a step changes, as a state, and back.
+"""Doors for what people train with. None is imported unless it is used.
 
-nnx      flax.nnx: objects that a step changes in place
+nnx      flax.nnx: objects that a step changes in place, as a state, and back
+keras    model.fit on JAX: a callback that records, and what bisects and diagnoses its runs
 """

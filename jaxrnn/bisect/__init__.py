@@ -190,8 +190,7 @@ def _recorded(
     saved = Checkpoints(paths.checkpoints, like=known.arrays(state))
     rows = RecordFile(paths.records).read()
     if batch_at is None:
-        steps = int(rows.steps[-1]) + 1 if rows else None
-        kept = kept_batches.KeptBatches(paths.batches, batch_like, steps)
+        kept = kept_batches.KeptBatches.of_run(paths, rows, batch_like)
         batch_at = kept
         saved.since = min(kept.steps(), default=0)
     found = replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))

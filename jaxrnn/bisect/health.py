@@ -9,6 +9,7 @@ import numpy as np
 from jaxrnn import detect, tree
 from jaxrnn.detect import Detector, rule_language
 from jaxrnn.record import adam, motion
+from jaxrnn.record.records import is_missing
 from jaxrnn.types import Series, Tree
 
 TOO_SHORT = 32
@@ -127,7 +128,11 @@ def _what_was_not_finite(columns: Series, found: detect.Judgement, loss: str | N
     flags = [
         n.removeprefix('finite_') for n, v in columns.items() if n.startswith('finite_') and v[place] != 1
     ]
-    numbers = [n for n, v in columns.items() if not n.startswith('finite_') and not np.isfinite(v[place])]
+    numbers = [
+        n
+        for n, v in columns.items()
+        if not (n.startswith('finite_') or np.isfinite(v[place]) or is_missing(v[place : place + 1])[0])
+    ]
     named = ([f'the loss ({loss})'] if loss in numbers else []) + [
         f'the {flag}' for flag in flags if flag != 'loss'
     ]
@@ -190,19 +195,18 @@ MOST_LOST = 0.5
 
 def _numbers_finite(columns: Series, loss: str | None) -> Check | None:
     """What is logged beside the loss: a NaN there is a note, by name."""
-    bad = {
-        name: int(np.flatnonzero(~np.isfinite(values))[0])
+    asked = {
+        name: ~np.isfinite(values) & ~is_missing(values)  # what isn't logged at each step isn't NaN
         for name, values in columns.items()
-        if name not in (loss, rule_language.STEP, *motion.FIELDS)
-        and not name.startswith('finite_')
-        and not np.isfinite(values).all()
+        if name not in (loss, rule_language.STEP, *motion.FIELDS) and not name.startswith('finite_')
     }
+    bad = {name: np.flatnonzero(found) for name, found in asked.items() if found.any()}
     if not bad:
         return None
     steps = columns[rule_language.STEP]
     said = ', '.join(
-        f'{name} ({int((~np.isfinite(columns[name])).sum())} of {steps.size} steps, first {int(steps[first])})'
-        for name, first in bad.items()
+        f'{name} ({found.size} of {steps.size} steps, first {int(steps[found[0]])})'
+        for name, found in bad.items()
     )
     return check('other numbers are finite', None, len(bad), f'not finite: {said}')
 

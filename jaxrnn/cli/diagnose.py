@@ -1,6 +1,7 @@
 """Says what a run suffers from, since which step, why, and which flags avert it.
 
     jaxrnn diagnose --run_dir=runs/first
+    jaxrnn diagnose --run_dir=runs/question --model=my_module:make     # a training by Keras
 
 Bisects the run as jaxrnn bisect does, makes seven checks, and replays the steps before the symptom under one change
 at a time, beside a control without a change: what averts the symptom there is what it advises.
@@ -10,12 +11,13 @@ import sys
 
 from absl import flags
 
-from jaxrnn.cli import common, invocation
+from jaxrnn.cli import common, invocation, keras_runs
 
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
+    common.define_model()
     common.define_detectors('diagnose')
     common.define(
         'diagnose',
@@ -41,6 +43,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
+    if keras_runs.is_one('diagnose', directory):
+        return keras_runs.diagnose(directory)
     found = investigation.diagnose_run(
         directory,
         detectors,

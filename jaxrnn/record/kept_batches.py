@@ -17,7 +17,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ import numpy as np
 import zstandard  # packs 500 MB a second; well kept, BSD
 
 from jaxrnn import files
-from jaxrnn.record import gaps, outline
+from jaxrnn.record import gaps, layout, outline
+from jaxrnn.record.records import Records
 from jaxrnn.types import Tree, UserError
 
 log = logging.getLogger('jaxrnn')
@@ -68,6 +69,11 @@ class KeptBatches:
         self.directory, self.like, self._end = Path(directory), like, steps
         self._places: dict[int, _Place] | None = None
         self._known = functools.lru_cache(maxsize=64)(self._read)
+
+    @classmethod
+    def of_run(cls, paths: layout.Paths, records: Records, like: Tree = None) -> Self:
+        """Those of a run with these records."""
+        return cls(paths.batches, like, int(records.steps[-1]) + 1 if len(records) else None)
 
     def __call__(self, step: int) -> Tree:
         """Raises UserError for one that isn't kept, or is damaged."""
