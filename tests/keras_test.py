@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn.cli import common, keras_runs
+from jaxrnn.cli import common, own_runs
 from jaxrnn.record.kept_batches import KeptBatches
 from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
@@ -692,9 +692,9 @@ def test_what_is_typed_wrongly(keras, record, tmp_path, monkeypatch):
     dense(keras).fit(*examples(V), batch_size=B, verbose=0, callbacks=[record()])
 
     def asked(model, directory=record.directory):
-        monkeypatch.setattr(common, 'typed_model', lambda: model)
-        if keras_runs.is_one('diagnose', str(directory)):
-            return keras_runs._model()
+        monkeypatch.setattr(common, 'typed', lambda name: model if name == 'model' else '')
+        if own_runs.is_one('diagnose', str(directory)):
+            return own_runs._program()
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r'type .*diagnose --run_dir=.*--model=my_module:make'):
@@ -705,7 +705,7 @@ def test_what_is_typed_wrongly(keras, record, tmp_path, monkeypatch):
         asked('mine')
     with pytest.raises(UserError, match='no module nothing_there found'):
         asked('nothing_there:make')
-    with pytest.raises(UserError, match='no nothing found in json'):
+    with pytest.raises(UserError, match='no function nothing found in json'):
         asked('json:nothing')
 
 

@@ -2,7 +2,7 @@
 
 commands     the table of commands             common       flags, help, errors, exit codes
 invocation   how the user called it            completion   what a shell offers on TAB
-keras_runs   runs of the user's own model.fit
+own_runs     runs of the user's own program
 
 Every other file is a command. The one that is asked for is imported alone; help and errors don't wait for JAX.
 """

@@ -3,6 +3,7 @@
     jaxrnn bisect --run_dir=runs/first
     jaxrnn bisect --run_dir=runs/first --when='loss > 3 * median(loss, 200)'
     jaxrnn bisect --run_dir=runs/question --model=my_module:make     # a training by Keras
+    jaxrnn bisect --run_dir=runs/mine --program=my_module:replay     # a loop of your own
 
 A rule for --when compares fields of the records (see the first line of records.jsonl; also step, all_finite) with
 + - * / **, and, or, not, and these functions: median, mean, max, min, std, spread (x, n) over the n steps before;
@@ -13,13 +14,13 @@ import sys
 
 from absl import flags
 
-from jaxrnn.cli import common, invocation, keras_runs
+from jaxrnn.cli import common, invocation, own_runs
 
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define_model()
+    own_runs.define_flags()
     common.define_detectors('bisect')
     common.define(
         'bisect', 'records', True, "Use the run's records; else bisect its checkpoints, as if they were lost."
@@ -41,8 +42,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
-    if keras_runs.is_one('bisect', directory):
-        return keras_runs.bisect(directory)
+    if own_runs.is_one('bisect', directory):
+        return own_runs.bisect(directory)
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
     found = investigation.bisect_run(
         directory,

@@ -171,24 +171,14 @@ def source():
     return opening.Source(flags.FLAGS.vectors, flags.FLAGS.corpus, flags.FLAGS.allow_pickle)
 
 
-def define_model() -> None:
-    """The flag that names code of the user's own."""
-    define(
-        'keras',
-        'model',
-        '',
-        'Of a run by jaxrnn.keras.Recorder: what makes its model, compiled as it was trained, as my_module:make. That '
-        'module is imported, and so run, from the current directory.',
-    )
-
-
-def typed_model() -> str:
-    """What --model names. Raises UserError for what stands in a file of flags."""
-    if flags.FLAGS.model and 'model' not in _typed:
+def typed(name: str) -> str:
+    """What a flag says that names code of the user's own. Raises UserError for what stands in a file of flags."""
+    value = flags.FLAGS[name].value or ''
+    if value and name not in _typed:
         raise UserError(
-            '--model: found in a file of flags; type it on the command line itself if you trust it'
+            f'--{name}: found in a file of flags; type it on the command line itself if you trust it'
         )
-    return flags.FLAGS.model
+    return value
 
 
 def pickle_allowed() -> bool:

@@ -2,6 +2,7 @@
 
     jaxrnn diagnose --run_dir=runs/first
     jaxrnn diagnose --run_dir=runs/question --model=my_module:make     # a training by Keras
+    jaxrnn diagnose --run_dir=runs/mine --program=my_module:replay     # a loop of your own
 
 Bisects the run as jaxrnn bisect does, makes seven checks, and replays the steps before the symptom under one change
 at a time, beside a control without a change: what averts the symptom there is what it advises.
@@ -11,13 +12,13 @@ import sys
 
 from absl import flags
 
-from jaxrnn.cli import common, invocation, keras_runs
+from jaxrnn.cli import common, invocation, own_runs
 
 
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define_source()
-    common.define_model()
+    own_runs.define_flags()
     common.define_detectors('diagnose')
     common.define(
         'diagnose',
@@ -43,8 +44,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
     directory, detectors = common.run_dir(), common.detectors()
     environment.keep_compiled()
-    if keras_runs.is_one('diagnose', directory):
-        return keras_runs.diagnose(directory)
+    if own_runs.is_one('diagnose', directory):
+        return own_runs.diagnose(directory)
     found = investigation.diagnose_run(
         directory,
         detectors,
