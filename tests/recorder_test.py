@@ -364,6 +364,16 @@ def test_a_state_may_hold_what_is_no_array(tmp_path):
         assert recorder.state['function'] is jnp.tanh and int(recorder.state['count']) == 30
 
 
+def test_a_state_may_hold_numbers_of_numpy(tmp_path):
+    def by_numpy(state, batch):
+        return {'w': state['w'] + np.float32(batch), 'n': state['n']}, state['w']
+
+    made = lambda: {'w': np.float32(1), 'n': np.int64(3)}  # noqa: E731
+    trained(tmp_path, [np.nan if k == 7 else k for k in range(12)], by_numpy, made())
+    diagnosis, _ = jaxrnn.bisect(by_numpy, None, tmp_path, like=made())
+    assert diagnosis.first_bad_step == 7 and diagnosis.replay.bit_identical
+
+
 def test_a_state_of_another_structure_is_named(tmp_path):
     said = r'another structure than it begins with \(b is new\)'
     with jaxrnn.Recorder(tmp_path, {'w': jnp.ones(2)}) as recorder, pytest.raises(UserError, match=said):

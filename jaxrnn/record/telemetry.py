@@ -3,6 +3,7 @@
 In two phases, as the step runs on the device while the host still writes the record of the one before.
 """
 
+import contextlib
 import functools
 import logging
 import time
@@ -217,7 +218,8 @@ class _Samples:
 
     def keep(self, state: Tree, samples: _Sampled) -> None:
         """Without holding the state, whose buffers belong to the next step."""
-        self._kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)], samples
+        with contextlib.suppress(TypeError):  # of a number of NumPy's, which nobody can refer to
+            self._kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(state)], samples
 
     def shape(self, state: Tree) -> Any:
         return jax.eval_shape(_sampled, state) if self._wanted else UNSAMPLED
