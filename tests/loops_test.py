@@ -87,6 +87,7 @@ def test_there_are_twelve():
     assert sorted(PLANTED) == NAMES and len(NAMES) == 12
 
 
+@pytest.mark.parametrize('name', NAMES)
 def test_three_lines_at_most(name):
     lines = marked(name)
     assert 1 <= len(lines) <= 3, lines
