@@ -359,6 +359,25 @@ def test_the_question(keras, record, network, monkeypatch):
     assert f'{"gru" if network == "gru" else "lstm"}_cell/recurrent_kernel' in cells
 
 
+def test_a_collapse_of_the_question_is_averted_by_a_change(keras, record, monkeypatch):
+    """Its LSTM learns real words; then its rate is a hundred times as high."""
+    monkeypatch.syspath_prepend(ROOT / 'examples')
+    question = importlib.import_module('question')
+    keras.utils.set_random_seed(0)
+    x, y = question.words(count=64, steps=12)
+    model = question.make('lstm', hidden=16, shape=x.shape[1:], size=y.shape[1])
+    jump = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.005 if epoch < 40 else 0.5)
+    model.fit(x, y, batch_size=16, epochs=60, verbose=0, callbacks=[jump, record(checkpoint_every=50)])
+    found, report = jaxrnn.keras.diagnose(model, record.directory)
+    assert found.replay.bit_identical and report.identical
+    assert found.symptom.kind in ('spike', 'collapse', 'diverged')
+    assert 160 <= found.onset_step <= found.first_bad_step <= 180
+    assert re.search(r'lstm(_\d+)?/lstm_cell/|dense(_\d+)?/', found.where['layer'])
+    assert found.cause.kind == 'optimiser', found.cause
+    averting = next(each for each in found.remedies if each['outcome'] == 'averted')
+    assert averting['name'] == 'a tenth of the learning rate', found.remedies
+
+
 def test_a_nan_is_found_in_its_place(keras, record):
     x, y = examples(V, count=2 * N)
     y[7 * B + 2, 1] = np.nan
