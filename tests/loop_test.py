@@ -894,7 +894,7 @@ def test_a_batch_that_is_left_out_does_not_come_again(tmp_path):
     for number in range(3, 7):
         writer.put(number, number)
     writer.close()
-    kept = kept_batches.KeptBatches(tmp_path)
+    kept = kept_batches.KeptBatches(tmp_path, steps=7)
     assert [kept(number) for number in range(4, 12)] == [4, 5, 6, 3, 4, 5, 6, 3]
     without = loop.without(kept, {5})
     assert [without(number) for number in range(4, 12)] == [4, 4, 6, 3, 4, 4, 6, 3]

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -652,6 +653,21 @@ def test_a_batch_that_is_damaged_is_named(damage, tmp_path):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r'batch(es)? .*of step 1\d|batch of step 1\d'):
         jaxrnn.bisect(train_step, None, tmp_path, like=start())
+
+
+@pytest.mark.parametrize('where', ['batches', 'file'])
+def test_batches_outside_of_the_run_are_not_read(where, tmp_path):
+    trained(tmp_path / 'theirs', loader(12))
+    trained(tmp_path / 'run', loader(12, bad=7))
+    path = tmp_path / 'run' / 'batches'
+    if where == 'file':
+        (path / '0.batches').unlink()
+        (path / '0.batches').symlink_to(tmp_path / 'theirs' / 'batches' / '0.batches')
+    else:
+        shutil.rmtree(path)
+        path.symlink_to(tmp_path / 'theirs' / 'batches')
+    with pytest.raises(UserError, match='a link found'):
+        jaxrnn.bisect(train_step, None, tmp_path / 'run', like=start())
 
 
 def test_every_bit_of_a_file_of_batches_is_noticed(tmp_path):

@@ -92,6 +92,7 @@ class KeptBatches:
 
     def _index(self) -> 'dict[int, _Place]':
         if self._places is None:
+            files.check_within(self.directory)
             self._places = {place.step: place for path in _paths(self.directory) for place in _places(path)}
         return self._places
 
