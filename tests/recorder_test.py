@@ -255,11 +255,19 @@ def test_a_run_that_is_there_is_not_mistaken_for_a_new_one(tmp_path):
 
 def test_a_run_of_another_model_is_refused(tmp_path):
     trained(tmp_path, loader(3))
-    with pytest.raises(UserError, match="like: no '0/v' found"):
+    with pytest.raises(UserError, match="state: no '0/v' found"):
         jaxrnn.Recorder(tmp_path, {'w': jnp.zeros(3)})
     jaxrnn.record(step, lambda k: next(loader(1, seed=k)), start, tmp_path / 'loop', max_steps=2)
     with pytest.raises(UserError, match='holds a run that no recorder made'):
         jaxrnn.Recorder(tmp_path / 'loop', start())
+
+
+def test_what_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
+    trained(tmp_path, loader(3))
+    shutil.rmtree(tmp_path / 'checkpoints')
+    trained(tmp_path, [np.float32(1)] * 4, adding, jnp.float32(0))
+    assert [row['loss'] for row in rows(tmp_path)] == [0, 1, 2, 3]
+    assert kept_batches.KeptBatches(tmp_path / 'batches').steps() == [*range(4)]
 
 
 def test_a_loader_that_is_too_short_is_named(tmp_path):

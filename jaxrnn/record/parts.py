@@ -41,13 +41,14 @@ class Parts(NamedTuple):
         return cls(tuple(n for n, m in zip(names, mask, strict=True) if m), mask)
 
     @classmethod
-    def named(cls, state: Tree, paths: Sequence[str]) -> 'Parts':
-        """Those leaves of a state whose paths are given. Raises UserError where it has no such."""
+    def named(cls, state: Tree, paths: Sequence[str], argument: str = 'like') -> 'Parts':
+        """Those leaves of a state whose paths are given. Raises UserError, which names the argument, where it has no
+        such."""
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
         known = set(paths)
         if missing := [path for path in paths if path not in set(names)]:
             raise UserError(
-                f'like: no {missing[0]!r} found, which the state of the run has; give a state of the same model and '
+                f'{argument}: no {missing[0]!r} found, which the state of the run has; give a state of the same model and '
                 'optimiser'
             )
         return cls(tuple(paths), tuple(name in known for name in names))

@@ -286,7 +286,12 @@ class _Output:
             self._writer = checkpoint.Writer(
                 paths.checkpoints, keep_latest=keep.keep_latest, keep_every=keep.keep_every
             )
-        sink = writing.Sink(self._records, Records.of(()), lambda row: bool(on_row(row)) and False)
+
+        def seen(row: Row) -> bool:
+            on_row(row)
+            return False  # the loop is not ours to be ended
+
+        sink = writing.Sink(self._records, Records.of(()), seen)
         self._late = Late(sink.put, lambda what, number: None)
         self._saver = writing.Saver(self._writer, sink, {})
         self._saved: collections.deque[int] = collections.deque(maxlen=keep.keep_latest)
@@ -350,13 +355,13 @@ class _Started(NamedTuple):
 
 def _start(paths: layout.Paths, state: Tree) -> _Started:
     notes = read_notes(paths)
-    if notes is None:
-        if checkpoint.Checkpoints(paths.checkpoints).steps():
-            raise UserError(
-                f'{paths.root} holds a run that no recorder made; choose another directory, or go on as it was begun'
-            )
+    if not checkpoint.Checkpoints(paths.checkpoints).steps():
         return _Started(0, None, None)
-    known = parts.Parts.named(state, notes)
+    if notes is None:
+        raise UserError(
+            f'{paths.root} holds a run that no recorder made; choose another directory, or go on as it was begun'
+        )
+    known = parts.Parts.named(state, notes, 'state')
     saved = checkpoint.Checkpoints(paths.checkpoints, like=known.arrays(state))
     records = RecordFile(paths.records).read_intact()
 
