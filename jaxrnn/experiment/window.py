@@ -10,7 +10,7 @@ LEAD = 60
 AFTER = 50
 """Steps after a symptom through which a change must hold."""
 
-FAR = 200
+FAR = 160
 """Steps before a symptom, or when it began, from which on a change acts, at most: where checkpoints are far apart what
 leads to the first of them is replayed once, unchanged."""
 

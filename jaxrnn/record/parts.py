@@ -42,14 +42,14 @@ class Parts(NamedTuple):
 
     @classmethod
     def named(cls, state: Tree, paths: Sequence[str], argument: str = 'like') -> 'Parts':
-        """Those leaves of a state whose paths are given. Raises UserError, which names the argument, where it has no
-        such."""
+        """Those leaves of a state whose paths are given. Raises UserError where it has no such, by the argument's
+        name."""
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
         known = set(paths)
         if missing := [path for path in paths if path not in set(names)]:
             raise UserError(
-                f'{argument}: no {missing[0]!r} found, which the state of the run has; give a state of the same model and '
-                'optimiser'
+                f'{argument}: no {missing[0]!r} found, which the state of the run has; give a state of the same model '
+                'and optimiser'
             )
         return cls(tuple(paths), tuple(name in known for name in names))
 
