@@ -1,7 +1,9 @@
 """Settings of every test: ranks are never promoted in silence, warnings are errors (setup.cfg)."""
 
 import atexit
+import gc
 import os
+import sys
 import tempfile
 
 import pytest
@@ -31,6 +33,31 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker('battery')]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+LOOK_EVERY, MOST_MAPPINGS = 20, 30_000
+"""Tests from one look to the next; and mappings of memory, of which a compiled program has some. Linux allows a process
+65,530 of them, and beyond that XLA crashes."""
+
+_ended = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Compiled programs are let go of before a process of tests has too many."""
+    global _ended
+    _ended += 1
+    if _ended % LOOK_EVERY == 0 and 'jax' in sys.modules and _mappings() > MOST_MAPPINGS:
+        sys.modules['jax'].clear_caches()
+        gc.collect()
+
+
+def _mappings() -> int:
+    try:
+        with open('/proc/self/maps', 'rb') as file:
+            return file.read().count(b'\n')
+    except OSError:  # not on Linux
+        return 0
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,7 @@ In two phases, as the step runs on the device while the host still writes the re
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -18,7 +19,7 @@ from jax.experimental import checkify
 from jaxrnn import tree
 from jaxrnn.record import adam, motion
 from jaxrnn.record.records import Row
-from jaxrnn.types import Record, Staged, Step, Tree, UserError
+from jaxrnn.types import Array, Record, Staged, Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
@@ -42,6 +43,10 @@ class Observation(NamedTuple):
 
     record: Record
     error: checkify.Error | None  # of checkify, where it is on
+    signals: '_Signals | None' = None  # beside the record
+    looked: Array | None = (
+        None  # of all numbers of the state: whether they are finite, and the digest; uint32 [3]
+    )
 
 
 class CompiledStep(Protocol):
@@ -166,11 +171,9 @@ class Beside:
             record: what the step says of itself, any tree of scalars.
             whole: whether to look at every number: whether all are finite, and their digest.
         """
-        found, samples = self._moved(self._before, state)
-        looked: Any = self._whole(state) if whole else {DIGEST: NO_DIGEST}
-        self._before = samples
-        self._samples.keep(state, samples)
-        return Observation({**found, **_host_scalars(record), **looked}, None)
+        found, self._before = self._moved(self._before, state)
+        self._samples.keep(state, self._before)
+        return Observation(_host_scalars(record), None, found, self._whole(state) if whole else None)
 
     def seconds(self, state: Tree) -> float:
         """What it takes to look at every number of a state."""
@@ -180,13 +183,23 @@ class Beside:
         return time.perf_counter() - start
 
 
-def _moved(before: '_Sampled', after: Tree) -> tuple[Record, '_Sampled']:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['values'], meta_fields=['names'])
+@dataclasses.dataclass(frozen=True)
+class _Signals:
+    """Signals in one array, which takes a fifth of the time to be fetched that five take."""
+
+    values: Array  # float32 [signals]
+    names: tuple[str, ...]
+
+
+def _moved(before: '_Sampled', after: Tree) -> tuple[_Signals | None, '_Sampled']:
     found = {} if before.moving.moving is None else motion.of_step(before.moving, after)
-    return found, _sampled(after)
+    names = tuple(found)
+    return _Signals(jnp.stack([found[n] for n in names]), names) if names else None, _sampled(after)
 
 
-def _whole(state: Tree) -> Record:
-    return {FINITE_STATE: tree.all_finite(state), DIGEST: tree.digest(state)}
+def _whole(state: Tree) -> Array:
+    return jnp.concatenate([tree.all_finite(state).astype(jnp.uint32)[None], tree.digest(state)])
 
 
 class _Sampled(NamedTuple):
@@ -289,11 +302,14 @@ def row(step: int, observation: Observation) -> Row:
     Floats are written with the fewest digits that read back to the same bits. `step` is the loop's number: a field of
     that name which the step has of its own is in `record_step`.
     """
-    record, error = observation
-    fetched = {name: np.asarray(value) for name, value in jax.device_get(record).items()}
-    values = {name: _plain(value) for name, value in fetched.items() if name != DIGEST}
-    words = np.asarray(record[DIGEST])
-    row: dict[str, Any] = {'step': step, **values}
+    record, signals, looked = jax.device_get((observation.record, observation.signals, observation.looked))
+    found: dict[str, Any] = {} if signals is None else dict(zip(signals.names, signals.values, strict=True))
+    fetched = {name: np.asarray(value) for name, value in {**found, **record}.items()}
+    words = fetched.pop(DIGEST, NO_DIGEST)
+    row: dict[str, Any] = {'step': step, **{name: _plain(value) for name, value in fetched.items()}}
+    if looked is not None:
+        row[FINITE_STATE], words = bool(looked[0]), looked[1:]
+    error = observation.error
     if words.any():
         row[DIGEST] = tree.hex_digest(words)
     if error is not None and (message := error.get()):
