@@ -67,7 +67,7 @@ def is_one(command: str, directory: str) -> bool:
 
 def _is_loops(root: Path) -> bool:
     """Whether a directory has what a recorder leaves, and no configuration of ours."""
-    if (root / 'config.json').exists():
+    if os.path.lexists(root / 'config.json'):
         return False
     return (root / 'recorder.json').is_file() or (
         (root / 'records.jsonl').is_file() and (root / 'checkpoints').is_dir()
