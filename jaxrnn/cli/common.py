@@ -326,9 +326,9 @@ length, and by as many calls within each other."""
 
 
 def _check_name(word: str) -> None:
-    name = word.lstrip('-').partition('=')[0]
+    name = word.partition('=')[0]  # with its dashes, of which there may be any number
     if word.startswith('-') and len(name) > LONGEST_NAME:
-        raise UserError(f'--{name[:20]}…: a flag of {len(name):,} letters found, no such flag; see --help')
+        raise UserError(f'{name[:20]}…: a flag of {len(name):,} letters found, no such flag; see --help')
 
 
 def show(text: str) -> None:
