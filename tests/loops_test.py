@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 STEPS, ENDED = 40, 25
 SEED = int(os.environ.get('LOOPS_SEED') or random.randrange(10**6))
 
-BUDGET = 250
+BUDGET = 400
 """Steps of a diagnosis: enough for the first experiments."""
 
 DEVICES = {'pmapped': 2}

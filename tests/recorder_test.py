@@ -262,6 +262,15 @@ def test_a_run_of_another_model_is_refused(tmp_path):
         jaxrnn.Recorder(tmp_path / 'loop', start())
 
 
+def test_a_run_that_ended_in_its_first_steps_is_there(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, itertools.chain(loader(3), iter_error()), by=consumed)
+    with jaxrnn.Recorder(tmp_path, start()) as recorder:
+        assert (recorder.resumed, recorder.step) == (True, 0) and equal(recorder.state, start())
+    with jaxrnn.Recorder(tmp_path / 'new', start()) as recorder:
+        assert not recorder.resumed
+
+
 def test_what_ended_before_its_first_checkpoint_is_begun_anew(tmp_path):
     trained(tmp_path, loader(3))
     shutil.rmtree(tmp_path / 'checkpoints')

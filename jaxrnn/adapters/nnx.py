@@ -188,7 +188,7 @@ class ObjectsRecorder:
 
     def __init__(self, objects: Objects, recorder: Recorder):
         self._objects, self._recorder = objects, recorder
-        if recorder.step:
+        if recorder.resumed:
             objects.update(recorder.state)
         self._last = objects.values()
 

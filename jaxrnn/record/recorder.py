@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -131,6 +130,11 @@ class Recorder:
         return self._next
 
     @property
+    def resumed(self) -> bool:
+        """Whether a run was there already, be it of no steps."""
+        return self._start.parts is not None
+
+    @property
     def state(self) -> Tree:
         """What the next step starts from: of a run that is there already, its newest intact checkpoint."""
         self._asked = True
@@ -184,10 +188,7 @@ class Recorder:
             UserError: a state of another structure, metrics that are no scalars, a full disk.
         """
         if not self._asked:
-            raise UserError(
-                f'{self.paths.root}: a run of {self._first} steps is there already; go on with recorder.state, '
-                f'which step {self._first} starts from, or choose another directory'
-            )
+            raise _is_there(self.paths, self._first)
         if self._next == self._first:
             _check_computed((state, metrics))
         number = self._next
@@ -209,9 +210,7 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
         try:
             self.close()
         except UserError as failure:
@@ -441,6 +440,13 @@ class _Pace:
     def due(self, number: int) -> bool:
         """Whether it is read after step `number`; also while that isn't known yet."""
         return self._ask or (number + 1) % self._every == 0
+
+
+def _is_there(paths: layout.Paths, steps: int) -> UserError:
+    return UserError(
+        f'{paths.root}: a run of {steps} steps is there already; go on with recorder.state, which step {steps} starts '
+        'from, or choose another directory'
+    )
 
 
 def _check_computed(values: Tree) -> None:
