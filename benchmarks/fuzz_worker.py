@@ -6,7 +6,9 @@ Findings are written to FOLDER, one of each kind, and are no reason to end.
 """
 
 import logging
+import os
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -47,10 +49,20 @@ def mutated(reader: str, content: bytes, most: int, seed: int) -> bytes:
     return fuzzing.with_right_checksums(content) if reader == 'data' and rng.random() < 0.8 else content
 
 
+def again(reader: str, home: str) -> Path:
+    """What starts this program once more with other options, as libFuzzer does to merge. It must be executable: else
+    nothing is ever merged, and nothing kept."""
+    path = Path(home) / 'again'
+    command = shlex.join([sys.executable, os.path.abspath(__file__), reader, home])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.chmod(0o700)
+    return path
+
+
 def main() -> None:
     logging.getLogger('jaxrnn').setLevel(logging.CRITICAL)
     reader, home, *options = sys.argv[1:]
-    folder, kinds = fuzzing.Folder(reader, Path(home) / 'at'), {}
+    folder, kinds = fuzzing.Folder(reader, Path(home) / f'at-{os.getpid()}'), {}
 
     def call(content: bytes) -> None:
         finding = folder.judge(content)
@@ -63,7 +75,7 @@ def main() -> None:
         (Path(home) / f'{fuzzing.named(finding.kind.encode())}.finding').write_bytes(content)
 
     atheris.Setup(
-        [sys.argv[0], *options],
+        [str(again(reader, home)), *options],
         call,
         custom_mutator=lambda content, most, seed: mutated(reader, bytes(content), most, seed),
     )
