@@ -121,6 +121,35 @@ def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def read_notes(path: Path, newest: int) -> dict[str, Any] | None:
+    """The fields of a sealed JSON file of ours that says its `format`; None where there is none.
+
+    Raises:
+        UserError: it can't be read, isn't what was sealed, or is of a format later than `newest`.
+    """
+    try:
+        found = unsealed(read_json(path))
+        made = found['format']
+        if type(made) is not int:
+            raise TypeError(f'format: {made!r:.20} found')
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f'{path} can not be read ({error.strerror})') from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise not_as_written(path, error) from None
+    if made > newest:
+        raise UserError(
+            f'{path}: format {made} found, at most {newest} expected; it is of a newer release of jaxrnn: update it'
+        )
+    return found
+
+
+def not_as_written(path: Path, error: Exception) -> UserError:
+    """That a file of ours has something else in it than we wrote."""
+    return UserError(f'{path}: not as a recorder wrote it ({error}); {AGAIN}')
+
+
 def _checksum(fields: Mapping[str, Any]) -> str:
     return f'{zlib.crc32(json.dumps(fields, sort_keys=True).encode()):08x}'
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -392,6 +393,32 @@ def test_a_state_may_hold_numbers_of_numpy(tmp_path):
     assert diagnosis.first_bad_step == 7 and diagnosis.replay.bit_identical
 
 
+def test_no_state_is_held_on_to(tmp_path):
+    """It would take the memory of one more, all the time."""
+    step = jax.jit(lambda x, batch: (x + batch, {'loss': x.sum()}))
+
+    def all_are_gone(recorder):
+        seen, state = [], recorder.state
+        for batch in range(4):
+            seen.append(weakref.ref(state))
+            state, metrics = step(state, batch)
+            recorder(state, metrics, batch)
+        assert float(recorder.state[0]) == float(state[0])  # what the next step starts from
+        return all(each() is None for each in seen)
+
+    for _ in ('a new run', 'one that is there'):
+        with jaxrnn.Recorder(tmp_path, jnp.zeros(9), checkpoint_every=2) as recorder:
+            assert all_are_gone(recorder)
+
+
+def test_the_equations_of_what_was_begun_before_are_gone(tmp_path, caplog):
+    trained(tmp_path, loader(3), step=jax.jit(other_step), by=jax.jit(other_step))
+    shutil.rmtree(tmp_path / 'checkpoints')
+    trained(tmp_path, loader(30, bad=22))
+    assert jaxrnn.bisect(train_step, None, tmp_path, like=start())[0].first_bad_step == 22
+    assert 'another program' not in caplog.text
+
+
 def test_a_state_of_another_structure_is_named(tmp_path):
     said = r'another structure than it begins with \(b is new\)'
     with jaxrnn.Recorder(tmp_path, {'w': jnp.ones(2)}) as recorder, pytest.raises(UserError, match=said):
@@ -739,6 +766,13 @@ def test_other_notes_are_refused_in_a_line(content, said, tmp_path):
         with pytest.raises(UserError, match=said) as found:
             ask()
         assert '\n' not in str(found.value)
+
+
+@pytest.mark.parametrize('option', [{'checkpoint_every': -1}, {'keep_latest': 0}, {'most_bytes': -1}])
+def test_a_number_that_is_too_small_is_named(option, tmp_path):
+    ((name, number),) = option.items()
+    with pytest.raises(UserError, match=f'{name}: {number} found, at least [01] expected'):
+        jaxrnn.Recorder(tmp_path, start(), **option)
 
 
 def test_two_recorders_in_a_directory_are_refused(tmp_path):

@@ -187,12 +187,11 @@ def _recorded(
     state = like() if inspect.isroutine(like) or isinstance(like, functools.partial) else like
     known = parts.Parts.named(state, notes)
     pure = parts.on_arrays(step, known, state)
-    saved = Checkpoints(paths.checkpoints, like=known.arrays(state))
-    rows = RecordFile(paths.records).read()
+    rows, since = RecordFile(paths.records).read(), 0
     if batch_at is None:
         kept = kept_batches.KeptBatches.of_run(paths, rows, batch_like)
-        batch_at = kept
-        saved.since = min(kept.steps(), default=0)
+        batch_at, since = kept, min(kept.steps(), default=0)
+    saved = Checkpoints(paths.checkpoints, like=known.arrays(state), since=since)
     found = replay.subject(pure, batch_at, saved, rows, loss=loss, observed=telemetry.CalledStep(pure))
     return found._replace(other_program=_other_program(paths, found, known.arrays(state)))
 

@@ -19,8 +19,6 @@ from jaxrnn.record.records import different, same
 MOST = 3
 """Leaves of the state that are named."""
 
-ANOTHER = 'the run was trained with another program, other batches or another rate'
-
 NEAR = 1e-3
 """Share of a leaf's largest number by which a replay of other batches may miss a checkpoint that it explains: rounding
 is far below it, and another batch far above."""
@@ -35,11 +33,6 @@ def cause_of(replayer: Replayer) -> Cause:
     """Why a replay is another run than the one recorded, of a replay that is."""
     step = replayer.first_mismatch
     assert step is not None
-    if other := replayer.subject.other_program:
-        return Cause(
-            'program',
-            f'not reproducible from step {step} on: the step is another program than trained: {other}',
-        )
     first = next((each for each in replayer.broken if each.stop - 1 == step), None)
     return _by_record(replayer, step) if first is None else _by_checkpoint(replayer, first)
 
@@ -68,12 +61,21 @@ def _by_record(replayer: Replayer, step: int) -> Cause:
     ):
         return Cause(
             'program',
-            f'not reproducible from step {step} on, nor from step {other} on: {AGREE}; {ANOTHER}',
+            f'not reproducible from step {step} on, nor from step {other} on: {AGREE}; {_another(replayer)}',
         )
     if agree and not differences and (flipped := flipped_bits.of_step(replayer, step)) is not None:
         return Cause('hardware', f'not reproducible from step {step} on: {_bit(flipped, step)}')
+    if agree and not differences and replayer.subject.other_program:
+        return Cause('program', f'not reproducible from step {step} on: {AGREE}; {_another(replayer)}')
     kind = 'hardware' if agree and not differences else 'nondeterminism'
     return Cause(kind, f'not reproducible from step {step} on: {AGREE if agree else DISAGREE}{around}')
+
+
+def _another(replayer: Replayer) -> str:
+    """What is to be said of a run that was trained otherwise; in which equation, if its own were kept."""
+    if other := replayer.subject.other_program:
+        return f'the step is another program than trained: {other}'
+    return 'the run was trained with another program, other batches or another rate'
 
 
 def _bit(found: flipped_bits.FlippedBit, step: int) -> str:
@@ -123,7 +125,7 @@ def _by_checkpoint(replayer: Replayer, found: Agreement) -> Cause:
         )
     if after is None:
         damaged = '' if _is_ours(replayer, stop) else f', or checkpoint {stop}, the last, was damaged'
-        return Cause('program', f'{said}: {apart}; {ANOTHER}{damaged}')
+        return Cause('program', f'{said}: {apart}; {_another(replayer)}{damaged}')
     if not after.broken:
         return _once(replayer, found, f'{said}, and there alone: {apart}')
     saved = replayer.subject.checkpoints.restore(after.stop)
@@ -134,7 +136,7 @@ def _by_checkpoint(replayer: Replayer, found: Agreement) -> Cause:
             f'{said}: checkpoint {stop} holds a state that the run never had: replayed past it, checkpoint '
             f'{after.stop} is reached{_how_well(past)}; it was damaged on disk, or edited: delete its folder',
         )
-    return Cause('program', f'{said}, nor between {stop} and {after.stop}: {apart}; {ANOTHER}')
+    return Cause('program', f'{said}, nor between {stop} and {after.stop}: {apart}; {_another(replayer)}')
 
 
 def _once(replayer: Replayer, found: Agreement, said: str) -> Cause:

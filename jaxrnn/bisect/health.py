@@ -75,7 +75,8 @@ def of_numbers(batch: Tree, state: Tree, step: int) -> tuple[Check, Check]:
     bad = {path: int(np.sum(~np.isfinite(x))) for path, x in inputs.items() if not np.isfinite(x).all()}
     said = ', '.join(f'{count} of {inputs[path].size} in {path}' for path, count in bad.items())
     count = sum(x.size for x in inputs.values())
-    why = f'step {step}: not finite {said}' if bad else f'step {step}: all of {count:,} numbers are'
+    good = f'all of {count:,} numbers are' if count else 'it has whole numbers and flags alone'
+    why = f'step {step}: not finite {said}' if bad else f'step {step}: {good}'
     finite = check('the batch is finite', not bad, sum(bad.values()), why)
     sizes = {
         path: float(np.sqrt(np.mean(np.square(x[np.isfinite(x)], dtype=np.float64))))

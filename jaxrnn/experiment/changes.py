@@ -16,7 +16,7 @@ from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.mechanisms import LOW_PRECISION
 from jaxrnn.experiment.outcome import OTHER_BATCHES, Change, Changed
 from jaxrnn.experiment.window import Window
-from jaxrnn.record import adam, loop
+from jaxrnn.record import adam, kept_batches, loop
 from jaxrnn.types import BatchAt, Record, Step, Tree, UserError
 
 NUDGE = 1e-6
@@ -60,8 +60,7 @@ def without_batch(subject: Subject, step: int, flags: str = '') -> Change:
 
 
 def _first_replaced(batch_at: BatchAt) -> BatchAt:
-    given_at: Callable[[int], int] = getattr(batch_at, 'given_at', lambda step: step)
-    return lambda step: batch_at(step if given_at(step) else 1)
+    return lambda step: batch_at(step if kept_batches.given_at(batch_at, step) else 1)
 
 
 FEW, NEAR = 16, 600

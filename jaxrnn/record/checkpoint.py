@@ -87,14 +87,12 @@ class Checkpoints:
         directory: with one folder a step.
         like: a state (of arrays or jax.ShapeDtypeStruct) whose structure restored states get. Without it they
             are made of dictionaries and lists, which suits a state that is.
+        since: a step; earlier ones don't count, as nothing is known of the steps after them.
     """
 
-    since = 0
-    """Earlier ones don't count: nothing is known of the steps after them."""
-
-    def __init__(self, directory: str | os.PathLike, like: Tree = None):
+    def __init__(self, directory: str | os.PathLike, like: Tree = None, since: int = 0):
         self.directory = Path(directory).absolute()
-        self.like = like
+        self.like, self.since = like, since
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""

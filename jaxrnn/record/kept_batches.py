@@ -28,7 +28,7 @@ import zstandard  # packs 500 MB a second; well kept, BSD
 from jaxrnn import files
 from jaxrnn.record import gaps, layout, outline
 from jaxrnn.record.records import Records
-from jaxrnn.types import Tree, UserError
+from jaxrnn.types import BatchAt, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
@@ -110,6 +110,11 @@ class KeptBatches:
                 'checkpoint'
             ) from None
         return _unpacked(content, place, self.like)
+
+
+def given_at(batch_at: BatchAt, step: int) -> int:
+    """The step of the run whose batch a step is given: its own, but for kept ones that come again."""
+    return batch_at.given_at(step) if isinstance(batch_at, KeptBatches) else step
 
 
 class BatchWriter:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import environment, files
-from jaxrnn.record import checkpoint, ending, gaps, layout, resume, telemetry
+from jaxrnn.record import checkpoint, ending, gaps, kept_batches, layout, resume, telemetry
 from jaxrnn.record.checkpoint import check_digest as check_digest
 from jaxrnn.record.checkpoint import state_digest as state_digest
 from jaxrnn.record.record_file import RecordFile
@@ -152,10 +152,9 @@ def _trained(
 def without(batch_at: BatchAt, steps: Collection[int]) -> BatchAt:
     """The batches of some steps left out, each replaced by that of the last step before it that isn't one of them; also
     where kept batches come again."""
-    given_at: Callable[[int], int] = getattr(batch_at, 'given_at', lambda step: step)
 
     def at(step: int) -> Tree:
-        while given_at(step) in steps:
+        while kept_batches.given_at(batch_at, step) in steps:
             step -= 1
         return batch_at(step)
 

@@ -24,18 +24,16 @@ class Parts(NamedTuple):
     mask: tuple[bool, ...]
 
     @classmethod
-    def of(cls, state: Tree, later: Tree = None) -> 'Parts':
+    def of(cls, state: Tree, later: Tree) -> 'Parts':
         """Of a state, and of that after a step. A Python number is an array if the step makes it one, as it does of a
         count of steps that begins at 0; else it is a setting, as the rate of a dropout."""
         leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-        after = [leaf for _, leaf in leaves]
-        if later is not None:
-            after, other = jax.tree.flatten(later)
-            if other != structure:  # type: ignore[operator]
-                raise UserError(
-                    'state: a step leaves another structure than it begins with '
-                    f'({_difference(state, later)}); give the recorder the state that the step takes and gives'
-                )
+        after, other = jax.tree.flatten(later)
+        if other != structure:  # type: ignore[operator]
+            raise UserError(
+                'state: a step leaves another structure than it begins with '
+                f'({_difference(state, later)}); give the recorder the state that the step takes and gives'
+            )
         mask = tuple(_is_array(a) or _is_array(b) for (_, a), b in zip(leaves, after, strict=True))
         names = tuple(_name(path) for path, _ in leaves)
         return cls(tuple(n for n, m in zip(names, mask, strict=True) if m), mask)
@@ -45,8 +43,8 @@ class Parts(NamedTuple):
         """Those leaves of a state whose paths are given. Raises UserError where it has no such, by the argument's
         name."""
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-        known = set(paths)
-        if missing := [path for path in paths if path not in set(names)]:
+        known, there = set(paths), set(names)
+        if missing := [path for path in paths if path not in there]:
             raise UserError(
                 f'{argument}: no {missing[0]!r} found, which the state of the run has; give a state of the same model '
                 'and optimiser'
@@ -59,6 +57,14 @@ class Parts(NamedTuple):
         self._check(leaves)
         return jax.tree.unflatten(
             structure, [leaf if m else None for leaf, m in zip(leaves, self.mask, strict=True)]
+        )
+
+    def settings(self, state: Tree) -> Tree:
+        """A state with nothing in place of its arrays, as `whole` takes one: it holds no memory."""
+        leaves, structure = jax.tree.flatten(state)
+        self._check(leaves)
+        return jax.tree.unflatten(
+            structure, [_ARRAY if m else leaf for leaf, m in zip(leaves, self.mask, strict=True)]
         )
 
     def whole(self, arrays: Tree, like: Tree) -> Tree:
@@ -91,6 +97,9 @@ def on_arrays(step: Step, known: Parts, like: Tree) -> Step:
         return known.arrays(after), record
 
     return of_arrays
+
+
+_ARRAY = object()
 
 
 def _is_array(leaf: Any) -> bool:

@@ -99,24 +99,21 @@ class Recorder:
         step: Step | None = None,
         checkpoints: Any = None,
     ):
-        _check_positive(
-            checkpoint_every=checkpoint_every + 1, keep_latest=keep_latest, keep_every=keep_every,
-            digest_every=digest_every + 1, most_bytes=most_bytes + 1,
-        )  # fmt: skip
+        keep = _Keep(checkpoint_every, digest_every, most_bytes, keep_latest, keep_every, checkpoints)
+        keep.check()
         self.paths = layout.Paths(Path(directory))
         with contextlib.ExitStack() as opening:
             layout.make_directory(self.paths.root)
             opening.enter_context(layout.locked(self.paths))
-            self._start = _start(self.paths, state)
-            keep = _Keep(checkpoint_every, keep_latest, keep_every, most_bytes, checkpoints)
-            self._output = opening.enter_context(_Output(self.paths, keep, self._start.step, on_row))
+            records = RecordFile(self.paths.records)
+            self._start = _start(self.paths, state, records)
+            self._output = opening.enter_context(_Output(self.paths, records, keep, self._start.step, on_row))
             self._open = opening.pop_all()
-        self._parts, self._like = self._start.parts, state
-        self._initial = jax.tree.map(_copied, state) if self._parts is None else None
+        self._parts = self._start.parts
+        # Of a new run all, until a step was taken; then what is no array, as a state takes memory.
+        self._like = jax.tree.map(_copied, state) if self._parts is None else self._parts.settings(state)
         self._next = self._first = self._start.step
-        self._beside = telemetry.Beside()
-        if self._start.arrays is not None:
-            self._beside.start(self._start.arrays)  # now, as the first step may consume it
+        self._beside = telemetry.Beside(self._start.arrays)  # now, as the first step may consume it
         self._pace = _Pace(digest_every, checkpoint_every or LEAST)
         self._taken: Tree = None  # the batch of the next step, in a tuple
         self._last: Tree = None
@@ -138,9 +135,9 @@ class Recorder:
     def state(self) -> Tree:
         """What the next step starts from: of a run that is there already, its newest intact checkpoint."""
         self._asked = True
-        if self._parts is None or self._next > self._first or self._start.arrays is None:
-            return self._like
-        return self._parts.whole(self._start.arrays, self._like)
+        if self._parts is None:
+            return jax.tree.map(_copied, self._like)  # which a step may consume
+        return self._parts.whole(self._last if self._next > self._first else self._start.arrays, self._like)
 
     def batches(self, source: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Any]:
         """The batches of a loader, each kept before the step that it is for. A run that is gone on with begins where it
@@ -228,11 +225,15 @@ class Recorder:
 
     def _begun(self, state: Tree) -> parts.Parts:
         """Which leaves of a state are arrays: known once a step was taken. What the run began with is saved then."""
+        self._start = self._start._replace(arrays=None)
         if self._parts is None:
-            self._parts = parts.Parts.of(self._initial, state)
-            first = jax.tree.map(_owned, self._parts.arrays(self._initial))
-            self._initial = None
+            self._parts = parts.Parts.of(self._like, state)
+            first = jax.tree.map(_owned, self._parts.arrays(self._like))
+            self._like = self._parts.settings(self._like)
             _write_notes(self.paths, self._parts)
+            self.paths.equations.unlink(
+                missing_ok=True
+            )  # of what was begun there before, and left nothing else
             self._output.save(0, first, {})
             self._beside.start(first)
         return self._parts
@@ -252,10 +253,18 @@ class _Keep(NamedTuple):
     """What a run keeps; see `Recorder`."""
 
     checkpoint_every: int
+    digest_every: int
+    most_bytes: int
     keep_latest: int
     keep_every: int
-    most_bytes: int
     manager: Any  # somebody's own, or None
+
+    def check(self) -> None:
+        """Raises UserError for a number that is too small."""
+        least = {'checkpoint_every': 0, 'digest_every': 0, 'most_bytes': 0, 'keep_latest': 1, 'keep_every': 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise UserError(f'{name}: {getattr(self, name)} found, at least {number} expected')
 
 
 class _Output:
@@ -263,6 +272,7 @@ class _Output:
 
     Args:
         paths: of the run.
+        records: of the run.
         keep: how much of it.
         first: the step that it begins with; what is there of later ones is of another course.
         on_row: sees every record.
@@ -270,9 +280,15 @@ class _Output:
 
     _clock = staticmethod(time.monotonic)
 
-    def __init__(self, paths: layout.Paths, keep: _Keep, first: int, on_row: Callable[[Row], Any]):
-        self._keep = keep
-        self._records = RecordFile(paths.records)
+    def __init__(
+        self,
+        paths: layout.Paths,
+        records: RecordFile,
+        keep: _Keep,
+        first: int,
+        on_row: Callable[[Row], Any],
+    ):
+        self._keep, self._records = keep, records
         self._records.keep_before(first)
         self.batches: kept_batches.BatchWriter | None = None
         if keep.most_bytes:
@@ -352,7 +368,7 @@ class _Started(NamedTuple):
     loader: Any = None  # the place of the loader, if it was noted
 
 
-def _start(paths: layout.Paths, state: Tree) -> _Started:
+def _start(paths: layout.Paths, state: Tree, file: RecordFile) -> _Started:
     notes = read_notes(paths)
     if not checkpoint.Checkpoints(paths.checkpoints).steps():
         return _Started(0, None, None)
@@ -362,7 +378,7 @@ def _start(paths: layout.Paths, state: Tree) -> _Started:
         )
     known = parts.Parts.named(state, notes, 'state')
     saved = checkpoint.Checkpoints(paths.checkpoints, like=known.arrays(state))
-    records = RecordFile(paths.records).read_intact()
+    records = file.read_intact()
 
     def recorded(step: int) -> str | None:
         return (records.at(step - 1) or {}).get(telemetry.DIGEST)
@@ -393,24 +409,15 @@ def _write_notes(paths: layout.Paths, known: parts.Parts) -> None:
 def read_notes(paths: layout.Paths) -> tuple[str, ...] | None:
     """The paths of the arrays in a recorder's run; None for a run of `loop`. Raises UserError for what can't be read,
     or is of a newer release."""
-    try:
-        found = files.read_json(paths.recorder)
-    except FileNotFoundError:
+    found = files.read_notes(paths.recorder, FORMAT)
+    if found is None:
         return None
-    except OSError as error:
-        raise UserError(f'{paths.recorder} can not be read ({error.strerror})') from error
     try:
-        found = files.unsealed(found)
-        if type(found['format']) is int and found['format'] > FORMAT:
-            raise UserError(
-                f'{paths.recorder}: format {found["format"]} found, at most {FORMAT} expected; it is of a newer '
-                'release of jaxrnn: update it'
-            )
         if not all(type(path) is str for path in found['state']):
             raise TypeError('state: a path is no text')
         return tuple(found['state'])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'{paths.recorder}: not as a recorder wrote it ({error}); {files.AGAIN}') from None
+    except (KeyError, TypeError) as error:
+        raise files.not_as_written(paths.recorder, error) from None
 
 
 class _Pace:
@@ -467,9 +474,3 @@ def _owned(leaf: Any) -> jax.Array:
 def _is_gone(state: Tree) -> bool:
     """Whether a step consumed it."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f'{name}: {number} found, a larger number expected')

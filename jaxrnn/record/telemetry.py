@@ -151,11 +151,15 @@ class CalledStep:
 
 
 class Beside:
-    """What is seen of steps that somebody else computes, of the states between them."""
+    """What is seen of steps that somebody else computes, of the states between them.
 
-    def __init__(self) -> None:
+    Args:
+        state: what the first step starts from, if that is known yet.
+    """
+
+    def __init__(self, state: Tree = None):
         self._samples = _Samples()
-        self._before: _Sampled = UNSAMPLED
+        self._before: _Sampled = UNSAMPLED if state is None else self._samples.of(state)
         self._moved = jax.jit(_moved)
         self._whole = jax.jit(_whole)
 

@@ -206,19 +206,10 @@ def write(directory: Path, variables: Variables) -> None:
 def read(directory: Path) -> Variables | None:
     """Which variables a run is of; None where no recorder of Keras made it. Raises UserError for what can't be read."""
     path = directory / NOTES
-    try:
-        found = files.read_json(path)
-    except FileNotFoundError:
+    found = files.read_notes(path, FORMAT)
+    if found is None:
         return None
-    except OSError as error:
-        raise UserError(f'{path} can not be read ({error.strerror})') from error
     try:
-        found = files.unsealed(found)
-        if type(found['format']) is int and found['format'] > FORMAT:
-            raise UserError(
-                f'{path}: format {found["format"]} found, at most {FORMAT} expected; it is of a newer release of '
-                'jaxrnn: update it'
-            )
         return Variables.from_json(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'{path}: not as a recorder wrote it ({error}); {files.AGAIN}') from None
+        raise files.not_as_written(path, error) from None
