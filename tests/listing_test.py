@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrnn.trace import listing as listing_module
 from jaxrnn.trace.listing import listing
 
 
@@ -65,4 +66,5 @@ def test_a_python_function_in_a_parameter_has_no_address():
 
     f.defvjp(lambda x: (x, None), lambda _, g: (g * 2,))
     assert not any('0x' in line for line in listing(jax.grad(lambda x: f(x).sum()), X))
+    assert listing_module._said('functions', (object(),)) == ''
     assert not any('0x' in line for line in listing(lambda x: jax.pure_callback(lambda y: y, x, x), X))

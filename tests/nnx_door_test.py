@@ -1,5 +1,7 @@
 """The door for nnx: what objects hold is a state, and back; what a loop does to them between steps is kept."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +194,20 @@ def test_what_is_refused(tmp_path):
                 UserError, match=r'around: a step of .* found, of Model, Optimizer, Average expected'
             ):
                 recorder.around(train_step)(*given, *batch(0))
+
+
+def test_a_run_that_ended_in_its_first_steps_is_gone_on_with(tmp_path):
+    """Its only checkpoint is of step 0; the objects are others, as of another seed."""
+    model, *rest = made()
+    model.centre = model.centre + 7
+    saved = Objects(model, *rest)
+    with saved.recorder(tmp_path) as recorder:
+        x, y = batch(0)
+        began = jax.tree.map(jnp.copy, saved.state())
+        recorder.around(train_step)(*saved.objects, x, y=y)
+    shutil.rmtree(tmp_path / 'checkpoints' / '1')
+    objects = Objects(*made())
+    with objects.recorder(tmp_path) as recorder:
+        assert recorder.step == 0 and same(objects.state(), began)
+        recorder.around(train_step)(*objects.objects, x, y=y)
+    assert same(objects.state(), saved.state())

@@ -231,9 +231,6 @@ class Recorder:
             first = jax.tree.map(_owned, self._parts.arrays(self._like))
             self._like = self._parts.settings(self._like)
             _write_notes(self.paths, self._parts)
-            self.paths.equations.unlink(
-                missing_ok=True
-            )  # of what was begun there before, and left nothing else
             self._output.save(0, first, {})
             self._beside.start(first)
         return self._parts
@@ -403,6 +400,8 @@ def _note_equations(path: Path, step: Step, state: Tree, batch: Tree) -> None:
 
 
 def _write_notes(paths: layout.Paths, known: parts.Parts) -> None:
+    """Those of a new run. What was begun there before, and saved nothing, may have left its equations."""
+    paths.equations.unlink(missing_ok=True)
     layout.write_json(paths.recorder, files.sealed({'format': FORMAT, 'state': [*known.paths]}))
 
 
