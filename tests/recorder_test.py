@@ -126,7 +126,7 @@ def test_between_digests_the_state_is_looked_at_again(tmp_path):
     assert diagnosis.first_bad_step == 33
 
 
-def test_digests_cost_a_hundredth_of_a_step_if_nothing_is_said(tmp_path, monkeypatch):
+def test_digests_cost_a_share_of_a_step_if_nothing_is_said(tmp_path, monkeypatch):
     from jaxrnn.record import telemetry
 
     monkeypatch.setattr(telemetry.Beside, 'seconds', lambda self, state: 1e9)
@@ -137,7 +137,7 @@ def test_digests_cost_a_hundredth_of_a_step_if_nothing_is_said(tmp_path, monkeyp
     assert slow == [*range(8), 19, 39] and fast == [*range(40)]
 
 
-def test_checkpoints_cost_a_hundredth_of_the_time_if_nothing_is_said(tmp_path, monkeypatch):
+def test_checkpoints_cost_a_share_of_the_time_if_nothing_is_said(tmp_path, monkeypatch):
     clock = (
         itertools.count()
     )  # which goes on each time that somebody looks: for a checkpoint, or at a hundredth step

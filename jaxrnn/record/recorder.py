@@ -34,7 +34,7 @@ from jaxrnn.types import Step, Tree, UserError
 
 log = logging.getLogger('jaxrnn')
 
-SHARE = 0.01
+SHARE = 0.005
 """Of a training's time, that digests take at most if nothing else is said; and that checkpoints take."""
 
 LEAST = 100
@@ -56,11 +56,12 @@ class Recorder:
     Args:
         directory: of the run, made if it isn't there.
         state: what the first step starts from: any tree that has all that a step changes. It is copied.
-        checkpoint_every: steps between checkpoints; 0: multiples of a hundred, as many as cost a hundredth of the time.
+        checkpoint_every: steps between checkpoints; 0: multiples of a hundred, as many as cost half a hundredth of the
+            time.
         keep_latest: how many of the newest are kept.
         keep_every: those at multiples of it are kept for ever, the first (step 0) always.
-        digest_every: steps between digests, for which every number of the state is read; 0: as many as cost a
-            hundredth of the training's time. A digest proves a replay; each checkpoint has one.
+        digest_every: steps between digests, for which every number of the state is read; 0: as many as cost half
+            a hundredth of the training's time. A digest proves a replay; each checkpoint has one.
         most_bytes: of all batches that are kept on disk; the oldest go first. 0: none is kept.
         on_row: sees every record, one step late.
         step: the train step, as it is to be replayed: its equations are kept, so that a replay by another program says
@@ -114,7 +115,7 @@ class Recorder:
         self._like = jax.tree.map(_copied, state) if self._parts is None else self._parts.settings(state)
         self._next = self._first = self._start.step
         self._beside = telemetry.Beside(self._start.arrays)  # now, as the first step may consume it
-        self._pace = _Pace(digest_every, checkpoint_every or LEAST)
+        self._pace = _Pace(digest_every)
         self._taken: Tree = None  # the batch of the next step, in a tuple
         self._last: Tree = None
         self._asked = self._parts is None
@@ -422,8 +423,8 @@ def read_notes(paths: layout.Paths) -> tuple[str, ...] | None:
 class _Pace:
     """When every number of the state is read: so seldom that it takes a SHARE of the training's time."""
 
-    def __init__(self, every: int, most: int):
-        self._every, self._most = every or most, most
+    def __init__(self, every: int):
+        self._every = every
         self._ask = not every
         self._begun: int | None = None
         self._last: float | None = None
@@ -440,7 +441,7 @@ class _Pace:
         self._last = now
         if number - self._begun == TIMED[-1]:
             share = seconds() / (SHARE * max(statistics.median(self._times), 1e-9))
-            self._every = min(max(int(share) + 1, 1), self._most)
+            self._every = int(share) + 1
             self._ask = False
 
     def due(self, number: int) -> bool:
