@@ -1,4 +1,4 @@
-"""Thirteen loops in the style of public training code: each is recorded, ended and gone on with, broken and diagnosed."""
+"""Thirteen loops in the style of public training code: each is recorded, ended, gone on with, broken and diagnosed."""
 
 import functools
 import itertools

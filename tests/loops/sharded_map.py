@@ -1,5 +1,5 @@
-"""jax.shard_map: each device has a slice of the parameters, of the moments and of the batch; parameters are gathered for
-a step, and each device gets the mean gradient of its slice."""
+"""jax.shard_map: each device has a slice of the parameters, of the moments and of the batch; parameters are gathered
+for a step, and each device gets the mean gradient of its slice."""
 
 import functools
 
