@@ -38,10 +38,11 @@ DOORS = {
     'jax.extend': 'trace',
     'absl': 'cli',
     'keras': 'adapters/keras',
+    'tensorflow': 'adapters/tf_data',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras'}
+HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras', 'tensorflow'}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

@@ -7,7 +7,7 @@ import pytest
 from recorder_test import WEIGHTS, equal, start, train_step
 
 import jaxrnn
-from jaxrnn.record import kept_batches
+from jaxrnn.record import drawn, kept_batches
 from jaxrnn.types import UserError
 
 BAD = 1234
@@ -70,6 +70,65 @@ def test_a_torn_batch_is_named(tmp_path):
         UserError, match=r'no batch of step \d*[94] is kept; there are those of steps 0 to 18, 20 to 38, '
     ):
         jaxrnn.bisect(train_step, None, tmp_path, like=start(), verify=True)
+
+
+def tf_data(seed=3):
+    tf = pytest.importorskip('tensorflow')
+    x, y = examples()
+    return tf.data.Dataset.from_tensor_slices({'x': x, 'y': y}).shuffle(50, seed=seed).repeat().batch(16)
+
+
+class Counting:
+    """What draws of the iterators over a dataset were taken."""
+
+    def __init__(self, places):
+        self._places, self.taken = places, 0
+
+    def __iter__(self):
+        made, counted = iter(self._places), self
+
+        class Iterator(type(made)):
+            def __next__(self):
+                counted.taken += 1
+                return super().__next__()
+
+        made.__class__ = Iterator
+        return made
+
+
+@pytest.mark.parametrize('placed', [True, False])
+def test_tf_data_goes_on_where_it_was(tmp_path, placed, monkeypatch):
+    """Also where its place is too large to be noted: then it is counted forward."""
+    pytest.importorskip('tensorflow')
+    from jaxrnn.adapters import tf_data as door
+
+    if not placed:
+        monkeypatch.setattr(drawn, 'MOST_PLACE', 100)
+    for steps, expected in ((30, 30), (40, 10 if placed else 40)):
+        source = Counting(door.Places(tf_data()))
+        with jaxrnn.Recorder(tmp_path, start(), checkpoint_every=10) as recorder:
+            state = recorder.state
+            for batch in recorder.batches(source):
+                state, metrics = train_step(state, batch)
+                recorder(state, metrics)
+                if recorder.step == steps:
+                    break
+        assert source.taken == expected
+    kept, whole = kept_batches.KeptBatches(tmp_path / 'batches'), iter(door.Places(tf_data()))
+    assert all(equal(kept(k), next(whole)) for k in range(40))
+    batch_at = jaxrnn.Drawn(lambda: door.Places(tf_data()))
+    assert equal(batch_at(35), kept(35)) and equal(batch_at(3), kept(3))
+
+
+def test_a_place_of_another_dataset_is_refused():
+    tf = pytest.importorskip('tensorflow')
+    from jaxrnn.adapters import tf_data as door
+
+    place = iter(door.Places(tf_data())).get_state()
+    other = iter(door.Places(tf.data.Dataset.range(5)))
+    for wrong in (place, b'none'):
+        with pytest.raises(UserError, match='a place found that is none in this dataset'):
+            other.set_state(wrong)
 
 
 def grain_loader(seed=3):

@@ -78,6 +78,9 @@ def knows_its_place(iterator: Any) -> bool:
     return callable(getattr(iterator, 'get_state', None)) and callable(getattr(iterator, 'set_state', None))
 
 
+MOST_PLACE = 1_000_000
+"""Bytes of a loader's place that are noted. One that has a larger one, as with many images to shuffle, is counted."""
+
 LOADER = 'loader'
 """What a checkpoint's meta calls the place of the loader."""
 
@@ -107,6 +110,8 @@ class Counted:
         if self.drawn != number or not knows_its_place(self._iterator):
             return {}
         place = self._iterator.get_state()
+        if isinstance(place, bytes) and len(place) > MOST_PLACE:
+            return {}
         if isinstance(place, bytes):
             return {LOADER: {'bytes': base64.b64encode(place).decode()}}
         try:
