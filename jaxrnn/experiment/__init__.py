@@ -87,7 +87,7 @@ def diagnose(
     diagnosis, _ = replay.bisect(
         subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
     )
-    diagnosis, _ = inspection.locate(subject, diagnosis)
+    diagnosis, inspected = inspection.locate(subject, diagnosis)
     diagnosis = inspection.with_numbers(subject, diagnosis)
 
     def tried(window: Window, bad_batches: Sequence[int]) -> list[Change]:
@@ -95,4 +95,5 @@ def diagnose(
         began = replay.began_of(subject, diagnosis, detectors)
         return of_anybody(subject, diagnosis.symptom, window, bad_batches, changes, began)
 
-    return explain(subject, diagnosis, tried, detectors, budget=budget)
+    diagnosis, report = explain(subject, diagnosis, tried, detectors, budget=budget)
+    return diagnosis, None if report is None else report._replace(inspected=inspected)

@@ -32,6 +32,7 @@ class CachedOutcome(NamedTuple):
     reached: int
     acted: bool
     steps: int  # that were replayed for it
+    losses: tuple[float, ...] = ()  # of its last steps
 
 
 class OutcomeCache:
@@ -59,7 +60,8 @@ class OutcomeCache:
             return
         line = {'change': change, 'start': start, 'horizon': horizon, **known._asdict()}
         line['symptom'] = None if known.symptom is None else [known.symptom.kind, known.symptom.step]
-        line['loss'] = known.loss if math.isfinite(known.loss) else None
+        line['loss'] = _finite(known.loss)
+        line['losses'] = [_finite(loss) for loss in known.losses]
         # The break first: a line that was half written is ended by it.
         begin = '' if self._begun else json.dumps({'scope': self._scope})
         with files.open_appending(self._path, anew=not self._begun) as file:
@@ -106,8 +108,9 @@ def _read(path: Path, scope: str) -> dict[tuple[str, int, int], CachedOutcome]:
 def _outcome(line: Mapping[str, Any]) -> CachedOutcome:
     """Raises ValueError, KeyError or TypeError for what isn't one that `put` wrote."""
     symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
-    loss = math.nan if line['loss'] is None else float(line['loss'])
-    made = CachedOutcome(line['verdict'], symptom, loss, line['reached'], line['acted'], line['steps'])
+    losses = tuple(map(_number, line.get('losses', ())))
+    loss = _number(line['loss'])
+    made = CachedOutcome(line['verdict'], symptom, loss, line['reached'], line['acted'], line['steps'], losses)
     whole = [
         made.reached,
         made.steps,
@@ -122,3 +125,11 @@ def _outcome(line: Mapping[str, Any]) -> CachedOutcome:
     if symptom is not None and not isinstance(symptom.kind, str):
         raise ValueError(line)
     return made
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _number(written: float | None) -> float:
+    return math.nan if written is None else float(written)

@@ -158,8 +158,9 @@ class Experiments:
             # As if it were replayed now, or else what the budget allows would be another choice of changes.
             self.budget.spent += cached.steps
             return Outcome(
-                change, cached.verdict, cached.symptom, cached.loss, cached.reached, acted=cached.acted
-            )
+                change, cached.verdict, cached.symptom, cached.loss, cached.reached, acted=cached.acted,
+                losses=cached.losses,
+            )  # fmt: skip
         before = self.budget.spent
         try:
             rows = self._replay(change, start, horizon, ahead)
@@ -168,7 +169,7 @@ class Experiments:
         outcome = self._outcome(change, rows, start)
         known = cache.CachedOutcome(
             outcome.verdict, outcome.symptom, outcome.loss, outcome.reached, outcome.acted,
-            steps=self.budget.spent - before,
+            steps=self.budget.spent - before, losses=outcome.losses,
         )  # fmt: skip
         self._cache.put(change.identity, start, horizon, known)
         return outcome
@@ -191,7 +192,10 @@ class Experiments:
         reached = rows[-1]['step'] + 1 if rows else self.window.start
         loss = self.subject.loss
         acted = has_effect(rows, self._control, self._nudged, loss)
-        return Outcome(change, found.verdict, found.symptom, final_loss(rows, loss), reached, acted=acted)
+        return Outcome(
+            change, found.verdict, found.symptom, final_loss(rows, loss), reached, acted=acted,
+            losses=_losses(rows, loss),
+        )  # fmt: skip
 
     def _history_before(self, step: int) -> list[Row]:
         """The unchanged run's records before a step, as far as the rules read."""
@@ -216,6 +220,11 @@ class Experiments:
         for change in changes:
             if self._cache.get(change.identity, self._start_of(change), self.window.horizon) is None:
                 self.replayer.compiled(change)
+
+
+def _losses(rows: Sequence[Row], loss: str | None) -> tuple[float, ...]:
+    """Of four digits: they are looked at, not computed with."""
+    return tuple(float(f'{row[loss]:.4g}') for row in rows) if loss is not None and rows and loss in rows[0] else ()
 
 
 def _judged(change: Change, rows: Sequence[Row]) -> Sequence[Row]:

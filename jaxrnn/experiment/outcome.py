@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxrnn.bisect.inspection import Inspection
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.window import Window
@@ -108,6 +109,7 @@ class Outcome(NamedTuple):
         True  # whether it moved any loss farther than a nudge did: a clipping that never clips doesn't
     )
     why: str = ''  # of one that is not possible
+    losses: tuple[float, ...] = ()  # of the steps under it, up to the one before `reached`
 
 
 class ExperimentReport(NamedTuple):
@@ -123,3 +125,4 @@ class ExperimentReport(NamedTuple):
     chosen_at_random: Outcome | None = None  # one of them
     untried: tuple[Change, ...] = ()  # for want of budget
     steps_replayed: int = 0
+    inspected: Inspection | None = None  # the first bad step

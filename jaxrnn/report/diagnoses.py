@@ -22,6 +22,7 @@ from jaxrnn.experiment.outcome import (
     Outcome,
 )
 from jaxrnn.report import runs, steps
+from jaxrnn.report.sections import Section, on_a_screen
 from jaxrnn.report.text import number, table
 
 STYLES = {
@@ -39,7 +40,17 @@ def render_diagnosis(
     inspected: inspection.Inspection | None = None,
     words: Sequence[str] = (),
 ) -> RenderableType:
-    """One screen on a diagnosis.
+    """One screen on a diagnosis. Arguments as of `diagnosis_sections`."""
+    return on_a_screen(diagnosis_sections(diagnosis, report, inspected, words))
+
+
+def diagnosis_sections(
+    diagnosis: Diagnosis,
+    report: ExperimentReport | None,
+    inspected: inspection.Inspection | None = None,
+    words: Sequence[str] = (),
+) -> list[Section]:
+    """All that a person reads of a diagnosis.
 
     Args:
         diagnosis: of investigation.diagnose_run.
@@ -48,19 +59,29 @@ def render_diagnosis(
         words: of the first bad step's batch.
     """
     diagnosis, report, inspected, words = all_visible((diagnosis, report, inspected, words))
-    parts: list[RenderableType] = [runs.verdict(diagnosis, rule=False)]
+    place: list[RenderableType] = []
     if inspected is not None and inspected.comparison is not None:
-        parts += steps.in_short(inspected, words)
+        place += steps.in_short(inspected, words)
     elif diagnosis.where is not None:
-        parts.append(steps.place(diagnosis.where))
+        place.append(steps.place(diagnosis.where))
+    advice: list[RenderableType] = []
     if report is not None or diagnosis.remedies:
-        parts += [Text(), _why(diagnosis), _advice(diagnosis, report)]
+        advice += [_why(diagnosis), _advice(diagnosis, report)]
+    tried: list[RenderableType] = []
     if report is not None:
-        parts += [Text(), _experiments(report), _baselines(report)]
+        tried += [_experiments(report), _baselines(report)]
     elif diagnosis.remedies:
-        parts += [Text(), _remedies(diagnosis)]
-    parts += [Text(), _checks(diagnosis.checks), runs.proof(diagnosis)]
-    return Group(*parts)
+        tried.append(_remedies(diagnosis))
+    in_full = () if inspected is None else (steps.render_inspection(inspected, words),)
+    return [
+        Section('verdict', 'What happened', (runs.verdict(diagnosis, rule=False),)),
+        Section('place', 'Where', tuple(place), apart=False),
+        Section('advice', 'Why, and what to do', tuple(advice)),
+        Section('experiments', 'The same steps, under one change at a time', tuple(tried)),
+        Section('step', 'The step in full', in_full, in_full=True),
+        Section('checks', 'Checks', (_checks(diagnosis.checks),)),
+        Section('proof', 'Proof', (runs.proof(diagnosis),), apart=False),
+    ]
 
 
 def _why(diagnosis: Diagnosis) -> Text:

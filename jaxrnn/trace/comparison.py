@@ -86,6 +86,16 @@ class TimeStepGradient(NamedTuple):
     share: float  # of the change of the squared norms over this layer's time steps
 
 
+class OverTime(NamedTuple):
+    """One quantity of a layer at each time step, in the earlier step and now."""
+
+    name: str  # of the layer, or the gate
+    kind: str  # 'saturated': share of elements; 'gradient': Euclidean norm of what comes from later time steps
+    places: tuple[int, ...]
+    before: tuple[float, ...]
+    now: tuple[float, ...]
+
+
 class Example(NamedTuple):
     """One example of the later batch by itself."""
 
@@ -134,6 +144,7 @@ class Comparison(NamedTuple):
     leaps: tuple[Leap, ...]  # the largest ratio first
     absurd: Leap | None  # the first in the order of evaluation that is absurd: see ABSURD and LARGE
     outlying: Outlying | None = None  # where the examples that brought a change stand out of the data
+    over_time: tuple[OverTime, ...] = ()  # of each gate and each layer that runs over time
 
 
 def compare(
@@ -183,18 +194,21 @@ def compare(
     given = max((1.0, *measured_step.largest_arguments(*before).values()))
     earlier = (first,) if by_batch else (first, crossed)
     leaps = _leaps_of_arguments(measured_step, before, now) + _leaps(measured_step, names, earlier, last)
+    gates, gates_over_time = _gates(measured_step, names, basis, last)
+    time_steps = _time_steps(measured_step, names, basis, last)
     examples, additive = _examples(measured_step, before[0], now, last, scores, by_batch, loss)
     return Comparison(
         scores=scores,
         by_batch=by_batch,
         layers=_layers(basis, last),
-        gates=_gates(measured_step, names, basis, last),
-        time_steps=_time_steps(measured_step, names, basis, last),
+        gates=gates,
+        time_steps=time_steps,
         examples=examples,
         additive=additive,
         leaps=tuple(sorted(leaps, key=lambda leap: -_growth(leap, given))),
         absurd=_absurd(leaps, given),
         outlying=_outlying(measured_step, before[1], now[1], leading(examples)) if by_batch else None,
+        over_time=(*gates_over_time, *_gradients_over_time(time_steps)),
     )
 
 
@@ -297,8 +311,10 @@ def _layers(before: StepMeasurements, now: StepMeasurements) -> tuple[Layer, ...
 
 def _gates(
     measured_step: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
-) -> tuple[Saturation, ...]:
-    made = []
+) -> tuple[tuple[Saturation, ...], tuple[OverTime, ...]]:
+    """Those that rose most first; and each at every time step, in the order of evaluation."""
+    made: list[Saturation] = []
+    over_time: list[tuple[int, OverTime]] = []  # with the place of its gate
     for one, old, new in zip(measured_step.probe_points, before.magnitudes, now.magnitudes, strict=True):
         if not one.about or names(one.node)[0] != 'forward':
             continue
@@ -306,11 +322,36 @@ def _gates(
         rise = new.saturated - old.saturated
         time_step = None
         if one.dimensions and one.dimensions[0].kind == TIME and rise.ndim:
-            time_step = one.dimensions[0].places[int(rise.argmax())]
+            time_step = one.dimensions[0].places[int(np.argmax(_by_first(rise)))]
+            each = (_by_first(share) for share in (old.saturated, new.saturated))
+            over_time.append((len(made), OverTime('', 'saturated', one.dimensions[0].places, *each)))
         _, layer, source = names(one.node)
         saturated = Pair(float(old.saturated.mean()), float(new.saturated.mean()))
         made.append(Saturation(layer, one.about, source, saturated, time_step))
-    return tuple(sorted(_numbered(made), key=lambda gate: gate.saturated.before - gate.saturated.now))
+    gates = _numbered(made)
+    named = [one._replace(name=' '.join((gates[place].layer, gates[place].op))) for place, one in over_time]
+    return tuple(sorted(gates, key=lambda gate: gate.saturated.before - gate.saturated.now)), tuple(named)
+
+
+def _by_first(shares: np.ndarray) -> tuple[float, ...]:
+    """Means over all dimensions but the first."""
+    return tuple(float(share) for share in shares.mean(axis=tuple(range(1, shares.ndim))))
+
+
+def _gradients_over_time(time_steps: Sequence[TimeStepGradient]) -> list[OverTime]:
+    layers: dict[str, list[TimeStepGradient]] = {}
+    for each in sorted(time_steps, key=lambda each: each.time_step):
+        layers.setdefault(each.layer, []).append(each)
+    return [
+        OverTime(
+            layer,
+            'gradient',
+            tuple(each.time_step for each in found),
+            tuple(each.gradient.before for each in found),
+            tuple(each.gradient.now for each in found),
+        )
+        for layer, found in sorted(layers.items())
+    ]
 
 
 def _numbered(gates: Sequence[Saturation]) -> list[Saturation]:
