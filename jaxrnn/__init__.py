@@ -3,6 +3,7 @@
     jaxrnn.record(step, batch_at, init, 'runs/mine', max_steps=1000)
     diagnosis, rows = jaxrnn.bisect(step, batch_at, 'runs/mine', like=init)
     diagnosis, report = jaxrnn.diagnose(step, batch_at, 'runs/mine', changes, like=init)
+    jaxrnn.report('runs/mine', diagnosis, report)
 
 Rooms, each of which imports only those below it:
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from jaxrnn.record import Drawn as Drawn
     from jaxrnn.record import Recorder as Recorder
     from jaxrnn.record import record as record
+    from jaxrnn.report import report as report
     from jaxrnn.types import UserError as UserError
 
 __version__ = '0.1.0'
@@ -44,12 +46,13 @@ __all__ = [
     'bisect',
     'diagnose',
     'record',
+    'report',
     'state',
     'trace',
 ]
 
-_ROOMS = ('bisect', 'record', 'trace')
-"""Of these names the package itself is meant; the first two can be called."""
+_ROOMS = ('bisect', 'record', 'report', 'trace')
+"""Of these names the package itself is meant; the first three can be called."""
 
 _HOMES = {
     'Change': 'jaxrnn.experiment',

@@ -38,11 +38,13 @@ DOORS = {
     'jax.extend': 'trace',
     'absl': 'cli',
     'keras': 'adapters/keras',
+    'bokeh': 'report/plots',
+    'jinja2': 'report/page',
     'tensorflow': 'adapters/tf_data',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras', 'tensorflow'}
+HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras', 'tensorflow', 'bokeh', 'jinja2'}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

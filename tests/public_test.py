@@ -30,7 +30,7 @@ def test_examples(name):
     assert runner.summarize(verbose=False) == (0, len(test.examples))
 
 
-@pytest.mark.parametrize('name', ['record', 'bisect'])
+@pytest.mark.parametrize('name', ['record', 'bisect', 'report'])
 def test_a_package_is_called_as_its_function(name):
     """And explained as it: by its signature, and by help."""
     package = getattr(jaxrnn, name)

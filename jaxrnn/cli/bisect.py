@@ -34,7 +34,8 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import environment, report
+    from jaxrnn import environment
+    from jaxrnn.report import render_bisection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         common.print_json(diagnosis.to_json())
     else:
         words = investigation.words_of(opened, step) if step is not None else ()
-        common.console().print(report.render_bisection(diagnosis, found.rows, words, found.inspected))
+        common.console().print(render_bisection(diagnosis, found.rows, words, found.inspected))
         if step is not None:
             common.say(invocation.following('diagnose', f'--run_dir={directory}'), file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:

@@ -17,6 +17,7 @@ COMMANDS = (
     'bisect',
     'trace',
     'diagnose',
+    'report',
     'embed',
     'demo',
 )

@@ -36,9 +36,10 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import environment, report
+    from jaxrnn import environment
+    from jaxrnn.report import advised_flags, render_diagnosis, report
     from jaxrnn.types import UserError
-    from jaxrnn.words import investigation
+    from jaxrnn.words import investigation, signals
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
@@ -57,19 +58,26 @@ def main(arguments: list[str]) -> int:
         say=lambda line: common.say(f'{line} …'),
     )
     diagnosis, opened = found.diagnosis, found.bisected.opened
+    step = diagnosis.first_bad_step
+    words = investigation.words_of(opened, step) if step is not None else ()
+    command, following = _advised(advised_flags(diagnosis), directory.rstrip('/'))
+    page = report(
+        directory, diagnosis, found.report, inspected=found.bisected.inspected, words=words, command=command,
+        alarms=signals.ALARMS,
+    )  # fmt: skip
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        step = diagnosis.first_bad_step
-        words = investigation.words_of(opened, step) if step is not None else ()
-        directory = directory.rstrip('/')
-        screen = report.render_diagnosis(diagnosis, found.report, found.bisected.inspected, words)
-        common.console().print(screen)
-        if added := report.advised_flags(diagnosis):
-            following = invocation.following(
-                'train', f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
-            )
-            common.say('', f'{following} {added}', file=sys.stdout)
+        common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
+        common.say(*(['', following] if following else []), f'page: {page}', file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
+
+
+def _advised(added: str, directory: str) -> tuple[str, str]:
+    """The command that trains as is advised, and what says so on a terminal; '' where nothing is advised."""
+    if not added:
+        return '', ''
+    typed = f'--flagfile={directory}/flags.txt', f'--run_dir={directory}-2'
+    return f'{invocation.line("train", *typed)} {added}', f'{invocation.following("train", *typed)} {added}'

@@ -26,7 +26,7 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import report
+    from jaxrnn.report import render_neighbours
     from jaxrnn.types import UserError
     from jaxrnn.words import data, run, train
 
@@ -58,5 +58,5 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(found)
     elif arguments:
-        common.console().print(report.render_neighbours(found))
+        common.console().print(render_neighbours(found))
     return common.HEALTHY

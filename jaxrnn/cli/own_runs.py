@@ -74,16 +74,26 @@ def _is_loops(root: Path) -> bool:
     )
 
 
+def alarms_of(directory: str) -> Any:
+    """Those of a run's signals."""
+    from jaxrnn import detect
+    from jaxrnn.words import signals
+
+    return (
+        detect.ALARMS if _is_loops(Path(directory)) or (Path(directory) / NOTES).is_file() else signals.ALARMS
+    )
+
+
 def bisect(directory: str) -> int:
     """As the command `bisect`."""
     found = _program()
-    from jaxrnn import report
+    from jaxrnn.report import render_bisection
 
     diagnosis, rows = found.bisect(directory, verify=flags.FLAGS.verify, **_asked())
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        common.console().print(report.render_bisection(diagnosis, rows))
+        common.console().print(render_bisection(diagnosis, rows))
         if diagnosis.first_bad_step is not None:
             following = invocation.following('diagnose', f'--run_dir={directory}', found.flag)
             common.say(following, file=sys.stdout)
@@ -93,15 +103,15 @@ def bisect(directory: str) -> int:
 def diagnose(directory: str) -> int:
     """As the command `diagnose`."""
     made = _program()
-    from jaxrnn import report
-    from jaxrnn.record import layout
+    from jaxrnn.report import render_diagnosis, report
 
     diagnosis, found = made.diagnose(directory, budget=flags.FLAGS.budget_steps, **_asked())
-    layout.write_json(layout.Paths(Path(directory)).diagnosis, diagnosis.to_json())
+    page = report(directory, diagnosis, found)
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        common.console().print(report.render_diagnosis(diagnosis, found))
+        common.console().print(render_diagnosis(diagnosis, found))
+        common.say(f'page: {page}', file=sys.stdout)
     return _exit_code(diagnosis)
 
 

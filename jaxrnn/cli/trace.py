@@ -37,8 +37,9 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import environment, report
+    from jaxrnn import environment
     from jaxrnn.bisect import inspection
+    from jaxrnn.report import inspection_json, render_inspection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
 
@@ -61,8 +62,8 @@ def main(arguments: list[str]) -> int:
         source=common.source(),
     )
     if flags.FLAGS.json:
-        common.print_json(report.inspection_json(inspected, words))
+        common.print_json(inspection_json(inspected, words))
     else:
-        common.console().print(report.render_inspection(inspected, words))
+        common.console().print(render_inspection(inspected, words))
     assert inspected.trace_report is not None
     return common.HEALTHY if inspected.trace_report.finding is None else common.DIVERGED

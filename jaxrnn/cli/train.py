@@ -56,7 +56,8 @@ class Display:
 
 
 def main(arguments: list[str]) -> int:
-    from jaxrnn import environment, report
+    from jaxrnn import environment
+    from jaxrnn.report import render_training
     from jaxrnn.types import UserError
     from jaxrnn.words import run
 
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        console.print(report.render_training(diagnosis, trained.evaluation))
+        console.print(render_training(diagnosis, trained.evaluation))
     if result.interrupted is not None:
         common.say(f'saved at step {result.step:,}; run the same command again to resume')
         return 128 + result.interrupted

@@ -239,6 +239,32 @@ def holds(rule: Rule, columns: Series) -> np.ndarray:
     return found
 
 
+def threshold(rule: Rule, columns: Series) -> np.ndarray | None:
+    """What the smoothed field of a rule is held against at each step, float [S], in the field's own unit.
+
+    None for a rule of another form than `smooth(x, n) > …`, `smooth(log(x), n) > …`, or with `<`.
+    """
+    match ast.parse(rule.text, mode='eval').body:
+        case ast.Compare(
+            left=ast.Call(func=ast.Name(id='smooth'), args=[of, _]),
+            ops=[ast.Gt() | ast.Lt()],
+            comparators=[right],
+        ):
+            built = _build(right, rule.text)
+        case _:
+            return None
+    match of:
+        case ast.Name():
+            back: Callable[[np.ndarray], np.ndarray] = np.asarray
+        case ast.Call(func=ast.Name(id='log'), args=[ast.Name()]):
+            back = np.exp
+        case _:
+            return None
+    with np.errstate(all='ignore'):
+        found = np.asarray(built.evaluate(columns), np.float64)
+        return np.broadcast_to(back(found), columns[STEP].shape)
+
+
 def _read_by(rule: Rule, columns: Series, low: int, stop: int) -> Series:
     """What a rule reads, of the rows low … stop - 1."""
     part = _Rows((name, columns[name][low:stop]) for name in {STEP, *rule.fields} & columns.keys())

@@ -84,9 +84,8 @@ def diagnose(
     """
     detectors = detectors_of(when, symptom)
     subject = subject_of(step, batch_at, directory, like, digest_every, loss, batch_like)
-    diagnosis, _ = replay.bisect(
-        subject, detectors, good=good, bad=bad, alarms=detect.ALARMS if alarms is None else alarms
-    )
+    alarms = detect.ALARMS if alarms is None else alarms
+    diagnosis, _ = replay.bisect(subject, detectors, good=good, bad=bad, alarms=alarms)
     diagnosis, inspected = inspection.locate(subject, diagnosis)
     diagnosis = inspection.with_numbers(subject, diagnosis)
 
@@ -96,4 +95,4 @@ def diagnose(
         return of_anybody(subject, diagnosis.symptom, window, bad_batches, changes, began)
 
     diagnosis, report = explain(subject, diagnosis, tried, detectors, budget=budget)
-    return diagnosis, None if report is None else report._replace(inspected=inspected)
+    return diagnosis, report and report._replace(inspected=inspected)

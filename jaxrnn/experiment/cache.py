@@ -110,7 +110,9 @@ def _outcome(line: Mapping[str, Any]) -> CachedOutcome:
     symptom = None if line['symptom'] is None else Symptom(*line['symptom'])
     losses = tuple(map(_number, line.get('losses', ())))
     loss = _number(line['loss'])
-    made = CachedOutcome(line['verdict'], symptom, loss, line['reached'], line['acted'], line['steps'], losses)
+    made = CachedOutcome(
+        line['verdict'], symptom, loss, line['reached'], line['acted'], line['steps'], losses
+    )
     whole = [
         made.reached,
         made.steps,

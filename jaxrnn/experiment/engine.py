@@ -224,7 +224,11 @@ class Experiments:
 
 def _losses(rows: Sequence[Row], loss: str | None) -> tuple[float, ...]:
     """Of four digits: they are looked at, not computed with."""
-    return tuple(float(f'{row[loss]:.4g}') for row in rows) if loss is not None and rows and loss in rows[0] else ()
+    return (
+        tuple(float(f'{row[loss]:.4g}') for row in rows)
+        if loss is not None and rows and loss in rows[0]
+        else ()
+    )
 
 
 def _judged(change: Change, rows: Sequence[Row]) -> Sequence[Row]:

@@ -34,6 +34,14 @@ class Paths(NamedTuple):
         return self.root / 'diagnosis.json'
 
     @property
+    def evidence(self) -> Path:
+        return self.root / 'evidence.json'
+
+    @property
+    def page(self) -> Path:
+        return self.root / 'report.html'
+
+    @property
     def experiments(self) -> Path:
         return self.root / 'experiments.jsonl'
 

@@ -68,7 +68,7 @@ def _lines(part: Text | str, style: str | Style = '') -> list[list[Any]]:
 
 
 def _spans(line: Text, style: str | Style) -> list[Any]:
-    around = _CONSOLE.get_style(style) if style else Style.null()
+    around = Style.combine(_CONSOLE.get_style(each) for each in (style, line.style) if each)
     return [
         [segment.text, _styles(around + (segment.style or Style.null()))]
         for segment in line.render(_CONSOLE, end='')
@@ -87,7 +87,7 @@ def _table(made: Table) -> dict[str, Any]:
     head = ['\n'.join(_text(column.header)) for column in made.columns] if made.show_header else []
     cells = zip(*columns, strict=True)
     rows = [
-        [{'lines': _lines(cell, row.style or '')} for cell in each]  # type: ignore[arg-type]
+        [{'lines': _lines(cell, row.style or '')} for cell in each]
         for each, row in zip(cells, made.rows, strict=True)
     ]
     return {'head': head, 'left': [column.justify != 'right' for column in made.columns], 'rows': rows}
@@ -117,7 +117,9 @@ def _is_part(part: Any) -> bool:
     if not (isinstance(head, list) and isinstance(left, list) and isinstance(rows, list)):
         return False
     wide = all(isinstance(row, list) and len(row) == len(left) for row in rows)
-    return wide and all(isinstance(name, str) for name in head) and all(_is_part(c) for row in rows for c in row)
+    return (
+        wide and all(isinstance(name, str) for name in head) and all(_is_part(c) for row in rows for c in row)
+    )
 
 
 def _is_line(line: Any) -> bool:

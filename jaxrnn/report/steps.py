@@ -199,6 +199,14 @@ def _grouped(findings: Sequence[trace.Finding]) -> list[tuple[str, int]]:
     return list(counts.items())
 
 
+def in_words(one: trace.Range) -> str:
+    """A range in one line."""
+    shape = 'x'.join(map(str, one.shape)) or 'scalar'
+    between = 'no finite number' if one.low is None else f'from {number(one.low)} to {number(one.high)}'
+    bad = [f', {count} {name}' for name, count in (('NaN', one.nans), ('infinite', one.infinities)) if count]
+    return f'{one.name or "operand"} ({shape} {one.dtype}): {between}{"".join(bad)}'
+
+
 def _ranges(finding: trace.Finding) -> RenderableType:
     left = ('', 'from', 'shape', 'type')
     made = table(*left, 'lowest', 'highest', 'NaN', 'infinite', left=left)

@@ -90,7 +90,9 @@ class OverTime(NamedTuple):
     """One quantity of a layer at each time step, in the earlier step and now."""
 
     name: str  # of the layer, or the gate
-    kind: str  # 'saturated': share of elements; 'gradient': Euclidean norm of what comes from later time steps
+    kind: (
+        str  # 'saturated': share of elements; 'gradient': Euclidean norm of what comes from later time steps
+    )
     places: tuple[int, ...]
     before: tuple[float, ...]
     now: tuple[float, ...]
@@ -179,36 +181,33 @@ def compare(
         ...     return weight - 0.1 * gradient, {'loss': loss}
         >>> weight, before, now = jnp.float32(1), jnp.zeros(4), jnp.array([0.0, 0.0, 30.0, 0.0])
         >>> comparison = trace.compare(step, (weight, before), (weight, now))
-        >>> comparison.by_batch
-        True
-        >>> comparison.examples[0].place, comparison.examples[0].loss
-        (2, Pair(before=1.0, now=841.0))
+        >>> comparison.by_batch, comparison.examples[0].place, comparison.examples[0].loss
+        (True, 2, Pair(before=1.0, now=841.0))
     """
     _check_shapes(before, now)
     measured_step = MeasuredStep(step, *now, example_axes=example_axes)
     first, crossed, last = measured_step(*before), measured_step(before[0], now[1]), measured_step(*now)
     scores = {n: (first.record[n], crossed.record[n], last.record[n]) for n in last.record}
     by_batch = _is_by_batch(scores.get(loss))
-    basis = first if by_batch else crossed
-    names = _Names(measured_step)
+    basis, names = first if by_batch else crossed, _Names(measured_step)
     given = max((1.0, *measured_step.largest_arguments(*before).values()))
     earlier = (first,) if by_batch else (first, crossed)
     leaps = _leaps_of_arguments(measured_step, before, now) + _leaps(measured_step, names, earlier, last)
-    gates, gates_over_time = _gates(measured_step, names, basis, last)
+    gates, over_time = _gates(measured_step, names, basis, last)
     time_steps = _time_steps(measured_step, names, basis, last)
     examples, additive = _examples(measured_step, before[0], now, last, scores, by_batch, loss)
     return Comparison(
         scores=scores,
         by_batch=by_batch,
         layers=_layers(basis, last),
-        gates=gates,
-        time_steps=time_steps,
+        gates=tuple(sorted(gates, key=lambda gate: gate.saturated.before - gate.saturated.now)),
+        time_steps=tuple(sorted(time_steps, key=lambda each: -abs(each.share))),
         examples=examples,
         additive=additive,
         leaps=tuple(sorted(leaps, key=lambda leap: -_growth(leap, given))),
         absurd=_absurd(leaps, given),
         outlying=_outlying(measured_step, before[1], now[1], leading(examples)) if by_batch else None,
-        over_time=(*gates_over_time, *_gradients_over_time(time_steps)),
+        over_time=(*over_time, *_gradients_over_time(time_steps)),
     )
 
 
@@ -312,7 +311,7 @@ def _layers(before: StepMeasurements, now: StepMeasurements) -> tuple[Layer, ...
 def _gates(
     measured_step: MeasuredStep, names: _Names, before: StepMeasurements, now: StepMeasurements
 ) -> tuple[tuple[Saturation, ...], tuple[OverTime, ...]]:
-    """Those that rose most first; and each at every time step, in the order of evaluation."""
+    """In the order of evaluation, and each at every time step."""
     made: list[Saturation] = []
     over_time: list[tuple[int, OverTime]] = []  # with the place of its gate
     for one, old, new in zip(measured_step.probe_points, before.magnitudes, now.magnitudes, strict=True):
@@ -330,7 +329,7 @@ def _gates(
         made.append(Saturation(layer, one.about, source, saturated, time_step))
     gates = _numbered(made)
     named = [one._replace(name=' '.join((gates[place].layer, gates[place].op))) for place, one in over_time]
-    return tuple(sorted(gates, key=lambda gate: gate.saturated.before - gate.saturated.now)), tuple(named)
+    return tuple(gates), tuple(named)
 
 
 def _by_first(shares: np.ndarray) -> tuple[float, ...]:
@@ -396,7 +395,7 @@ def _time_steps(
         )
         for (layer, t), (old, new) in squares.items()
     ]
-    return tuple(sorted(made, key=lambda each: -abs(each.share)))
+    return tuple(made)
 
 
 def _without_gate(layer: str) -> str:

@@ -1,0 +1,112 @@
+"""What a diagnosis found beside its fields, kept with the run: a page can be made of it without replaying a step.
+
+`evidence.json` has the sections that the terminal printed, as plain data, and the numbers of figures that aren't
+records. It is read as all of a run is: it may be a stranger's.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxrnn import files
+from jaxrnn.bisect.inspection import Inspection
+from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.escaping import all_visible
+from jaxrnn.experiment.outcome import ExperimentReport
+from jaxrnn.record import layout
+from jaxrnn.report import figures, sections, steps
+from jaxrnn.report.diagnoses import diagnosis_sections
+
+FORMAT = 1
+"""Of evidence.json."""
+
+
+class Way(NamedTuple):
+    """How a value that isn't finite came to be: each link as a person reads it, the first operation first."""
+
+    links: list[str]
+    broke: str
+
+
+class PageEvidence(NamedTuple):
+    """All that a page has of a diagnosis."""
+
+    sections: list[dict[str, Any]]  # as `sections.plain` makes them
+    experiments: figures.Panel | None
+    heat_maps: list[figures.HeatMap]
+    way: Way | None
+    command: str  # that trains as advised; '' where there is none
+
+
+def of(
+    diagnosis: Diagnosis,
+    report: ExperimentReport | None,
+    inspected: Inspection | None = None,
+    words: Sequence[str] = (),
+    *,
+    command: str = '',
+) -> PageEvidence:
+    """The evidence of a diagnosis. Arguments as of `diagnosis_sections`; `command` trains as advised."""
+    made = diagnosis_sections(diagnosis, report, inspected, words)
+    comparison = None if inspected is None else inspected.comparison
+    return PageEvidence(
+        [sections.plain(section) for section in made if section.body],
+        figures.of_experiments(report),
+        figures.of_comparison(comparison),
+        _way(inspected),
+        command,
+    )
+
+
+def write(directory: Path, evidence: PageEvidence) -> None:
+    """Keeps it with a run. Raises UserError where nothing can be written."""
+    fields = {
+        'format': FORMAT,
+        'sections': evidence.sections,
+        'experiments': figures.to_json(evidence.experiments),
+        'heat_maps': figures.to_json(evidence.heat_maps),
+        'way': None if evidence.way is None else evidence.way._asdict(),
+        'command': evidence.command,
+    }
+    layout.write_json(layout.Paths(directory).evidence, files.sealed(fields))
+
+
+def read(directory: Path) -> PageEvidence | None:
+    """That of a run; None where there is none. Raises UserError for what can't be read, or is of a newer release."""
+    path = layout.Paths(directory).evidence
+    found = files.read_notes(path, FORMAT)
+    if found is None:
+        return None
+    try:
+        if not all(map(sections.is_plain, found['sections'])):
+            raise ValueError('sections of lines and tables expected')
+        return PageEvidence(
+            list(found['sections']),
+            figures.panel_of(found['experiments']),
+            figures.heat_maps_of(found['heat_maps']),
+            _way_of(found['way']),
+            figures.text_of(found['command']),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.not_as_written(path, error) from None
+
+
+def _way(inspected: Inspection | None) -> Way | None:
+    finding = None if inspected is None or inspected.trace_report is None else inspected.trace_report.finding
+    if finding is None:
+        return None
+    links = [f'{link.op} at {steps.short(link.source)}' for link in reversed(finding.chain)]
+    ranges = [steps.in_words(operand) for operand in finding.operands]
+    if not links:
+        links = [range_ for range_ in ranges if range_]
+    elif ranges:
+        links.append('; '.join(ranges))
+    at = f'{finding.op} at {steps.short(finding.source)}' if finding.source else finding.op
+    made = all_visible((links, f'{at}: {finding.kind}'))
+    return Way(list(made[0]), made[1])
+
+
+def _way_of(found: Any) -> Way | None:
+    if found is None:
+        return None
+    return Way([figures.text_of(link) for link in found['links']], figures.text_of(found['broke']))

@@ -1,0 +1,145 @@
+"""One page on a run, `report.html`: a single file that asks nobody for anything."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from jaxrnn import detect, environment, files
+from jaxrnn.detect import Detector
+from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.escaping import visible
+from jaxrnn.record import checkpoint, layout
+from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Records, series
+from jaxrnn.report import evidence as kept
+from jaxrnn.report import figures, plots
+from jaxrnn.types import UserError
+
+SIDE = ('verdict', 'place', 'advice')
+"""Sections at the top, without a heading of their own."""
+
+
+class Contents(NamedTuple):
+    """What a page is made of; see `read`."""
+
+    title: str
+    records: Records
+    diagnosis: Diagnosis | None
+    evidence: kept.PageEvidence | None
+    checkpoints: Sequence[int]
+
+
+def write(
+    directory: str | os.PathLike, alarms: Sequence[Detector] = detect.ALARMS, *, path: str | os.PathLike = ''
+) -> Path:
+    """Makes the page of a run, from its records and from what `diagnose` left there, if anything.
+
+    Args:
+        directory: of the run.
+        alarms: of the run's signals.
+        path: where the page is put; `report.html` in the run if not given.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: there is no run, or its files can't be read, or nothing can be written there.
+    """
+    paths = layout.Paths(Path(directory))
+    made = of(read(paths.root), alarms)
+    target = Path(path) if path else paths.page
+    try:
+        files.write_bytes(target, made.encode())
+    except OSError as error:
+        raise UserError(f'{target} can not be written ({error.strerror})') from error
+    return target
+
+
+def read(root: Path) -> Contents:
+    """What there is of a run. Raises UserError where there is none, or it can't be read."""
+    paths = layout.Paths(root)
+    files.check_within(root)
+    records = RecordFile(paths.records).read()
+    steps = checkpoint.Checkpoints(paths.checkpoints).steps()
+    if not len(records) and not steps:
+        raise UserError(f'{root}: no run found; it has no records and no checkpoints')
+    return Contents(root.resolve().name, records, _diagnosis(paths.diagnosis), kept.read(root), steps)
+
+
+def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
+    """The page, as HTML."""
+    diagnosis, evidence = contents.diagnosis, contents.evidence
+    columns = series(contents.records) if len(contents.records) else {}
+    metrics, signals, silent = figures.of_records(columns, diagnosis, alarms)
+    drawn = figures.Figures(
+        metrics,
+        signals,
+        figures.of_marks(diagnosis, contents.checkpoints),
+        None if evidence is None else evidence.experiments,
+        [] if evidence is None else evidence.heat_maps,
+    )
+    script, places = plots.drawn(drawn)
+    sections = {} if evidence is None else {section['name']: section for section in evidence.sections}
+    return _template().render(
+        title=visible(contents.title),
+        undiagnosed=_undiagnosed(contents, columns),
+        side=[sections[name] for name in SIDE if name in sections],
+        sections=sections,
+        command='' if evidence is None else evidence.command,
+        way=None if evidence is None else evidence.way,
+        marks=[mark for mark in drawn.marks if mark.kind != 'checkpoint'],
+        mark_colours={kind: colour for kind, (colour, *_) in plots.MARKS.items()},
+        signals=signals,
+        silent=silent,
+        heat_maps=[each.name for each in drawn.heat_maps],
+        places=places,
+        script=script,
+        bokeh=plots.script_of_bokeh() if script else '',
+        versions=(environment.versions() if diagnosis is None else diagnosis.versions),
+        steps=len(contents.records),
+    )
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name('templates'))
+    found = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return found.get_template('page.html')
+
+
+def _undiagnosed(contents: Contents, columns: Any) -> str:
+    """What is said of a run that nobody diagnosed yet."""
+    if contents.evidence is not None:
+        return ''
+    found = detect.symptoms(columns) if columns else []
+    if found:
+        first = found[0]
+        return f'{first.kind} at step {first.step}, by the records; not diagnosed yet'
+    return 'no symptom in the records; not diagnosed yet'
+
+
+def _diagnosis(path: Path) -> Diagnosis | None:
+    """As `diagnose` left it; None where there is none. Raises UserError for what it didn't write."""
+    try:
+        found = files.read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise files.not_as_written(path, error) from None
+    try:
+        symptom = (
+            None
+            if found['symptom'] is None
+            else Symptom(str(found['symptom']['kind']), int(found['symptom']['step']))
+        )
+        bad, onset = (
+            None if found[name] is None else int(found[name]) for name in ('first_bad_step', 'onset_step')
+        )
+        versions = {visible(str(name)): visible(str(value)) for name, value in found['versions'].items()}
+        return Diagnosis(symptom=symptom, first_bad_step=bad, onset_step=onset, versions=versions)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.not_as_written(path, error) from None

@@ -1,0 +1,232 @@
+"""Figures drawn by Bokeh, for a page: zoom is linked over all panels, and each point says what it is.
+
+No label has a `$$` in it: Bokeh would ask the network for MathJax. Axes and titles have no colour of their own here:
+the page gives them one that is read on light and on dark ground (templates/page.js).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from bokeh.embed import components
+from bokeh.models import BoxZoomTool, ColumnDataSource, FactorRange, HoverTool, PanTool, Range1d, ResetTool
+from bokeh.models.annotations import BoxAnnotation, ColorBar, Span
+from bokeh.models.mappers import LinearColorMapper, LogColorMapper
+from bokeh.palettes import Cividis256
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from jaxrnn.report.figures import Figures, HeatMap, Line, Panel
+
+# Okabe and Ito's colours, which the colour-blind tell apart (https://jfly.uni-koeln.de/color, 2002).
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9'
+GREY = '#808080'
+
+MARKS = {
+    'began': (ORANGE, 'dashed', 2),
+    'bad': (VERMILION, 'dotted', 2),
+    'recognised': (VERMILION, 'solid', 2),
+    'checkpoint': (GREY, 'dotted', 0.5),
+}
+"""Colour, dash and width of the line at a marked step."""
+
+MOST_CHECKPOINTS = 60
+"""That are drawn: more would hide the rest."""
+
+VERDICTS = {
+    'control': (VERMILION, 'solid', 3),
+    'averted': (BLUE, 'solid', 1.5),
+    'delayed': (ORANGE, 'dashed', 1.5),
+    'unchanged': (GREY, 'solid', 1),
+    'worse': (PURPLE, 'dotted', 1.5),
+}
+"""Colour, dash and width of an experiment's curve."""
+
+PRINTED = '{%.4g}'
+"""A number, where the pointer is."""
+
+HEIGHT, LEFT = 210, 60
+"""Of a panel, in pixels; and what its vertical axis has, so that panels lie below one another."""
+
+
+def script_of_bokeh() -> str:
+    """Bokeh's own script, to be put into a page: 1.27 MB."""
+    return ''.join(Resources(mode='inline', components=['bokeh']).js_raw)
+
+
+def drawn(figures: Figures) -> tuple[str, dict[str, list[str]]]:
+    """The script that draws, and the places to draw in, by part of the page: 'metrics', 'signals', 'experiments',
+    'heat_maps'."""
+    steps = [
+        step for panel in (*figures.metrics, *figures.signals) for line in panel.lines for step in line.steps
+    ]
+    low, high = _bounds(steps) if steps else (0.0, 1.0)
+    shared = Range1d(start=low, end=high)
+    parts: dict[str, list[Any]] = {
+        'metrics': [_panel(panel, figures, shared) for panel in figures.metrics],
+        'signals': [_panel(panel, figures, shared) for panel in figures.signals],
+        'experiments': [] if figures.experiments is None else [_experiments(figures.experiments, figures)],
+        'heat_maps': [drawn for heat_map in figures.heat_maps for drawn in _heat_maps(heat_map)],
+    }
+    flat = [plot for plots in parts.values() for plot in plots]
+    if not flat:
+        return '', {name: [] for name in parts}
+    script, places = components(tuple(flat), wrap_script=False)
+    left = iter(places)
+    return script, {name: [next(left) for _ in plots] for name, plots in parts.items()}
+
+
+def _bounds(steps: Sequence[int]) -> tuple[float, float]:
+    low, high = min(steps), max(steps)
+    margin = max((high - low) * 0.01, 0.5)
+    return low - margin, high + margin
+
+
+def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
+    tools = [BoxZoomTool(dimensions='width'), PanTool(dimensions='width'), ResetTool()]
+    made = figure(
+        title=title, height=height, sizing_mode='stretch_width', tools=tools,
+        y_axis_type='log' if log else 'linear', toolbar_location='right',
+        **({} if x_range is None else {'x_range': x_range}),
+    )  # fmt: skip
+    made.min_border_left = LEFT
+    made.toolbar.logo = None
+    made.toolbar.autohide = True
+    for transparent in ('background_fill_color', 'border_fill_color', 'outline_line_color'):
+        setattr(made, transparent, None)
+    return made
+
+
+def _source(line: Line) -> ColumnDataSource:
+    values = np.array(line.values, np.float32)
+    return ColumnDataSource({'step': np.array(line.steps, np.float64), 'value': values})
+
+
+def _panel(panel: Panel, figures: Figures, x_range: Any) -> Any:
+    made = _figure(panel.name, panel.log, x_range)
+    for start, stop in panel.bands:
+        made.add_layout(
+            BoxAnnotation(left=start, right=max(stop, start + 1), fill_color=ORANGE, fill_alpha=0.2)
+        )
+    for number, line in enumerate(panel.lines):
+        color, dash = (ORANGE, 'dashed') if line.kind == 'alarm' else ((BLUE, GREEN)[number % 2], 'solid')
+        drawn = made.line('step', 'value', source=_source(line), color=color, line_dash=dash, line_width=1.5)
+        if len(line.steps) < 100:
+            made.scatter('step', 'value', source=_source(line), color=color, size=4)
+        made.add_tools(
+            HoverTool(
+                renderers=[drawn], mode='vline', tooltips=[('step', '@step{0}'), (line.name, f'@value{PRINTED}')],
+                formatters={'@value': 'printf'}, visible=False,
+            )
+        )  # fmt: skip
+    _marked(made, figures)
+    return made
+
+
+def _marked(made: Any, figures: Figures) -> None:
+    checkpoints = sum(mark.kind == 'checkpoint' for mark in figures.marks)
+    for mark in figures.marks:
+        if mark.kind == 'checkpoint' and checkpoints > MOST_CHECKPOINTS:
+            continue
+        color, dash, width = MARKS[mark.kind]
+        made.add_layout(
+            Span(location=mark.step, dimension='height', line_color=color, line_dash=dash, line_width=width)
+        )
+
+
+def _experiments(panel: Panel, figures: Figures) -> Any:
+    made = _figure(f'{panel.name}, under one change at a time', panel.log, None, 340)
+    # What matters is drawn last, so that it lies above the rest.
+    order = ('unchanged', 'worse', 'delayed', 'averted', 'control')
+    for line in sorted(panel.lines, key=lambda line: order.index(line.kind) if line.kind in order else 0):
+        color, dash, width = VERDICTS.get(line.kind, VERDICTS['unchanged'])
+        source = _source(line)
+        name = 'as it was' if line.kind == 'control' else line.name
+        drawn = made.line(
+            'step', 'value', source=source, color=color, line_dash=dash, line_width=width,
+            legend_label=line.kind if line.kind != 'control' else 'as it was',
+        )  # fmt: skip
+        made.add_tools(
+            HoverTool(
+                renderers=[drawn],
+                tooltips=[(name, f'@value{PRINTED} at step @step{{0}}')],
+                formatters={'@value': 'printf'},
+                visible=False,
+            )
+        )
+    _marked(made, figures)
+    made.legend.click_policy = 'hide'
+    made.legend.background_fill_alpha = 0
+    made.legend.border_line_color = None
+    made.legend.orientation = 'horizontal'
+    made.legend.location = 'top_left'
+    made.add_layout(made.legend[0], 'above')
+    return made
+
+
+def _heat_maps(heat_map: HeatMap) -> list[Any]:
+    """The ordinary step and the bad one, in the same colours."""
+    numbers = np.array([heat_map.before, heat_map.now], np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    high = float(finite.max()) if finite.size else 1.0
+    if heat_map.log:
+        positive = finite[finite > 0]
+        low = float(positive.min()) if positive.size else high / 10 or 0.1
+        low = max(low, high * 1e-6)
+        mapper: Any = LogColorMapper(
+            palette=Cividis256, low=low, high=max(high, low * 10), nan_color=VERMILION
+        )
+    else:
+        mapper = LinearColorMapper(palette=Cividis256, low=0, high=max(high, 1e-9), nan_color=VERMILION)
+    pairs = (('an ordinary step', heat_map.before), ('the bad step', heat_map.now))
+    return [_heat_map(which, heat_map, values, mapper) for which, values in pairs]
+
+
+def _heat_map(title: str, heat_map: HeatMap, values: Sequence[Sequence[float]], mapper: Any) -> Any:
+    rows = [_short(name) for name in heat_map.rows]
+    rows = [name if rows.count(name) == 1 else f'{name} {number}' for number, name in enumerate(rows)]
+    places = heat_map.places
+    made = figure(
+        title=title, height=70 + 26 * len(rows), sizing_mode='stretch_width', y_range=FactorRange(factors=rows[::-1]),
+        x_range=Range1d(start=min(places) - 0.5, end=max(places) + 0.5), tools=[], toolbar_location=None,
+    )  # fmt: skip
+    for transparent in ('background_fill_color', 'border_fill_color', 'outline_line_color'):
+        setattr(made, transparent, None)
+    made.grid.visible = False
+    cells = [
+        (place, row, value)
+        for row, found in zip(rows, values, strict=True)
+        for place, value in zip(places, found, strict=True)
+    ]
+    source = ColumnDataSource(
+        {
+            'time step': [cell[0] for cell in cells],
+            'row': [cell[1] for cell in cells],
+            'value': np.array([cell[2] for cell in cells], np.float32),
+        }
+    )
+    drawn = made.rect(
+        'time step',
+        'row',
+        1,
+        1,
+        source=source,
+        line_color=None,
+        fill_color={'field': 'value', 'transform': mapper},
+    )
+    made.add_tools(
+        HoverTool(
+            renderers=[drawn],
+            tooltips=[('@row, time step @{time step}', f'@value{PRINTED}')],
+            formatters={'@value': 'printf'},
+            visible=False,
+        )
+    )
+    made.add_layout(ColorBar(color_mapper=mapper, width=8, background_fill_alpha=0), 'right')
+    made.xaxis.axis_label = 'time step'
+    return made
+
+
+def _short(name: str) -> str:
+    """The end of a long name, where it differs from others."""
+    return name if len(name) <= 34 else '…' + name[-33:]
