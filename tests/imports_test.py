@@ -40,6 +40,7 @@ DOORS = {
     'keras': 'adapters/keras',
     'bokeh': 'report/plots',
     'jinja2': 'report/page',
+    'matplotlib': 'report/images',
     'tensorflow': 'adapters/tf_data',
 }
 """The one place that may import a library."""

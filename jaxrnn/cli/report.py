@@ -7,6 +7,7 @@ run's records, and of what `jaxrnn diagnose` found, if it was asked.
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -16,6 +17,10 @@ from jaxrnn.cli import common, own_runs
 def define_flags() -> None:
     common.define_run('The directory of the run.')
     common.define('report', 'out', '', 'Where the page is put; report.html in the run if not given.')
+    common.define(
+        'report', 'images', '', 'A folder: no page is made, and each figure is saved there, for a paper.'
+    )
+    common.define('report', 'format', 'png', 'Of these: png or svg.', choices=('png', 'svg'))
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +29,14 @@ def main(arguments: list[str]) -> int:
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
-    made = page.write(common.run_dir(), own_runs.alarms_of(common.run_dir()), path=flags.FLAGS.out)
+    alarms = own_runs.alarms_of(common.run_dir())
+    if folder := flags.FLAGS.images:
+        from jaxrnn.report import images
+
+        drawn, _ = page.figures_of(page.read(Path(common.run_dir())), alarms)
+        for path in images.save(drawn, Path(folder), flags.FLAGS.format):
+            common.say(str(path), file=sys.stdout)
+        return common.HEALTHY
+    made = page.write(common.run_dir(), alarms, path=flags.FLAGS.out)
     common.say(str(made), file=sys.stdout)
     return common.HEALTHY

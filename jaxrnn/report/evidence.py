@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrnn import files
+from jaxrnn import files, trace
 from jaxrnn.bisect.inspection import Inspection
 from jaxrnn.diagnosis import Diagnosis
-from jaxrnn.escaping import all_visible
+from jaxrnn.escaping import all_visible, visible
 from jaxrnn.experiment.outcome import ExperimentReport
 from jaxrnn.record import layout
 from jaxrnn.report import figures, sections, steps
@@ -47,14 +47,14 @@ def of(
     command: str = '',
 ) -> PageEvidence:
     """The evidence of a diagnosis. Arguments as of `diagnosis_sections`; `command` trains as advised."""
-    made = diagnosis_sections(diagnosis, report, inspected, words)
+    made = [sections.plain(each) for each in diagnosis_sections(diagnosis, report, inspected, words)]
     comparison = None if inspected is None else inspected.comparison
     return PageEvidence(
-        [sections.plain(section) for section in made if section.body],
+        [section for section in made if section['body']],
         figures.of_experiments(report),
         figures.of_comparison(comparison),
         _way(inspected),
-        command,
+        visible(command),
     )
 
 
@@ -81,7 +81,7 @@ def read(directory: Path) -> PageEvidence | None:
         if not all(map(sections.is_plain, found['sections'])):
             raise ValueError('sections of lines and tables expected')
         return PageEvidence(
-            list(found['sections']),
+            all_visible(list(found['sections'])),
             figures.panel_of(found['experiments']),
             figures.heat_maps_of(found['heat_maps']),
             _way_of(found['way']),
@@ -96,13 +96,12 @@ def _way(inspected: Inspection | None) -> Way | None:
     if finding is None:
         return None
     links = [f'{link.op} at {steps.short(link.source)}' for link in reversed(finding.chain)]
-    ranges = [steps.in_words(operand) for operand in finding.operands]
-    if not links:
-        links = [range_ for range_ in ranges if range_]
-    elif ranges:
-        links.append('; '.join(ranges))
+    given = '; '.join(steps.in_words(operand) for operand in finding.operands)
+    links += [given] if given else []
     at = f'{finding.op} at {steps.short(finding.source)}' if finding.source else finding.op
-    made = all_visible((links, f'{at}: {finding.kind}'))
+    if finding.op == 'input':  # it was there from the beginning
+        at = '; '.join(steps.in_words(result) for result in finding.results)
+    made = all_visible((links, f'{at}: {trace.KINDS[finding.kind]}'))
     return Way(list(made[0]), made[1])
 
 

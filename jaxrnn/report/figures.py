@@ -12,6 +12,7 @@ import numpy as np
 from jaxrnn import detect, trace
 from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.escaping import visible
 from jaxrnn.experiment.outcome import ExperimentReport, Outcome
 from jaxrnn.optim import signals
 from jaxrnn.record import telemetry
@@ -73,7 +74,7 @@ class HeatMap(NamedTuple):
     name: str
     rows: list[str]
     places: list[int]
-    before: list[list[float]]
+    before: list[list[float]]  # NaN for what isn't finite
     now: list[list[float]]
     log: bool
 
@@ -123,7 +124,8 @@ def of_marks(diagnosis: Diagnosis | None, checkpoints: Sequence[int]) -> list[Ma
             found[onset] = Mark(onset, 'began', f'began at step {onset}')
         if bad is not None:
             found[bad] = Mark(bad, 'bad', f'first bad step {bad}')
-        found[symptom.step] = Mark(symptom.step, 'recognised', f'{symptom.kind} at step {symptom.step}')
+        kind = 'your rule' if symptom.kind == detect.WHEN else symptom.kind
+        found[symptom.step] = Mark(symptom.step, 'recognised', f'{kind} at step {symptom.step}')
     return [found[step] for step in sorted(found)]
 
 
@@ -154,8 +156,8 @@ def of_comparison(comparison: trace.Comparison | None) -> list[HeatMap]:
             titles[kind],
             [one.name for one in found],
             list(places),
-            [list(one.before) for one in found],
-            [list(one.now) for one in found],
+            [_or_nan(one.before) for one in found],
+            [_or_nan(one.now) for one in found],
             kind == 'gradient',
         )
         for (kind, places), found in groups.items()
@@ -170,7 +172,7 @@ def _panel(name: str, columns: Series) -> Panel:
     if validation in columns:
         known = np.isfinite(np.asarray(columns[validation], np.float64))
         lines.append(_line(validation, steps[known], np.asarray(columns[validation], np.float64)[known]))
-    return Panel(name, lines, _is_log(values, every='loss' in name))
+    return Panel(shown(name), lines, _is_log(values, every='loss' in name))
 
 
 def _with_validation(names: Sequence[str]) -> list[str]:
@@ -180,8 +182,12 @@ def _with_validation(names: Sequence[str]) -> list[str]:
 
 def _line(name: str, steps: np.ndarray, values: np.ndarray, kind: str = '', most: int = POINTS) -> Line:
     places = sampling.kept(values, most)
-    shown = np.where(np.isfinite(values[places]), values[places], np.nan)
-    return Line(name, [int(step) for step in steps[places]], [float(value) for value in shown], kind)
+    return Line(shown(name), [int(step) for step in steps[places]], _or_nan(values[places]), kind)
+
+
+def _or_nan(values: Sequence[float] | np.ndarray) -> list[float]:
+    """A NaN where there is nothing to draw."""
+    return [float(value) if math.isfinite(value) else math.nan for value in values]
 
 
 def _curve(outcome: Outcome, kind: str) -> Line:
@@ -298,10 +304,15 @@ def _finite(value: Any) -> Any:
 
 
 def text_of(found: Any) -> str:
-    """A text. Raises TypeError for anything else."""
+    """A text, as it is shown. Raises TypeError for anything else."""
     if not isinstance(found, str):
         raise TypeError(f'{type(found).__name__} found, a text expected')
-    return found
+    return shown(found)
+
+
+def shown(name: str) -> str:
+    """A name as it is drawn: all of it can be seen, and no two dollars, for which Bokeh would ask for MathJax."""
+    return visible(name).replace('$$', '$ $')
 
 
 def _whole(found: Any) -> list[int]:

@@ -1,9 +1,10 @@
 """One page on a run, `report.html`: a single file that asks nobody for anything."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 
@@ -17,6 +18,9 @@ from jaxrnn.record.records import Records, series
 from jaxrnn.report import evidence as kept
 from jaxrnn.report import figures, plots
 from jaxrnn.types import UserError
+
+MOST_REACHED = 8
+"""Fields of a record that are named."""
 
 SIDE = ('verdict', 'place', 'advice')
 """Sections at the top, without a heading of their own."""
@@ -69,38 +73,65 @@ def read(root: Path) -> Contents:
     return Contents(root.resolve().name, records, _diagnosis(paths.diagnosis), kept.read(root), steps)
 
 
-def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
-    """The page, as HTML."""
+def figures_of(
+    contents: Contents, alarms: Sequence[Detector] = detect.ALARMS
+) -> tuple[figures.Figures, list[str]]:
+    """What is drawn of a run, and the signals that did not warn."""
     diagnosis, evidence = contents.diagnosis, contents.evidence
     columns = series(contents.records) if len(contents.records) else {}
     metrics, signals, silent = figures.of_records(columns, diagnosis, alarms)
-    drawn = figures.Figures(
+    made = figures.Figures(
         metrics,
         signals,
         figures.of_marks(diagnosis, contents.checkpoints),
         None if evidence is None else evidence.experiments,
         [] if evidence is None else evidence.heat_maps,
     )
+    return made, silent
+
+
+def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
+    """The page, as HTML."""
+    diagnosis, evidence = contents.diagnosis, contents.evidence
+    drawn, silent = figures_of(contents, alarms)
     script, places = plots.drawn(drawn)
     sections = {} if evidence is None else {section['name']: section for section in evidence.sections}
     return _template().render(
         title=visible(contents.title),
-        undiagnosed=_undiagnosed(contents, columns),
+        undiagnosed=_undiagnosed(contents),
         side=[sections[name] for name in SIDE if name in sections],
         sections=sections,
         command='' if evidence is None else evidence.command,
         way=None if evidence is None else evidence.way,
         marks=[mark for mark in drawn.marks if mark.kind != 'checkpoint'],
         mark_colours={kind: colour for kind, (colour, *_) in plots.MARKS.items()},
-        signals=signals,
+        signals=drawn.signals,
         silent=silent,
+        warned=any(panel.means for panel in drawn.signals),
+        bad_step=None if diagnosis is None else diagnosis.first_bad_step,
+        reached=_reached(contents),
         heat_maps=[each.name for each in drawn.heat_maps],
         places=places,
         script=script,
         bokeh=plots.script_of_bokeh() if script else '',
-        versions=(environment.versions() if diagnosis is None else diagnosis.versions),
+        versions={visible(name): visible(value) for name, value in _versions(diagnosis).items()},
         steps=len(contents.records),
     )
+
+
+def _reached(contents: Contents) -> list[str]:
+    """What isn't finite in the record of the first bad step."""
+    step = None if contents.diagnosis is None else contents.diagnosis.first_bad_step
+    row = None if step is None else contents.records.at(step)
+    bad = (
+        name for name, value in (row or {}).items() if isinstance(value, float) and not math.isfinite(value)
+    )
+    return [visible(name) for name in bad][:MOST_REACHED]
+
+
+def _versions(diagnosis: Diagnosis | None) -> dict[str, str]:
+    """Those that a diagnosis was made with; else those that make the page."""
+    return environment.versions() if diagnosis is None else diagnosis.versions
 
 
 def _template() -> jinja2.Template:
@@ -111,11 +142,11 @@ def _template() -> jinja2.Template:
     return found.get_template('page.html')
 
 
-def _undiagnosed(contents: Contents, columns: Any) -> str:
+def _undiagnosed(contents: Contents) -> str:
     """What is said of a run that nobody diagnosed yet."""
     if contents.evidence is not None:
         return ''
-    found = detect.symptoms(columns) if columns else []
+    found = detect.symptoms(series(contents.records)) if len(contents.records) else []
     if found:
         first = found[0]
         return f'{first.kind} at step {first.step}, by the records; not diagnosed yet'
@@ -139,7 +170,7 @@ def _diagnosis(path: Path) -> Diagnosis | None:
         bad, onset = (
             None if found[name] is None else int(found[name]) for name in ('first_bad_step', 'onset_step')
         )
-        versions = {visible(str(name)): visible(str(value)) for name, value in found['versions'].items()}
+        versions = {str(name): str(value) for name, value in found['versions'].items()}
         return Diagnosis(symptom=symptom, first_bad_step=bad, onset_step=onset, versions=versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise files.not_as_written(path, error) from None

@@ -37,16 +37,30 @@ VERDICTS = {
     'control': (VERMILION, 'solid', 3),
     'averted': (BLUE, 'solid', 1.5),
     'delayed': (ORANGE, 'dashed', 1.5),
-    'unchanged': (GREY, 'solid', 1),
     'worse': (PURPLE, 'dotted', 1.5),
+    'unchanged': (GREY, 'solid', 1),
 }
-"""Colour, dash and width of an experiment's curve."""
+"""Colour, dash and width of an experiment's curve. What matters most is first."""
+
+LABELS = {'control': 'as it was'}
+"""What a curve is called, where that isn't its verdict."""
 
 PRINTED = '{%.4g}'
 """A number, where the pointer is."""
 
 HEIGHT, LEFT = 210, 60
 """Of a panel, in pixels; and what its vertical axis has, so that panels lie below one another."""
+
+
+def of_line(line: Line, number: int) -> tuple[str, str]:
+    """Colour and dash of a line in a panel, by its place there."""
+    return (ORANGE, 'dashed') if line.kind == 'alarm' else ((BLUE, GREEN)[number % 2], 'solid')
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """Curves of experiments. What matters is drawn last, so that it lies above the rest."""
+    order = [*reversed(VERDICTS)]
+    return sorted(lines, key=lambda line: order.index(line.kind) if line.kind in order else 0)
 
 
 def script_of_bokeh() -> str:
@@ -83,13 +97,15 @@ def _bounds(steps: Sequence[int]) -> tuple[float, float]:
 
 
 def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
-    tools = [BoxZoomTool(dimensions='width'), PanTool(dimensions='width'), ResetTool()]
+    zoom: Any = BoxZoomTool(dimensions='width')
+    tools = [zoom, PanTool(dimensions='width'), ResetTool()]
     made = figure(
         title=title, height=height, sizing_mode='stretch_width', tools=tools,
         y_axis_type='log' if log else 'linear', toolbar_location='right',
         **({} if x_range is None else {'x_range': x_range}),
     )  # fmt: skip
     made.min_border_left = LEFT
+    made.toolbar.active_drag = zoom
     made.toolbar.logo = None
     made.toolbar.autohide = True
     for transparent in ('background_fill_color', 'border_fill_color', 'outline_line_color'):
@@ -109,7 +125,7 @@ def _panel(panel: Panel, figures: Figures, x_range: Any) -> Any:
             BoxAnnotation(left=start, right=max(stop, start + 1), fill_color=ORANGE, fill_alpha=0.2)
         )
     for number, line in enumerate(panel.lines):
-        color, dash = (ORANGE, 'dashed') if line.kind == 'alarm' else ((BLUE, GREEN)[number % 2], 'solid')
+        color, dash = of_line(line, number)
         drawn = made.line('step', 'value', source=_source(line), color=color, line_dash=dash, line_width=1.5)
         if len(line.steps) < 100:
             made.scatter('step', 'value', source=_source(line), color=color, size=4)
@@ -136,15 +152,13 @@ def _marked(made: Any, figures: Figures) -> None:
 
 def _experiments(panel: Panel, figures: Figures) -> Any:
     made = _figure(f'{panel.name}, under one change at a time', panel.log, None, 340)
-    # What matters is drawn last, so that it lies above the rest.
-    order = ('unchanged', 'worse', 'delayed', 'averted', 'control')
-    for line in sorted(panel.lines, key=lambda line: order.index(line.kind) if line.kind in order else 0):
+    for line in in_order(panel.lines):
         color, dash, width = VERDICTS.get(line.kind, VERDICTS['unchanged'])
         source = _source(line)
-        name = 'as it was' if line.kind == 'control' else line.name
+        name = LABELS.get(line.kind, line.name)
         drawn = made.line(
             'step', 'value', source=source, color=color, line_dash=dash, line_width=width,
-            legend_label=line.kind if line.kind != 'control' else 'as it was',
+            legend_label=LABELS.get(line.kind, line.kind),
         )  # fmt: skip
         made.add_tools(
             HoverTool(

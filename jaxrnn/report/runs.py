@@ -81,7 +81,9 @@ def verdict(diagnosis: Diagnosis, *, rule: bool = True) -> Text:
     """What a run suffers from."""
     symptom, mismatch = diagnosis.symptom, diagnosis.replay.first_mismatch
     if mismatch is not None:
-        return Text(f'not reproducible: {diagnosis.cause.why}', style='bold yellow')
+        why = diagnosis.cause.why
+        said = why if why.startswith('not reproducible') else f'not reproducible: {why}'
+        return Text(said, style='bold yellow')
     if symptom is None:
         return _without_symptom(diagnosis)
     means, text = _rule(symptom.kind)

@@ -55,7 +55,7 @@ def _plain(part: RenderableType) -> Iterator[dict[str, Any]]:
             for each in part.renderables:
                 yield from _plain(each)
         case Table():
-            yield _table(part)
+            yield from [_table(part)] if part.rows else []
         case Text() | str():
             yield from ([{'lines': found}] if any(found := _lines(part)) else [])
         case _:
@@ -68,7 +68,9 @@ def _lines(part: Text | str, style: str | Style = '') -> list[list[Any]]:
 
 
 def _spans(line: Text, style: str | Style) -> list[Any]:
-    around = Style.combine(_CONSOLE.get_style(each) for each in (style, line.style) if each)
+    around = Style.combine(
+        [Style.null(), *(_CONSOLE.get_style(each) for each in (style, line.style) if each)]
+    )
     return [
         [segment.text, _styles(around + (segment.style or Style.null()))]
         for segment in line.render(_CONSOLE, end='')
