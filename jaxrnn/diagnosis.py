@@ -1,6 +1,7 @@
 """What the debugger found, as plain data: the machine-readable result (design, section 7)."""
 
 import dataclasses
+import html
 from typing import Any
 
 from jaxrnn import environment
@@ -52,6 +53,15 @@ class Diagnosis:
     def __str__(self) -> str:
         """The screen that the commands print."""
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return as_html(self)
+
+
+def as_html(diagnosis: Diagnosis) -> str:
+    """A diagnosis for a notebook: `report` puts its own in place of this, too."""
+    return f'<pre>{html.escape(repr(diagnosis))}</pre>'
 
 
 def as_text(diagnosis: Diagnosis) -> str:

@@ -42,6 +42,8 @@ from jaxrnn.experiment import cache
 from jaxrnn.record import kept_batches, layout, parts, recorder, resume, rewind
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.record.record_file import RecordFile
+from jaxrnn.record.records import Records
+from jaxrnn.report import evidence, page, plots
 from jaxrnn.types import UserError
 from jaxrnn.words import config, data, opening, optimisers, run, train
 from jaxrnn.words.data import corpus
@@ -189,6 +191,13 @@ def _recorder(folder: Path) -> None:
     if (found := recorder.read_notes(paths)) is not None:
         with contextlib.suppress(UserError):
             parts.Parts.named({'w': np.zeros(2), 'name': 3}, found)
+
+
+def _evidence(folder: Path) -> None:
+    """And the page that is made of it; without Bokeh's own megabyte."""
+    if (found := evidence.read(folder)) is not None:
+        with mock.patch.object(plots, 'script_of_bokeh', lambda: ''):
+            page.of(page.Contents('run', _ROWS, found, (0, 2)))
 
 
 def _rule(folder: Path) -> None:
@@ -373,6 +382,38 @@ def _of_recorder() -> list[bytes]:
     return [*(json.dumps(each).encode() for each in others), *_texts()]
 
 
+def _of_evidence() -> list[bytes]:
+    line = {'name': 'clip', 'steps': [0, 1], 'values': [0.5, None], 'kind': 'averted'}
+    heat_map = {
+        'name': 'gates',
+        'rows': ['a'],
+        'places': [0, 1],
+        'before': [[0, 1]],
+        'now': [[1, None]],
+        'log': True,
+    }
+    cell = {'lines': [[['x', ['red', 'bold']], ['y', []]]]}
+    made = {
+        'format': 1,
+        'diagnosis': {
+            'symptom': ['spike', 1],
+            'first_bad_step': 1,
+            'onset_step': 0,
+            'versions': {'jax': '1'},
+        },
+        'sections': [
+            {'name': 'step', 'title': 'T', 'body': [cell, {'head': ['h'], 'left': [True], 'rows': [[cell]]}]}
+        ],
+        'experiments': {'name': 'loss', 'log': True, 'lines': [line, {**line, 'kind': 'control'}]},
+        'heat_maps': [heat_map],
+        'way': {'links': ['a'], 'broke': 'b'},
+        'command': 'jaxrnn train',
+    }
+    bare = {**made, 'sections': [], 'experiments': None, 'heat_maps': [], 'way': None}
+    others = [made, files.sealed(made), bare, {**bare, 'heat_maps': [heat_map] * 3}, {**bare, 'sections': {}}]
+    return [*(json.dumps(each).encode() for each in others), *_texts()]
+
+
 def _of_rules() -> list[bytes]:
     named = [detector.rule.text.encode() for detector in (*detect.DETECTORS, *detect.ALARMS)]
     hostile = [
@@ -399,6 +440,7 @@ def _of_flags() -> list[bytes]:
 
 
 _SYMPTOM = Symptom('spike', 50)
+_ROWS = Records.of([{'step': k, 'loss': 1.0 + k} for k in range(4)])
 _DATA = data.Dataset((), '', *[np.zeros(0)] * 5, dropped={}, digest='0123456789abcdef', source='')
 
 JSON = (
@@ -446,6 +488,10 @@ READERS: Mapping[str, Reader] = {
          'JXB1', '"threefry2x32"'),
     ),
     'recorder': Reader('recorder.json', _recorder, _of_recorder, (*JSON, '"format"', '"state"', '"w"', 'Infinity')),
+    'evidence': Reader(
+        'evidence.json', _evidence, _of_evidence,
+        (*JSON, '"sections"', '"lines"', '"head"', '"rows"', '"heat_maps"', '"places"', '"way"', '"log"', 'red'),
+    ),
     'rules': Reader(
         'file',
         _rule,

@@ -59,9 +59,9 @@ def rows(count=400, **other):
     ]
 
 
-def contents(made=None, *, diagnosis=DIAGNOSIS, kept=None, checkpoints=(0, 100)):
+def contents(made=None, *, kept=None, checkpoints=(0, 100)):
     records = Records.of(rows() if made is None else made)
-    return page.Contents('mine', records, diagnosis, kept, checkpoints)
+    return page.Contents('mine', records, kept, checkpoints)
 
 
 def found(text='', words=WORDS):
@@ -193,10 +193,8 @@ HOSTILE = (
 def test_foreign_text_stays_text(shown):
     made = rows(**{f'metric{HOSTILE}': 1.5, 'update_rms': 2.0})
     what = contents(made, kept=found(HOSTILE, [f'river{HOSTILE}', f'stone{HOSTILE}', 'b']))
-    what = what._replace(
-        title=f'run{HOSTILE}',
-        diagnosis=dataclasses.replace(DIAGNOSIS, versions={f'python{HOSTILE}': HOSTILE}),
-    )
+    versions = dataclasses.replace(what.diagnosis, versions={f'python{HOSTILE}': HOSTILE})
+    what = what._replace(title=f'run{HOSTILE}', evidence=what.evidence._replace(diagnosis=versions))
     opened = shown(what)
     assert opened.page.evaluate('window.bad') is None
     assert opened.page.locator('img').count() == 0
@@ -249,10 +247,10 @@ def test_the_way_of_a_value(shown):
 
 def test_what_a_run_lacks_is_left_out(shown):
     """Records alone; and a run of no records, of which there are checkpoints."""
-    opened = shown(contents([{'step': k, 'x': float(k)} for k in range(5)], diagnosis=None))
+    opened = shown(contents([{'step': k, 'x': float(k)} for k in range(5)]))
     assert opened.page.locator('h2').count() == 1 and opened.page.locator('.plot').count() == 1
     assert 'not diagnosed yet' in opened.page.locator('body').inner_text()
-    opened = shown(contents([], diagnosis=None))
+    opened = shown(contents([]))
     assert opened.page.locator('h2').count() == 0
 
 
@@ -261,7 +259,7 @@ def test_a_long_run_is_small_and_soon_drawn(shown, tmp_path):
     values = np.full(100_000, 0.1)
     values[66_666], values[3] = 7.0, np.nan
     made = [{'step': k, **{f'metric_{n}': float(v) for n in range(6)}} for k, v in enumerate(values)]
-    opened = shown(contents(made, diagnosis=None))
+    opened = shown(contents(made))
     assert (tmp_path / 'report.html').stat().st_size < 2e6
     assert opened.seconds < 10
     assert opened.page.evaluate(
@@ -274,6 +272,7 @@ def test_kept_and_read_again(tmp_path):
     evidence.write(tmp_path, made)
     again = evidence.read(tmp_path)
     assert again.sections == made.sections and again.command == COMMAND
+    assert (again.diagnosis.symptom, again.diagnosis.first_bad_step) == (DIAGNOSIS.symptom, 12)
     assert again.experiments == made.experiments
     assert again.heat_maps[0] == made.heat_maps[0]
     np.testing.assert_equal(again.heat_maps[1]._asdict(), made.heat_maps[1]._asdict())
@@ -292,6 +291,10 @@ def test_kept_and_read_again(tmp_path):
         {'heat_maps': [{'name': 'a', 'rows': ['b'], 'places': [0, 1], 'before': [[1]], 'now': [[1]], 'log': False}]},
         {'way': {'links': [1], 'broke': 'x'}},
         {'command': None},
+        {'diagnosis': {'symptom': ['spike', '12'], 'first_bad_step': 1, 'onset_step': 1, 'versions': {}}},
+        {'diagnosis': {'symptom': ['spike'], 'first_bad_step': 1, 'onset_step': 1, 'versions': {}}},
+        {'diagnosis': {'symptom': None, 'first_bad_step': True, 'onset_step': 1, 'versions': {}}},
+        {'diagnosis': {'symptom': None, 'first_bad_step': 1, 'onset_step': 1, 'versions': {'a': 1}}},
     ],
 )  # fmt: skip
 def test_evidence_that_nobody_wrote_is_refused(tmp_path, damage):
@@ -326,8 +329,17 @@ def test_of_a_run(tmp_path):
     assert len(again) == len(first)  # but for the names of the plots, which are new each time
 
 
+def test_in_a_notebook(shown):
+    made = planted(DIAGNOSIS, HOSTILE)._repr_html_()
+    opened = shown(f'<!DOCTYPE html><title>x</title>{made}')
+    assert opened.page.evaluate('window.bad') is None and opened.page.locator('img').count() == 0
+    text = opened.page.locator('.jaxrnn').inner_text()
+    assert 'at step 12' in text and 'bit for bit as recorded' in text and 'onerror' in text
+    assert 'bold' in opened.page.locator('.jaxrnn .red').first.get_attribute('class')
+
+
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match='no run found'):
+    with pytest.raises(UserError, match='holds no run'):
         page.write(tmp_path)
 
 

@@ -156,6 +156,11 @@ def test_a_healthy_run_is_diagnosed_as_healthy_and_suggests_nothing(trained):
     assert len(told['checks']) == 7 and not any(check['ok'] is False for check in told['checks'])
     screen = call('diagnose', f'--run_dir={trained[0]}').stdout
     assert screen.startswith('healthy') and 'do:' not in screen
+    page = Path(trained[0]) / 'report.html'
+    assert screen.splitlines()[-1] == f'page: {page}'
+    page.unlink()
+    assert call('report', f'--run_dir={trained[0]}').stdout == f'{page}\n'
+    assert 'healthy' in page.read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize(
@@ -290,7 +295,7 @@ def test_jax_own_checks(check, vectors, tmp_path):
     assert last_json(found)['replay']['bit_identical'] is True
 
 
-@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'diagnose', 'embed', 'demo'])
+@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'diagnose', 'report', 'embed', 'demo'])
 def test_help_is_complete_and_grouped(script):
     done = call(script, '--help')
     assert done.returncode == 0
@@ -391,9 +396,9 @@ def test_run_directory_of_another_config(trained, vectors):
     assert content(trained[0]) == before
 
 
-@pytest.mark.parametrize('script', ['bisect', 'trace', 'diagnose', 'embed'])
+@pytest.mark.parametrize('script', ['bisect', 'trace', 'diagnose', 'report', 'embed'])
 def test_directory_without_a_run(script, tmp_path):
-    words = {'embed': ['word'], 'trace': ['--step=3'], 'bisect': [], 'diagnose': []}[script]
+    words = {'embed': ['word'], 'trace': ['--step=3']}.get(script, [])
     for directory in (tmp_path, tmp_path / 'none'):
         done = call(script, f'--run_dir={directory}', *words)
         assert done.returncode == 2 and 'holds no run' in done.stderr

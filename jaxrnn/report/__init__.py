@@ -19,8 +19,8 @@ from jaxrnn.bisect.inspection import Inspection
 from jaxrnn.experiment.outcome import ExperimentReport
 from jaxrnn.package import make_callable
 from jaxrnn.record import layout
-from jaxrnn.report import evidence
-from jaxrnn.report.diagnoses import advised_flags, render_diagnosis
+from jaxrnn.report import evidence, sections
+from jaxrnn.report.diagnoses import advised_flags, diagnosis_sections, render_diagnosis
 from jaxrnn.report.runs import render_bisection, render_neighbours, render_training
 from jaxrnn.report.steps import inspection_json, render_inspection
 
@@ -92,5 +92,12 @@ def _as_text(found: diagnosis.Diagnosis) -> str:
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
+def _as_html(found: diagnosis.Diagnosis) -> str:
+    from jaxrnn.report import page  # Jinja and Bokeh take their time
+
+    return page.fragment([sections.plain(section) for section in diagnosis_sections(found, None)])
+
+
 diagnosis.as_text = _as_text  # type: ignore[assignment]
+diagnosis.as_html = _as_html  # type: ignore[assignment]
 make_callable(__name__, report)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxrnn import files, trace
 from jaxrnn.bisect.inspection import Inspection
-from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.diagnosis import Diagnosis, Symptom
 from jaxrnn.escaping import all_visible, visible
 from jaxrnn.experiment.outcome import ExperimentReport
 from jaxrnn.record import layout
@@ -31,6 +31,7 @@ class Way(NamedTuple):
 class PageEvidence(NamedTuple):
     """All that a page has of a diagnosis."""
 
+    diagnosis: Diagnosis  # its steps and versions alone
     sections: list[dict[str, Any]]  # as `sections.plain` makes them
     experiments: figures.Panel | None
     heat_maps: list[figures.HeatMap]
@@ -50,6 +51,7 @@ def of(
     made = [sections.plain(each) for each in diagnosis_sections(diagnosis, report, inspected, words)]
     comparison = None if inspected is None else inspected.comparison
     return PageEvidence(
+        diagnosis,
         [section for section in made if section['body']],
         figures.of_experiments(report),
         figures.of_comparison(comparison),
@@ -62,6 +64,7 @@ def write(directory: Path, evidence: PageEvidence) -> None:
     """Keeps it with a run. Raises UserError where nothing can be written."""
     fields = {
         'format': FORMAT,
+        'diagnosis': _as_steps(evidence.diagnosis),
         'sections': evidence.sections,
         'experiments': figures.to_json(evidence.experiments),
         'heat_maps': figures.to_json(evidence.heat_maps),
@@ -81,6 +84,7 @@ def read(directory: Path) -> PageEvidence | None:
         if not all(map(sections.is_plain, found['sections'])):
             raise ValueError('sections of lines and tables expected')
         return PageEvidence(
+            _of_steps(found['diagnosis']),
             all_visible(list(found['sections'])),
             figures.panel_of(found['experiments']),
             figures.heat_maps_of(found['heat_maps']),
@@ -89,6 +93,32 @@ def read(directory: Path) -> PageEvidence | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise files.not_as_written(path, error) from None
+
+
+def _as_steps(diagnosis: Diagnosis) -> dict[str, Any]:
+    symptom = diagnosis.symptom
+    return {
+        'symptom': None if symptom is None else [symptom.kind, symptom.step],
+        'first_bad_step': diagnosis.first_bad_step,
+        'onset_step': diagnosis.onset_step,
+        'versions': diagnosis.versions,
+    }
+
+
+def _of_steps(found: Any) -> Diagnosis:
+    symptom = None if found['symptom'] is None else Symptom(*found['symptom'])
+    steps = [found['first_bad_step'], found['onset_step'], *([symptom.step] if symptom else [])]
+    if any(step is not None and (type(step) is not int or abs(step) > 2**53) for step in steps):
+        raise TypeError('whole numbers expected')
+    texts = [*([symptom.kind] if symptom else []), *found['versions'], *found['versions'].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError('texts expected')
+    return Diagnosis(
+        symptom=symptom,
+        first_bad_step=found['first_bad_step'],
+        onset_step=found['onset_step'],
+        versions=dict(found['versions']),
+    )
 
 
 def _way(inspected: Inspection | None) -> Way | None:

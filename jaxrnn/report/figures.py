@@ -36,6 +36,9 @@ MOST_METRICS, MOST_SIGNALS, MOST_CURVES = 6, 6, 40
 POINTS, CURVE_POINTS = 2000, 300
 """Of a line at most."""
 
+MOST_ROWS, MOST_PLACES = 48, 128
+"""Of a map. Of more time steps some are shown, evenly spread, the first and the last among them."""
+
 TIMES = 8
 """That the largest of a line of positive numbers is as large as its smallest, for a logarithmic axis; both without the
 hundredth of all that lies farthest out."""
@@ -124,7 +127,7 @@ def of_marks(diagnosis: Diagnosis | None, checkpoints: Sequence[int]) -> list[Ma
             found[onset] = Mark(onset, 'began', f'began at step {onset}')
         if bad is not None:
             found[bad] = Mark(bad, 'bad', f'first bad step {bad}')
-        kind = 'your rule' if symptom.kind == detect.WHEN else symptom.kind
+        kind = 'your rule' if symptom.kind == detect.WHEN else shown(symptom.kind)
         found[symptom.step] = Mark(symptom.step, 'recognised', f'{kind} at step {symptom.step}')
     return [found[step] for step in sorted(found)]
 
@@ -151,17 +154,15 @@ def of_comparison(comparison: trace.Comparison | None) -> list[HeatMap]:
         'saturated': 'Saturated gates, share of values',
         'gradient': 'Gradient that arrives from later time steps, norm',
     }
-    return [
-        HeatMap(
-            titles[kind],
-            [one.name for one in found],
-            list(places),
-            [_or_nan(one.before) for one in found],
-            [_or_nan(one.now) for one in found],
-            kind == 'gradient',
-        )
-        for (kind, places), found in groups.items()
-    ]
+    made = []
+    for (kind, places), found in groups.items():
+        found = found[:MOST_ROWS]
+        seen = np.unique(np.linspace(0, len(places) - 1, min(len(places), MOST_PLACES)).astype(int))
+        before = [_or_nan(np.array(one.before)[seen]) for one in found]
+        now = [_or_nan(np.array(one.now)[seen]) for one in found]
+        names = [one.name for one in found]
+        made.append(HeatMap(titles[kind], names, [places[n] for n in seen], before, now, kind == 'gradient'))
+    return made
 
 
 def _panel(name: str, columns: Series) -> Panel:
@@ -272,6 +273,8 @@ def panel_of(found: Any) -> Panel | None:
     ]
     if any(len(line.steps) != len(line.values) for line in lines):
         raise ValueError('a line has as many steps as values')
+    if len(lines) > MOST_CURVES or any(len(line.steps) > 2 * CURVE_POINTS for line in lines):
+        raise ValueError(f'up to {MOST_CURVES} lines of {2 * CURVE_POINTS} points expected')
     return Panel(text_of(found['name']), lines, bool(found['log']))
 
 
@@ -292,6 +295,8 @@ def heat_maps_of(found: Any) -> list[HeatMap]:
         sizes = {len(row) for row in (*one.before, *one.now)} | {len(one.places)}
         if len(sizes) != 1 or {len(one.before), len(one.now)} != {len(one.rows)}:
             raise ValueError('a map has a number for each row and time step')
+        if not (0 < len(one.rows) <= MOST_ROWS and 0 < len(one.places) <= MOST_PLACES):
+            raise ValueError(f'a map has up to {MOST_ROWS} rows and {MOST_PLACES} time steps')
     return made
 
 

@@ -1,16 +1,17 @@
 """One page on a run, `report.html`: a single file that asks nobody for anything."""
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
 from jaxrnn import detect, environment, files
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.escaping import visible
 from jaxrnn.record import checkpoint, layout
 from jaxrnn.record.record_file import RecordFile
@@ -31,9 +32,12 @@ class Contents(NamedTuple):
 
     title: str
     records: Records
-    diagnosis: Diagnosis | None
     evidence: kept.PageEvidence | None
     checkpoints: Sequence[int]
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        return None if self.evidence is None else self.evidence.diagnosis
 
 
 def write(
@@ -69,8 +73,8 @@ def read(root: Path) -> Contents:
     records = RecordFile(paths.records).read()
     steps = checkpoint.Checkpoints(paths.checkpoints).steps()
     if not len(records) and not steps:
-        raise UserError(f'{root}: no run found; it has no records and no checkpoints')
-    return Contents(root.resolve().name, records, _diagnosis(paths.diagnosis), kept.read(root), steps)
+        raise UserError(f'--run_dir: {root} holds no run: it has no records and no checkpoints')
+    return Contents(root.resolve().name, records, kept.read(root), steps)
 
 
 def figures_of(
@@ -96,26 +100,30 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
     drawn, silent = figures_of(contents, alarms)
     script, places = plots.drawn(drawn)
     sections = {} if evidence is None else {section['name']: section for section in evidence.sections}
-    return _template().render(
-        title=visible(contents.title),
-        undiagnosed=_undiagnosed(contents),
-        side=[sections[name] for name in SIDE if name in sections],
-        sections=sections,
-        command='' if evidence is None else evidence.command,
-        way=None if evidence is None else evidence.way,
-        marks=[mark for mark in drawn.marks if mark.kind != 'checkpoint'],
-        mark_colours={kind: colour for kind, (colour, *_) in plots.MARKS.items()},
-        signals=drawn.signals,
-        silent=silent,
-        warned=any(panel.means for panel in drawn.signals),
-        bad_step=None if diagnosis is None else diagnosis.first_bad_step,
-        reached=_reached(contents),
-        heat_maps=[each.name for each in drawn.heat_maps],
-        places=places,
-        script=script,
-        bokeh=plots.script_of_bokeh() if script else '',
-        versions={visible(name): visible(value) for name, value in _versions(diagnosis).items()},
-        steps=len(contents.records),
+    return (
+        _templates()
+        .get_template('page.html')
+        .render(
+            title=visible(contents.title),
+            undiagnosed=_undiagnosed(contents),
+            side=[sections[name] for name in SIDE if name in sections],
+            sections=sections,
+            command='' if evidence is None else evidence.command,
+            way=None if evidence is None else evidence.way,
+            marks=[mark for mark in drawn.marks if mark.kind != 'checkpoint'],
+            mark_colours={kind: colour for kind, (colour, *_) in plots.MARKS.items()},
+            signals=drawn.signals,
+            silent=silent,
+            warned=any(panel.means for panel in drawn.signals),
+            bad_step=None if diagnosis is None else diagnosis.first_bad_step,
+            reached=_reached(contents),
+            heat_maps=[each.name for each in drawn.heat_maps],
+            places=places,
+            script=script,
+            bokeh=plots.script_of_bokeh() if script else '',
+            versions={visible(name): visible(value) for name, value in _versions(diagnosis).items()},
+            steps=len(contents.records),
+        )
     )
 
 
@@ -134,12 +142,25 @@ def _versions(diagnosis: Diagnosis | None) -> dict[str, str]:
     return environment.versions() if diagnosis is None else diagnosis.versions
 
 
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name('templates'))
-    found = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+def fragment(sections: Sequence[Mapping[str, Any]]) -> str:
+    """Sections for a notebook: a piece of HTML, without a script."""
+    return (
+        _templates()
+        .get_template('fragment.html')
+        .render(sections=[each for each in sections if each['body']])
     )
-    return found.get_template('page.html')
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name('templates')),
+        autoescape=True,
+        auto_reload=False,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _undiagnosed(contents: Contents) -> str:
@@ -151,26 +172,3 @@ def _undiagnosed(contents: Contents) -> str:
         first = found[0]
         return f'{first.kind} at step {first.step}, by the records; not diagnosed yet'
     return 'no symptom in the records; not diagnosed yet'
-
-
-def _diagnosis(path: Path) -> Diagnosis | None:
-    """As `diagnose` left it; None where there is none. Raises UserError for what it didn't write."""
-    try:
-        found = files.read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise files.not_as_written(path, error) from None
-    try:
-        symptom = (
-            None
-            if found['symptom'] is None
-            else Symptom(str(found['symptom']['kind']), int(found['symptom']['step']))
-        )
-        bad, onset = (
-            None if found[name] is None else int(found[name]) for name in ('first_bad_step', 'onset_step')
-        )
-        versions = {str(name): str(value) for name, value in found['versions'].items()}
-        return Diagnosis(symptom=symptom, first_bad_step=bad, onset_step=onset, versions=versions)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise files.not_as_written(path, error) from None

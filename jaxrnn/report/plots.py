@@ -105,6 +105,8 @@ def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
         **({} if x_range is None else {'x_range': x_range}),
     )  # fmt: skip
     made.min_border_left = LEFT
+    if log:
+        made.yaxis[0].ticker.mantissas = [1, 2, 5]
     made.toolbar.active_drag = zoom
     made.toolbar.logo = None
     made.toolbar.autohide = True
