@@ -16,7 +16,7 @@ Rooms, each of which imports only those below it:
     optim       what optax lacks                record      a run: loop, records, checkpoints
     rnn         the fast recurrence             trace       a function evaluated equation by equation
     escaping, errors, types, environment,       ground
-    tree, diagnosis, package
+    tree, diagnosis, package, progress
 """
 
 import importlib

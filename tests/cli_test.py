@@ -18,7 +18,7 @@ from jaxrnn.cli import common, completion, demo, invocation
 from jaxrnn.cli.commands import COMMANDS, summary
 
 ROOT = Path(__file__).parent.parent
-SHARED = {'__init__', 'commands', 'common', 'completion', 'invocation', 'own_runs'}
+SHARED = {'__init__', 'commands', 'common', 'completion', 'invocation', 'own_runs', 'showing'}
 """Files of the room that aren't commands."""
 
 

@@ -12,6 +12,7 @@ ROOMS = {
     'types': 'errors',
     'package': '',
     'files': 'errors',
+    'progress': '',
     'programs': '',
     'environment': 'programs',
     'tree': 'types',
@@ -31,7 +32,18 @@ ROOMS = {
 }
 """A room -> those that it may import."""
 
-GROUND = ('escaping', 'errors', 'types', 'package', 'files', 'programs', 'environment', 'tree', 'diagnosis')
+GROUND = (
+    'escaping',
+    'errors',
+    'types',
+    'package',
+    'files',
+    'programs',
+    'progress',
+    'environment',
+    'tree',
+    'diagnosis',
+)
 DOORS = {
     'gensim': 'words/data',
     'orbax': 'record/checkpoint',

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxrnn import detect, environment, trace, tree
+from jaxrnn import detect, environment, progress, trace, tree
 from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
 from jaxrnn.bisect.state_leap import StateLeap, state_leap, still_tensors
@@ -88,6 +88,7 @@ def inspect(
     if subject.step is None:
         raise ValueError('a subject without its step can be replayed, not inspected')
     now = Replayer(subject).state(step), subject.batch_at(step)
+    progress.told(f'looking into step {step}')
     with jax.debug_nans(False):  # which would raise where we look
         trace_report = None if finite else trace.first_bad(subject.step, *now)
         compiled, comparison = None, None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrnn import detect
+from jaxrnn import detect, progress
 from jaxrnn.bisect import agreement
 from jaxrnn.bisect.agreement import Agreement
 from jaxrnn.diagnosis import Replay
@@ -179,15 +179,15 @@ class Replayer:
         self, first: int, stop: int, state: Tree, batch_at: BatchAt, put: Callable[[Row], None] | None = None
     ) -> tuple[int, Tree]:
         every = self.subject.digest_every if put else stop + 1
+
+        def before(number: int, state: Tree) -> bool:
+            progress.told('replaying the run', number - first, stop - first)
+            return True
+
         done, state = loop.advance(
-            self.subject.observed,
-            batch_at,
-            state,
-            first,
-            stop,
-            digest_every=every,
-            put=put or (lambda row: None),
-        )
+            self.subject.observed, batch_at, state, first, stop, digest_every=every,
+            put=put or (lambda row: None), before=before,
+        )  # fmt: skip
         self.steps_replayed += done - first
         return done, state
 

@@ -35,6 +35,7 @@ def define_flags() -> None:
 
 def main(arguments: list[str]) -> int:
     from jaxrnn import environment
+    from jaxrnn.cli import showing
     from jaxrnn.report import render_bisection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
@@ -46,14 +47,15 @@ def main(arguments: list[str]) -> int:
     if own_runs.is_one('bisect', directory):
         return own_runs.bisect(directory)
     bounds = {'good': flags.FLAGS.good, 'bad': flags.FLAGS.bad}
-    found = investigation.bisect_run(
-        directory,
-        detectors,
-        use_records=flags.FLAGS.records,
-        verify=flags.FLAGS.verify,
-        source=common.source(),
-        **bounds,
-    )
+    with showing.Progressing():
+        found = investigation.bisect_run(
+            directory,
+            detectors,
+            use_records=flags.FLAGS.records,
+            verify=flags.FLAGS.verify,
+            source=common.source(),
+            **bounds,
+        )
     diagnosis, opened = found.diagnosis, found.opened
     step = diagnosis.first_bad_step
     if flags.FLAGS.json:

@@ -37,6 +37,7 @@ def define_flags() -> None:
 
 def main(arguments: list[str]) -> int:
     from jaxrnn import environment
+    from jaxrnn.cli import showing
     from jaxrnn.report import advised_flags, render_diagnosis, report
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation, signals
@@ -47,16 +48,17 @@ def main(arguments: list[str]) -> int:
     environment.keep_compiled()
     if own_runs.is_one('diagnose', directory):
         return own_runs.diagnose(directory)
-    found = investigation.diagnose_run(
-        directory,
-        detectors,
-        budget=flags.FLAGS.budget_steps,
-        fresh_runs=flags.FLAGS.fresh_runs,
-        good=flags.FLAGS.good,
-        bad=flags.FLAGS.bad,
-        source=common.source(),
-        say=lambda line: common.say(f'{line} …'),
-    )
+    with showing.Progressing():
+        found = investigation.diagnose_run(
+            directory,
+            detectors,
+            budget=flags.FLAGS.budget_steps,
+            fresh_runs=flags.FLAGS.fresh_runs,
+            good=flags.FLAGS.good,
+            bad=flags.FLAGS.bad,
+            source=common.source(),
+            say=lambda line: common.say(f'{line} …'),
+        )
     diagnosis, opened = found.diagnosis, found.bisected.opened
     step = diagnosis.first_bad_step
     words = investigation.words_of(opened, step) if step is not None else ()

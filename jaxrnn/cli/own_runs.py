@@ -87,9 +87,11 @@ def alarms_of(directory: str) -> Any:
 def bisect(directory: str) -> int:
     """As the command `bisect`."""
     found = _program()
+    from jaxrnn.cli import showing
     from jaxrnn.report import render_bisection
 
-    diagnosis, rows = found.bisect(directory, verify=flags.FLAGS.verify, **_asked())
+    with showing.Progressing():
+        diagnosis, rows = found.bisect(directory, verify=flags.FLAGS.verify, **_asked())
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
@@ -103,9 +105,11 @@ def bisect(directory: str) -> int:
 def diagnose(directory: str) -> int:
     """As the command `diagnose`."""
     made = _program()
+    from jaxrnn.cli import showing
     from jaxrnn.report import render_diagnosis, report
 
-    diagnosis, found = made.diagnose(directory, budget=flags.FLAGS.budget_steps, **_asked())
+    with showing.Progressing():
+        diagnosis, found = made.diagnose(directory, budget=flags.FLAGS.budget_steps, **_asked())
     page = report(directory, diagnosis, found)
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())

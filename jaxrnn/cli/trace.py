@@ -39,6 +39,7 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> int:
     from jaxrnn import environment
     from jaxrnn.bisect import inspection
+    from jaxrnn.cli import showing
     from jaxrnn.report import inspection_json, render_inspection
     from jaxrnn.types import UserError
     from jaxrnn.words import investigation
@@ -53,14 +54,15 @@ def main(arguments: list[str]) -> int:
             f'{invocation.of("bisect").typed} finds the first bad one'
         )
     screens = [name for name in inspection.SCREENS if flags.FLAGS[name].value]
-    inspected, words = investigation.inspect_run(
-        directory,
-        step,
-        against=flags.FLAGS.against,
-        screens=screens,
-        float64=flags.FLAGS.float64,
-        source=common.source(),
-    )
+    with showing.Progressing():
+        inspected, words = investigation.inspect_run(
+            directory,
+            step,
+            against=flags.FLAGS.against,
+            screens=screens,
+            float64=flags.FLAGS.float64,
+            source=common.source(),
+        )
     if flags.FLAGS.json:
         common.print_json(inspection_json(inspected, words))
     else:

@@ -14,12 +14,9 @@ from typing import IO, Any, cast
 
 from absl import flags
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxrnn.cli import common, invocation
-
-LINE_EVERY = 15.0
-"""Seconds between lines where the output isn't a terminal."""
+from jaxrnn.cli.showing import LINE_EVERY, bar
 
 
 def define_flags() -> None:
@@ -34,14 +31,7 @@ class Display:
         self.console, self.total = console, total
         self.first: tuple[int, float] | None = None
         self.spoke = time.monotonic()
-        self.progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('{task.description}'),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.progress = bar(console)
         self.task = self.progress.add_task('compiling', total=total)
 
     def __call__(self, row: Mapping[str, Any]) -> None:

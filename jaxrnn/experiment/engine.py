@@ -7,7 +7,7 @@ Knows nothing of networks: a change is another step, other batches, or another s
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from jaxrnn import detect
+from jaxrnn import detect, progress
 from jaxrnn.bisect.replay import Subject
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Symptom
@@ -176,6 +176,8 @@ class Experiments:
 
     def _replay(self, change: Change, start: int, horizon: int, ahead: Sequence[Change] = ()) -> list[Row]:
         """Records up to the horizon, or until something shows."""
+        self.replayer.doing = f'replaying under a change: {change.name}'
+        progress.told(self.replayer.doing, self.budget.spent, self.budget.steps)
         compiled = self.replayer.compiled(change).result()
         if self.budget.allows(2 * (horizon - start)):
             self._compile_ahead(ahead)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxrnn import progress
 from jaxrnn.bisect.replay import Replayer, Subject
 from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.record import loop, telemetry
@@ -65,6 +66,7 @@ class ChangeReplayer:
     def __init__(self, subject: Subject, start: int, budget: Budget):
         self._subject, self._start, self._budget = subject, start, budget
         self._snapshots: dict[int, Tree] = {}
+        self.doing = 'replaying the run'  # as progress is told
         self._compiler = concurrent.futures.ThreadPoolExecutor(1)
         self._compiled: dict[str, Future[CompiledChange]] = {}  # by name, so that each is compiled once
 
@@ -171,6 +173,7 @@ class ChangeReplayer:
 
         def before(number: int, state: Tree) -> bool:
             see(number, state)
+            progress.told(self.doing, self._budget.spent + number - start, self._budget.steps)
             return True
 
         number, state = loop.advance(

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 from bokeh.embed import components
-from bokeh.models import BoxZoomTool, ColumnDataSource, FactorRange, HoverTool, PanTool, Range1d, ResetTool
+from bokeh.models import (
+    BoxZoomTool,
+    ColumnDataSource,
+    FactorRange,
+    HoverTool,
+    LogTicker,
+    PanTool,
+    Range1d,
+    ResetTool,
+)
 from bokeh.models.annotations import BoxAnnotation, ColorBar, Span
 from bokeh.models.mappers import LinearColorMapper, LogColorMapper
 from bokeh.palettes import Cividis256
@@ -106,7 +115,7 @@ def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
     )  # fmt: skip
     made.min_border_left = LEFT
     if log:
-        made.yaxis[0].ticker.mantissas = [1, 2, 5]
+        made.yaxis.ticker = LogTicker(mantissas=[1, 2, 5])
     made.toolbar.active_drag = zoom
     made.toolbar.logo = None
     made.toolbar.autohide = True
