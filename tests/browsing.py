@@ -43,7 +43,11 @@ def launched(playwright: Any) -> Any:
     return playwright.chromium.launch(executable_path=found, args=['--no-sandbox'])
 
 
-def opened(browser: Any, path: Path, *, width: int = 1100, scheme: str = 'light') -> Opened:
+def opened(browser: Any, path: Path, **options: Any) -> Opened:
+    return opened_at(browser, path.as_uri(), **options)
+
+
+def opened_at(browser: Any, address: str, *, width: int = 1100, scheme: str = 'light') -> Opened:
     context = browser.new_context(viewport={'width': width, 'height': 900}, color_scheme=scheme)
     context.grant_permissions(['clipboard-read', 'clipboard-write'])
     page = context.new_page()
@@ -53,7 +57,7 @@ def opened(browser: Any, path: Path, *, width: int = 1100, scheme: str = 'light'
     page.on('pageerror', lambda error: said.append(str(error)))
     page.on('request', lambda request: asked.append(request.url))
     begun = time.monotonic()
-    page.goto(path.as_uri())
+    page.goto(address)
     if page.evaluate('Boolean(window.Bokeh)'):
         page.wait_for_function(STARTED)
     return Opened(page, said, asked, time.monotonic() - begun)

@@ -295,7 +295,9 @@ def test_jax_own_checks(check, vectors, tmp_path):
     assert last_json(found)['replay']['bit_identical'] is True
 
 
-@pytest.mark.parametrize('script', ['train', 'bisect', 'trace', 'diagnose', 'report', 'embed', 'demo'])
+@pytest.mark.parametrize(
+    'script', ['train', 'bisect', 'trace', 'diagnose', 'report', 'watch', 'embed', 'demo']
+)
 def test_help_is_complete_and_grouped(script):
     done = call(script, '--help')
     assert done.returncode == 0
@@ -396,7 +398,7 @@ def test_run_directory_of_another_config(trained, vectors):
     assert content(trained[0]) == before
 
 
-@pytest.mark.parametrize('script', ['bisect', 'trace', 'diagnose', 'report', 'embed'])
+@pytest.mark.parametrize('script', ['bisect', 'trace', 'diagnose', 'report', 'watch', 'embed'])
 def test_directory_without_a_run(script, tmp_path):
     words = {'embed': ['word'], 'trace': ['--step=3']}.get(script, [])
     for directory in (tmp_path, tmp_path / 'none'):

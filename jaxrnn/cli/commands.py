@@ -18,6 +18,7 @@ COMMANDS = (
     'trace',
     'diagnose',
     'report',
+    'watch',
     'embed',
     'demo',
 )

@@ -5,6 +5,7 @@ diagnoses   of a whole diagnosis      text        numbers, places, tables
 sections    of what both are made     evidence    what a page needs, kept with the run
 figures     what is drawn, as data    sampling    many points as few
 plots       drawn by Bokeh            page        report.html, by templates/
+images      drawn for papers          watching    a run that still trains
 """
 
 import io

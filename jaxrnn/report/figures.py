@@ -107,6 +107,7 @@ def of_records(
     names = [name for name in columns if name != rule_language.STEP and not _is_flag(name, columns[name])]
     alarm_names = {alarm.kind for alarm in alarms}
     own = [name for name in names if name not in alarm_names and name not in BESIDE]
+    own = [name for name in own if name in METRICS] if set(METRICS) <= {*own} else own  # of a run of ours
     loss = detect.loss_of(columns).field
     order = [*dict.fromkeys(n for n in (loss, *METRICS, *own) if n in own)]
     metrics = [_panel(name, columns) for name in _with_validation(order)[:MOST_METRICS]]

@@ -11,7 +11,7 @@ import jinja2
 
 from jaxrnn import detect, environment, files
 from jaxrnn.detect import Detector
-from jaxrnn.diagnosis import Diagnosis
+from jaxrnn.diagnosis import Diagnosis, Symptom
 from jaxrnn.escaping import visible
 from jaxrnn.record import checkpoint, layout
 from jaxrnn.record.record_file import RecordFile
@@ -94,8 +94,8 @@ def figures_of(
     return made, silent
 
 
-def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
-    """The page, as HTML."""
+def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS, *, live: str = '') -> str:
+    """The page, as HTML; one that is served, and looks whether it is still as it was `live`, if that is given."""
     diagnosis, evidence = contents.diagnosis, contents.evidence
     drawn, silent = figures_of(contents, alarms)
     script, places = plots.drawn(drawn)
@@ -105,7 +105,8 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS) -> str:
         .get_template('page.html')
         .render(
             title=visible(contents.title),
-            undiagnosed=_undiagnosed(contents),
+            live=live,
+            undiagnosed=undiagnosed(contents),
             side=[sections[name] for name in SIDE if name in sections],
             sections=sections,
             command='' if evidence is None else evidence.command,
@@ -163,11 +164,33 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def _undiagnosed(contents: Contents) -> str:
-    """What is said of a run that nobody diagnosed yet."""
+def _symptoms(contents: Contents) -> list[Symptom]:
+    return detect.symptoms(series(contents.records)) if len(contents.records) else []
+
+
+def has_symptom(contents: Contents) -> bool:
+    """Whether a rule holds somewhere in the records."""
+    return bool(_symptoms(contents))
+
+
+def verdict(contents: Contents) -> str:
+    """What is known of a run, as text."""
+    sections = [] if contents.evidence is None else contents.evidence.sections
+    lines = [
+        ''.join(text for text, _ in line)
+        for section in sections
+        if section['name'] == 'verdict'
+        for part in section['body']
+        for line in part.get('lines', ())
+    ]
+    return '\n'.join(lines) or undiagnosed(contents)
+
+
+def undiagnosed(contents: Contents) -> str:
+    """What is said of a run that nobody diagnosed yet; '' of one that is."""
     if contents.evidence is not None:
         return ''
-    found = detect.symptoms(series(contents.records)) if len(contents.records) else []
+    found = _symptoms(contents)
     if found:
         first = found[0]
         return f'{first.kind} at step {first.step}, by the records; not diagnosed yet'
