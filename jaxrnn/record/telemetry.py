@@ -99,32 +99,42 @@ class InstrumentedStep:
 
 class PlainStep:
     """The step as an experiment of a hundred steps, of which compiling must not take the most time: there are no
-    digests, as there is nothing to hold them against, and a staged step is compiled in its two parts, of which
-    experiments share the first. Its bits need not be those that training would give."""
+    digests, as there is nothing to hold them against; signals are computed beside it, by a program that experiments
+    share, as it takes longer to compile than most steps; and so is the first part of a staged step. Its bits need not
+    be those that training would give."""
 
     def __init__(self, step: Step):
         staged = (
             step if isinstance(step, Staged) else Staged(_nothing, lambda state, batch, _: step(state, batch))
         )
 
-        def finish(state: Tree, batch: Tree, found: Tree, before: _Sampled):
+        def finish(state: Tree, batch: Tree, found: Tree):
             after, record = staged.finish(state, batch, found)
-            signals = _signals(step, state, batch, before, after)
-            return after, _observed(signals, after, record, NO_DIGEST), _sampled(after)
+            return after, _scalars(record)
 
-        self._samples = _Samples()
+        self._step, self._samples = step, _Samples()
         self._begin, self._finish = jax.jit(staged.begin), jax.jit(finish, donate_argnums=0)
+        self._constants: list[adam.Constants | None] = []  # once they are known
 
     def __call__(self, state: Tree, batch: Tree, digest: bool) -> tuple[Tree, Observation]:
-        samples = self._samples.of(state)
-        state, record, samples = self._finish(state, batch, self._begin(state, batch), samples)
+        before, structure = self._samples.of(state), jax.tree.structure(state)
+        constants = self._constants_of(state, batch)
+        state, record = self._finish(state, batch, self._begin(state, batch))
+        alike = structure == jax.tree.structure(state)  # type: ignore[operator]
+        found, samples = _seen_beside(before if alike else UNSAMPLED, state, constants)
         self._samples.keep(state, samples)
-        return state, Observation(record, None)
+        return state, Observation({**found, **record, FINITE_STATE: found[FINITE_STATE]}, None)
 
     def prepare(self, state: Tree, batch: Tree) -> None:
         begun = jax.eval_shape(self._begin, state, batch)
         self._begin.lower(state, batch).compile()
-        self._finish.lower(state, batch, begun, self._samples.shape(state)).compile()
+        self._finish.lower(state, batch, begun).compile()
+        _seen_beside.lower(self._samples.shape(state), state, self._constants_of(state, batch)).compile()
+
+    def _constants_of(self, state: Tree, batch: Tree) -> adam.Constants | None:
+        if not self._constants:
+            self._constants.append(adam.constants_of(self._step, state, batch))
+        return self._constants[0]
 
 
 class CalledStep:
@@ -263,14 +273,29 @@ def _signals(step: Step, state: Tree, batch: Tree, before: _Sampled, after: Tree
     alike = jax.tree.structure(state) == jax.tree.structure(after)  # type: ignore[operator]
     if before.moving.moving is None or not alike:
         return {}
+    return _signals_between(before, after, adam.constants_of(step, state, batch) if before.adam else None)
+
+
+def _signals_between(before: _Sampled, after: Tree, constants: adam.Constants | None) -> Record:
+    if before.moving.moving is None:
+        return {}
     found = motion.of_step(before.moving, after)
-    if before.adam is None or (constants := adam.constants_of(step, state, batch)) is None:
+    if before.adam is None or constants is None:
         return found
     of_adam = adam.of_step(constants, before.adam, after)
     # Of numbers whose squares overflow no ratio is known; a NaN would be taken for the step's own (--debug_nans).
     sound = tree.all_finite(after)
     known = {name: jnp.where(sound & jnp.isnan(value), 0, value) for name, value in of_adam.items()}
     return {**known, **found}
+
+
+@functools.partial(jax.jit, static_argnames='constants')
+def _seen_beside(
+    before: _Sampled, after: Tree, constants: adam.Constants | None
+) -> tuple[dict[str, Any], _Sampled]:
+    """The signals of a step, whether the state after it is finite, and its samples."""
+    found = _signals_between(before, after, constants)
+    return {**found, FINITE_STATE: tree.all_finite(after)}, _sampled(after)
 
 
 NO_DIGEST = np.zeros(2, np.uint32)
