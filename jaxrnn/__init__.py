@@ -8,7 +8,7 @@ Rooms, each of which imports only those below it:
 
     cli         the command `jaxrnn`
     words       the question's networks         adapters    doors for nnx, Keras
-    report      what a person reads
+    report      what a person reads             exports     files for other programs
     experiment  which change averts a symptom
     bisect      the first bad step, proven
     detect      records -> symptoms
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxrnn.experiment import Change as Change
     from jaxrnn.experiment import Changed as Changed
     from jaxrnn.experiment import diagnose as diagnose
+    from jaxrnn.exports import export as export
     from jaxrnn.record import Drawn as Drawn
     from jaxrnn.record import Recorder as Recorder
     from jaxrnn.record import record as record
@@ -43,6 +44,7 @@ __all__ = [
     'UserError',
     'bisect',
     'diagnose',
+    'export',
     'record',
     'state',
     'trace',
@@ -55,6 +57,7 @@ _HOMES = {
     'Change': 'jaxrnn.experiment',
     'Changed': 'jaxrnn.experiment',
     'diagnose': 'jaxrnn.experiment',
+    'export': 'jaxrnn.exports',
     'state': 'jaxrnn.bisect',
     'Drawn': 'jaxrnn.record',
     'Recorder': 'jaxrnn.record',

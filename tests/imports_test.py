@@ -24,9 +24,10 @@ ROOMS = {
     'bisect': 'ground optim record detect trace',
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
+    'exports': 'ground record',
     'words': 'ground optim record detect trace bisect experiment rnn',
     'adapters': 'ground optim record detect trace bisect experiment report',
-    'cli': 'ground optim record detect trace bisect experiment rnn report words adapters',
+    'cli': 'ground optim record detect trace bisect experiment rnn report exports words adapters',
     '__main__': 'cli',
 }
 """A room -> those that it may import."""
@@ -39,10 +40,25 @@ DOORS = {
     'absl': 'cli',
     'keras': 'adapters/keras',
     'tensorflow': 'adapters/tf_data',
+    'pyarrow': 'exports/parquet',
+    'tensorboard': 'exports/tensorboard',
+    'mlflow': 'exports/mlflow',
+    'wandb': 'exports/wandb',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras', 'tensorflow'}
+HEAVY = {
+    'gensim',
+    'orbax',
+    'rich',
+    'absl',
+    'keras',
+    'tensorflow',
+    'pyarrow',
+    'tensorboard',
+    'mlflow',
+    'wandb',
+}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

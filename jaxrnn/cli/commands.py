@@ -18,6 +18,7 @@ COMMANDS = (
     'trace',
     'diagnose',
     'embed',
+    'export',
     'demo',
 )
 """In the order in which help lists them."""
