@@ -8,6 +8,7 @@ Rooms, each of which imports only those below it:
 
     cli         the command `jaxrnn`
     words       the question's networks         adapters    doors for nnx, Keras
+    alerts      somebody is told
     report      what a person reads             exports     files for other programs
     experiment  which change averts a symptom
     bisect      the first bad step, proven
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrnn import trace as trace
     from jaxrnn.adapters import keras as keras
+    from jaxrnn.alerts import Alerts as Alerts
     from jaxrnn.bisect import bisect as bisect
     from jaxrnn.bisect import state as state
     from jaxrnn.experiment import Change as Change
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 __all__ = [
+    'Alerts',
     'Change',
     'Changed',
     'Drawn',
@@ -54,6 +57,7 @@ _ROOMS = ('bisect', 'record', 'trace')
 """Of these names the package itself is meant; the first two can be called."""
 
 _HOMES = {
+    'Alerts': 'jaxrnn.alerts',
     'Change': 'jaxrnn.experiment',
     'Changed': 'jaxrnn.experiment',
     'diagnose': 'jaxrnn.experiment',

@@ -25,9 +25,10 @@ ROOMS = {
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
     'exports': 'ground record',
-    'words': 'ground optim record detect trace bisect experiment rnn',
+    'alerts': 'ground optim record detect',
+    'words': 'ground optim record detect trace bisect experiment alerts rnn',
     'adapters': 'ground optim record detect trace bisect experiment report',
-    'cli': 'ground optim record detect trace bisect experiment rnn report exports words adapters',
+    'cli': 'ground optim record detect trace bisect experiment rnn report exports alerts words adapters',
     '__main__': 'cli',
 }
 """A room -> those that it may import."""
