@@ -9,7 +9,8 @@ Rooms, each of which imports only those below it:
 
     cli         the command `jaxrnn`
     words       the question's networks         adapters    doors for nnx, Keras
-    report      what a person reads
+    alerts      somebody is told
+    report      what a person reads             exports     files for other programs
     experiment  which change averts a symptom
     bisect      the first bad step, proven
     detect      records -> symptoms
@@ -25,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrnn import trace as trace
     from jaxrnn.adapters import keras as keras
+    from jaxrnn.alerts import Alerts as Alerts
     from jaxrnn.bisect import bisect as bisect
     from jaxrnn.bisect import state as state
     from jaxrnn.experiment import Change as Change
     from jaxrnn.experiment import Changed as Changed
     from jaxrnn.experiment import diagnose as diagnose
+    from jaxrnn.exports import export as export
     from jaxrnn.record import Drawn as Drawn
     from jaxrnn.record import Recorder as Recorder
     from jaxrnn.record import record as record
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 __all__ = [
+    'Alerts',
     'Change',
     'Changed',
     'Drawn',
@@ -45,6 +49,7 @@ __all__ = [
     'UserError',
     'bisect',
     'diagnose',
+    'export',
     'record',
     'report',
     'state',
@@ -55,9 +60,11 @@ _ROOMS = ('bisect', 'record', 'report', 'trace')
 """Of these names the package itself is meant; the first three can be called."""
 
 _HOMES = {
+    'Alerts': 'jaxrnn.alerts',
     'Change': 'jaxrnn.experiment',
     'Changed': 'jaxrnn.experiment',
     'diagnose': 'jaxrnn.experiment',
+    'export': 'jaxrnn.exports',
     'state': 'jaxrnn.bisect',
     'Drawn': 'jaxrnn.record',
     'Recorder': 'jaxrnn.record',

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 import zlib
@@ -175,6 +176,54 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     sync(Path(path).absolute().parent)
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name for a file or a folder that comes to stand at `path` only when all of it is written, and on the disk. What
+    is at `path` already is left as it is; folders above it are made.
+
+    Raises UserError where something is there; OSError where nothing can be written.
+    """
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
+    try:
+        yield temporary
+        (sync_tree if temporary.is_dir() else sync)(temporary)
+        _move(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.absolute().parent)
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError where something is at a path already, be it a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise UserError(f'{path}: {_kind(os.lstat(path).st_mode)} found, nothing expected; name a new path')
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Where something came to be at `path` in the meantime, that stays, unless it is an empty directory."""
+    try:
+        if temporary.is_dir():
+            os.rename(temporary, path)
+        else:
+            os.link(temporary, path)  # which replaces nothing, as os.rename does
+            temporary.unlink()
+    except (FileExistsError, NotADirectoryError):
+        check_free(path)
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            check_free(path)
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without links
+            raise
+        check_free(path)
+        os.rename(temporary, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -181,6 +181,7 @@ FLAGS = {
     'trace': ('step', 'against'),
     'diagnose': ('fresh_runs', 'budget_steps'),
     'embed': ('neighbours',),
+    'export': ('threads',),
     'demo': ('seed',),
     'train': ('seed', 'hidden', 'learning_rate'),
 }

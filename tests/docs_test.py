@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize('name', ['README.md', 'docs/recurrence.md', 'docs/recording.md'])
+@pytest.mark.parametrize('name', ['README.md', 'docs/recurrence.md', 'docs/recording.md', 'docs/exports.md'])
 def test_examples(name, tmp_path, monkeypatch, capsys):
     """A page's blocks are one program; its lines that begin with # are what it prints."""
     text = (ROOT / name).read_text(encoding='utf-8')

@@ -25,9 +25,11 @@ ROOMS = {
     'bisect': 'ground optim record detect trace',
     'experiment': 'ground optim record detect trace bisect',
     'report': 'ground optim record detect trace bisect experiment',
-    'words': 'ground optim record detect trace bisect experiment rnn',
+    'exports': 'ground record',
+    'alerts': 'ground optim record detect',
+    'words': 'ground optim record detect trace bisect experiment alerts rnn',
     'adapters': 'ground optim record detect trace bisect experiment report',
-    'cli': 'ground optim record detect trace bisect experiment rnn report words adapters',
+    'cli': 'ground optim record detect trace bisect experiment rnn report exports alerts words adapters',
     '__main__': 'cli',
 }
 """A room -> those that it may import."""
@@ -54,10 +56,27 @@ DOORS = {
     'jinja2': 'report/page',
     'matplotlib': 'report/images',
     'tensorflow': 'adapters/tf_data',
+    'pyarrow': 'exports/parquet',
+    'tensorboard': 'exports/tensorboard',
+    'mlflow': 'exports/mlflow',
+    'wandb': 'exports/wandb',
 }
 """The one place that may import a library."""
 
-HEAVY = {'gensim', 'orbax', 'rich', 'absl', 'keras', 'tensorflow', 'bokeh', 'jinja2'}
+HEAVY = {
+    'gensim',
+    'orbax',
+    'rich',
+    'absl',
+    'keras',
+    'tensorflow',
+    'bokeh',
+    'jinja2',
+    'pyarrow',
+    'tensorboard',
+    'mlflow',
+    'wandb',
+}
 """What neither the recurrence nor the transformations bring in: their users have a program of their own."""
 
 ROOT = Path(__file__).parent.parent / 'jaxrnn'

@@ -36,6 +36,14 @@ def test_a_checkpoint_is_some_steps_before_the_symptom_where_there_is_one(step, 
     assert rewind.plan(Symptom('spike', step), checkpoints, []).to == to
 
 
+def test_a_symptom_at_the_first_step_is_given_up_too():
+    before: list[Rewind] = []
+    while (planned := rewind.plan(Symptom('nonfinite', 0), EVERY, before)) is not None:
+        before.append(planned)
+        assert len(before) <= rewind.TRIES
+    assert len(before) == rewind.TRIES
+
+
 def test_without_a_checkpoint_before_it_there_is_no_plan():
     assert rewind.plan(Symptom('collapse', 62), [100, 200], []) is None
 

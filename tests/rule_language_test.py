@@ -258,3 +258,18 @@ def test_a_step_that_a_guard_skipped_is_good_unless_one_of_many():
     good = rule_language.all_finite(columns | {'skipped_in_a_row': in_a_row})
     assert good.tolist() == [True] * 14 + [False] * 2
     assert rule_language.all_finite(columns).tolist() == (in_a_row == 0).tolist()
+
+
+@pytest.mark.parametrize('text', [detector.rule.text for detector in detect.DETECTORS])
+def test_a_rule_asked_of_the_last_steps_says_what_it_says_of_all(text):
+    """Of windows within windows, too."""
+    rng = np.random.default_rng(0)
+    size = 2500
+    fields = ('accuracy', 'variance_ratio', 'cosine', 'state_moved', 'state_still', 'moments_fading')
+    made = {name: rng.integers(0, 3, size) / 2 * rng.random(size).round() for name in fields}
+    loss = np.exp(-np.minimum(np.arange(size), 1500) / 300) * np.where(np.arange(size) > 1900, 30, 1)
+    known = {'step': np.arange(float(size)), 'loss': loss * rng.uniform(0.9, 1.1, size), **made}
+    rule = rule_language.bind(rule_language.parse(text), {}, known)
+    whole = rule_language.holds(rule, known)
+    for start in (0, 1800, 1925, 1990, size - 1):
+        assert np.array_equal(rule_language.holds(rule, known, start)[start:], whole[start:])

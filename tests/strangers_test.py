@@ -423,7 +423,7 @@ OF_DATA = {
     'a claim': claiming,
 }
 FILES = ('config.json', 'data.npz', 'records.jsonl', 'rewinds.json', 'experiments.jsonl', 'evaluation.json')
-OURS = ('diagnosis.json', 'flags.txt', 'lock')
+OURS = ('diagnosis.json', 'flags.txt', 'lock', 'alerts.jsonl')
 
 
 def damages():

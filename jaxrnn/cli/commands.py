@@ -20,6 +20,7 @@ COMMANDS = (
     'report',
     'watch',
     'embed',
+    'export',
     'demo',
 )
 """In the order in which help lists them."""

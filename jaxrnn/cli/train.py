@@ -7,6 +7,7 @@ evaluation.json, diagnosis.json. The same command again resumes it. Then jaxrnn 
 and why, and jaxrnn embed asks it for vectors.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Mapping
@@ -22,6 +23,13 @@ from jaxrnn.cli.showing import LINE_EVERY, bar
 def define_flags() -> None:
     common.define_run('Where the run lives; made if need be.', default='runs/default')
     common.define_config()
+    common.define('alerts', 'on_symptom', '', ON_SYMPTOM)
+
+
+ON_SYMPTOM = (
+    'A command that is run at the first sign of trouble, and at each kind of symptom: {run}, {symptom}, {step} and '
+    '{kind} (sign or symptom) in it are filled in. Without a shell. Also writes alerts.jsonl.'
+)
 
 
 class Display:
@@ -47,6 +55,7 @@ class Display:
 
 def main(arguments: list[str]) -> int:
     from jaxrnn import environment
+    from jaxrnn.alerts import Alerts
     from jaxrnn.report import render_training
     from jaxrnn.types import UserError
     from jaxrnn.words import run
@@ -57,12 +66,19 @@ def main(arguments: list[str]) -> int:
         signal.SIGUSR1, signal.SIG_IGN
     )  # it asks for a checkpoint: while none can be made, for nothing
     config, directory = common.config_from_flags(), common.run_dir()
+    command = common.typed('on_symptom')
+    alerts = Alerts(directory, command=command) if command else None
     environment.keep_compiled()
     console = common.console(file=cast(IO[str], common.Lasting()))
     display = Display(console, config.loop.max_steps)
-    with display.progress:
+    with display.progress, alerts or contextlib.nullcontext():
         trained = run.train_run(
-            config, directory, allow_pickle=common.pickle_allowed(), say=common.say, on_row=display
+            config,
+            directory,
+            allow_pickle=common.pickle_allowed(),
+            say=common.say,
+            on_row=display,
+            alerts=alerts,
         )
     result, diagnosis = trained.result, trained.diagnosis
     if flags.FLAGS.json:

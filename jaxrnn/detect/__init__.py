@@ -3,6 +3,7 @@
 detectors       the named rules (collapse, spike, …), and the alarms that go on before a symptom
 course          what became of a run after a rule held, and when it began
 fields          which field of a record is the loss
+live            the same, while a run goes on
 rule_language   what a rule is: `loss > 3 * median(loss, 200)`
 """
 
@@ -32,6 +33,7 @@ from jaxrnn.detect.detectors import (
     with_numbers,
 )
 from jaxrnn.detect.fields import asked_for, loss_of
+from jaxrnn.detect.live import SpikeFilter, lasting_alarm
 
 __all__ = [
     'ALARMS',
@@ -45,6 +47,7 @@ __all__ = [
     'Detector',
     'Event',
     'Judgement',
+    'SpikeFilter',
     'Watch',
     'alarms_of',
     'applicable',
@@ -56,6 +59,7 @@ __all__ = [
     'first',
     'first_since',
     'judged',
+    'lasting_alarm',
     'loss_of',
     'named',
     'onset',

@@ -4,8 +4,7 @@ A detector is a named rule (`rule_language`), such as that for a collapse: what 
 A new one is one entry of DETECTORS.
 """
 
-import itertools
-from collections import deque
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jaxrnn.detect import rule_language
 from jaxrnn.detect.rule_language import Rule
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.optim import signals
-from jaxrnn.record.records import Records, Row, series
+from jaxrnn.record.records import MISSING, Records, Row, is_missing, series
 from jaxrnn.types import Series, Signal, UserError
 
 
@@ -230,8 +229,9 @@ def first(detector: Detector, columns: Series) -> Symptom | None:
 
 def first_since(detector: Detector, columns: Series, since: int) -> Symptom | None:
     """The first step, `since` or later, at which a detector's rule holds."""
-    steps = columns[rule_language.STEP][rule_language.holds(detector.rule, columns)]
-    steps = steps[steps >= since]
+    steps = columns[rule_language.STEP]
+    place = int(np.searchsorted(steps, since))
+    steps = steps[place:][rule_language.holds(detector.rule, columns, place)[place:]]
     return Symptom(detector.kind, int(steps[0])) if steps.size else None
 
 
@@ -276,19 +276,20 @@ def onsets(columns: Series, symptom: Symptom, warnings: Sequence[Detector] = ALA
         return []
     before = columns[rule_language.STEP] < symptom.step
     columns = {name: values[before] for name, values in columns.items()}
-    found = ((w.kind, _went_on(w.rule, columns)) for w in applicable(columns, warnings))
-    return [Alarm(name, step) for name, step in found if step is not None]
+    found = ((w.kind, stretch(w.rule, columns)) for w in applicable(columns, warnings))
+    return [Alarm(name, steps[0]) for name, steps in found if steps is not None]
 
 
-def _went_on(rule: Rule, columns: Series) -> int | None:
-    """The first step of the stretch, with short breaks, in which a rule holds at the records' end."""
+def stretch(rule: Rule, columns: Series) -> tuple[int, int] | None:
+    """The first and the last step of the stretch, with short breaks, in which a rule holds at the records' end."""
     known = np.logical_and.reduce([np.isfinite(columns[field]) for field in rule.fields])
     places = np.flatnonzero(rule_language.holds(rule, columns)[known])
     if not places.size or known.sum() - places[-1] - 1 > HYSTERESIS:
         return None
     breaks = np.flatnonzero(np.diff(places) - 1 > HYSTERESIS)
     start = places[breaks[-1] + 1] if breaks.size else places[0]
-    return int(columns[rule_language.STEP][known][start])
+    steps = columns[rule_language.STEP][known]
+    return int(steps[start]), int(steps[places[-1]])
 
 
 class Watch:
@@ -297,11 +298,17 @@ class Watch:
     Args:
         every: steps between looks.
         detectors: those whose rules look back far are asked more rarely, as each look goes through as many rows.
+        loss: what the run calls its loss; None where that isn't known.
     """
 
-    def __init__(self, every: int = 25, detectors: Sequence[Detector] = DETECTORS):
-        self._rows: deque[Row] = deque(maxlen=max(_rows_needed(d, every) for d in detectors))
+    def __init__(self, every: int = 25, detectors: Sequence[Detector] = DETECTORS, loss: str | None = 'loss'):
+        self._loss = loss
+        self._most = max((d.rule.lookback + _pace(d, every) for d in detectors), default=0)
         self._every, self._detectors = every, detectors
+        self._paces: list[int] = []
+        self._new: list[Row] = []  # since the last look
+        self._columns: Series = {}  # of the rows before them, no more than are looked back to
+        self._bind({})
 
     def see_all(self, records: Records) -> list[Symptom]:
         """Takes the rows of a run that is continued, from its first on; returns the symptoms that began in them, the
@@ -309,32 +316,75 @@ class Watch:
         if not records:
             return []
         columns = records.columns
-        self._detectors = with_numbers(self._detectors, columns)
-        self._rows.extend(records[-(self._rows.maxlen or 0) :])
+        self._bind(columns)
+        self._new, self._columns = [], _last(columns, self._most)
         found = (first_since(d, columns, 0) for d in applicable(columns, self._detectors))
         return sorted(filter(None, found), key=lambda symptom: symptom.step)
 
     def __call__(self, row: Row) -> list[Symptom]:
         """Takes the next row; returns the symptoms that began since the last look, gravest first."""
-        if not self._rows:
-            self._detectors = with_numbers(self._detectors, series([row]))
-        self._rows.append(row)
-        bad = not all(value for name, value in row.items() if name.startswith('finite_'))
-        bad |= not np.isfinite(row.get('loss', 0.0))  # of a step that --debug_nans ended there are no flags
-        step = row[rule_language.STEP]
-        due = [d for d in self._detectors if bad or not (step + 1) % _pace(d, self._every)]
-        if not due:
+        if not self._new and not self._columns:
+            self._bind(series([row]))
+        self._new.append(row)
+        step, bad = row[rule_language.STEP], not _is_good(row, self._loss)
+        if not bad and (step + 1) % self._every:  # every pace is a multiple of it
             return []
-        needed = max(_rows_needed(d, self._every) for d in due)
-        columns = series(itertools.islice(self._rows, max(len(self._rows) - needed, 0), None))
+        paces = zip(self._detectors, self._paces, strict=True)
+        due = [detector for detector, pace in paces if bad or not (step + 1) % pace]
+        return self._found(step, due)
+
+    def look(self) -> list[Symptom]:
+        """What began in the last steps, as if every detector were asked now: some may have been returned already."""
+        if not self._new and not self._columns:
+            return []
+        return self._found(int(self._taken()[rule_language.STEP][-1]), self._detectors)
+
+    @property
+    def columns(self) -> Series:
+        """Of the last rows up to the last look, as many as rules look back to."""
+        return self._columns
+
+    def _found(self, step: int, due: Sequence[Detector]) -> list[Symptom]:
+        columns = self._taken()
         found = (first_since(d, columns, step - _pace(d, self._every) + 1) for d in applicable(columns, due))
         return [symptom for symptom in found if symptom is not None]
+
+    def _bind(self, columns: Series) -> None:
+        self._detectors = with_numbers(self._detectors, columns, self._loss)
+        self._paces = [_pace(detector, self._every) for detector in self._detectors]
+
+    def _taken(self) -> Series:
+        """All columns that are looked back to, the new rows with them."""
+        if not self._new:
+            return self._columns
+        before, new = self._columns, series(self._new)
+        size = before[rule_language.STEP].size if before else 0
+        kept = min(size, max(self._most - len(self._new), 0))
+        joined = {
+            name: np.concatenate([_part(before, name, size)[size - kept :], _part(new, name, len(self._new))])
+            for name in dict.fromkeys([*before, *new])
+        }
+        self._columns = {n: v for n, v in _last(joined, self._most).items() if not is_missing(v).all()}
+        self._new = []
+        return self._columns
+
+
+def _is_good(row: Row, loss: str | None) -> bool:
+    """Whether all flags are set, and the loss is finite: of a step that --debug_nans ended there are no flags."""
+    for name, value in row.items():
+        if not value and name.startswith('finite_'):
+            return False
+    return loss is None or math.isfinite(row.get(loss, 0.0))
+
+
+def _part(columns: Series, name: str, size: int) -> np.ndarray:
+    return columns[name] if name in columns else np.full(size, MISSING)
+
+
+def _last(columns: Series, most: int) -> dict[str, np.ndarray]:
+    return {name: values[-most:] for name, values in columns.items()} if most else {}
 
 
 def _pace(detector: Detector, every: int) -> int:
     """Steps between looks."""
     return every * max(detector.rule.lookback // (8 * every), 1)
-
-
-def _rows_needed(detector: Detector, every: int) -> int:
-    return detector.rule.lookback + _pace(detector, every)

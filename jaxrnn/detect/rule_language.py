@@ -225,17 +225,21 @@ def unknown_field(field: str, known: Iterable[str]) -> UserError:
     return UserError(f'--when: no field {field!r} in the records; {meant}there are {", ".join(known)}')
 
 
-def holds(rule: Rule, columns: Series) -> np.ndarray:
-    """Where the rule holds, bool [S]. Raises UserError for a field that the records don't have."""
+def holds(rule: Rule, columns: Series, start: int = 0) -> np.ndarray:
+    """Where the rule holds, bool [S]; before place `start` it isn't asked.
+
+    Raises UserError for a field that the records don't have.
+    """
     if missing := sorted(rule.fields - columns.keys() - _MADE.keys()):
         raise unknown_field(missing[0], {**columns, **_MADE})
     size = columns[STEP].size
     found = np.zeros(size, bool)
     with np.errstate(all='ignore'):
         block = max(BLOCK, rule.lookback)
-        for start in range(0, size, block):
-            low, stop = max(start - rule.lookback, 0), min(start + block, size)
-            found[start:stop] = _broadcast(rule.evaluate, _read_by(rule, columns, low, stop))[start - low :]
+        for first in range(start, size, block):
+            low, stop = max(first - rule.lookback, 0), min(first + block, size)
+            rows = _read_by(rule, columns, low, stop, stop - first)
+            found[first:stop] = _broadcast(rule.evaluate, rows)[first - low :]
     return found
 
 
@@ -265,9 +269,9 @@ def threshold(rule: Rule, columns: Series) -> np.ndarray | None:
         return np.broadcast_to(back(found), columns[STEP].shape)
 
 
-def _read_by(rule: Rule, columns: Series, low: int, stop: int) -> Series:
-    """What a rule reads, of the rows low … stop - 1."""
-    part = _Rows((name, columns[name][low:stop]) for name in {STEP, *rule.fields} & columns.keys())
+def _read_by(rule: Rule, columns: Series, low: int, stop: int, asked: int) -> Series:
+    """What a rule reads, of the rows low … stop - 1, of which the last are asked for."""
+    part = _Rows(((name, columns[name][low:stop]) for name in {STEP, *rule.fields} & columns.keys()), asked)
     made = rule.fields & _MADE.keys()
     if made:
         whole = {name: values[low:stop] for name, values in columns.items()}
@@ -313,16 +317,19 @@ def _all_of(parts: Sequence[_Node], holds: bool) -> Callable[[Series], np.ndarra
 
     def evaluate(columns: Series) -> np.ndarray:
         found = np.full(columns[STEP].shape, holds)
+        found[: found.size - _asked(columns)] = not holds
         for part in parts:
             open_places = np.flatnonzero(found == holds)
             if not open_places.size:
                 break
             first, stop = open_places[0], open_places[-1] + 1
             low = max(first - part.lookback, 0)
-            near = _Rows((name, columns[name][low:stop]) for name in {STEP, *part.fields})
-            asked = _broadcast(part.evaluate, near)[first - low :]
+            near = _Rows(((name, columns[name][low:stop]) for name in {STEP, *part.fields}), stop - first)
+            answers = _broadcast(part.evaluate, near)[first - low :]
             found[first:stop] = (
-                np.logical_and(found[first:stop], asked) if holds else np.logical_or(found[first:stop], asked)
+                np.logical_and(found[first:stop], answers)
+                if holds
+                else np.logical_or(found[first:stop], answers)
             )
         return found
 
@@ -393,11 +400,23 @@ def _question(node: ast.expr, text: str) -> _Node:
 
 
 class _Rows(dict[str, np.ndarray]):
-    """Columns of some rows, and the windows over them that are known already."""
+    """Columns of some rows, how many of the last are asked for, and the windows over these that are known already, each
+    with how many it is known for. What is computed of other rows may be anything."""
 
-    def __init__(self, columns: Iterable[tuple[str, np.ndarray]]):
+    def __init__(self, columns: Iterable[tuple[str, np.ndarray]], asked: int):
         super().__init__(columns)
-        self.known: dict[str, np.ndarray] = {}
+        self.asked = asked
+        self.known: dict[str, tuple[int, np.ndarray]] = {}
+
+    def asking(self, more: int) -> '_Rows':
+        """The same with `more` rows asked for."""
+        made = _Rows(self.items(), min(self.asked + more, self[STEP].size))
+        made.known = self.known
+        return made
+
+
+def _asked(columns: Series) -> int:
+    return columns.asked if isinstance(columns, _Rows) else columns[STEP].size
 
 
 def _window(name: str, inner: _Node, n: int, text: str, written: str) -> _Node:
@@ -405,16 +424,20 @@ def _window(name: str, inner: _Node, n: int, text: str, written: str) -> _Node:
         raise _refuse(text, f'{name}(…, {n})', 'a window has at least 1 step')
 
     def evaluate(columns: Series) -> np.ndarray:
-        known = columns.known if isinstance(columns, _Rows) else {}
-        if written not in known:
-            known[written] = computed(columns)
-        return known[written]
+        rows = columns if isinstance(columns, _Rows) else _Rows(columns.items(), _asked(columns))
+        known, found = rows.known.get(written, (-1, np.zeros(0)))
+        if known < rows.asked:
+            found = computed(rows)
+            rows.known[written] = rows.asked, found
+        return found
 
-    def computed(columns: Series) -> np.ndarray:
-        values = np.broadcast_to(np.asarray(inner.evaluate(columns), np.float64), columns[STEP].shape)
+    def computed(rows: _Rows) -> np.ndarray:
+        values = np.broadcast_to(np.asarray(inner.evaluate(rows.asking(n)), np.float64), rows[STEP].shape)
         if name == 'smooth':
-            return over_window(values, n, np.nanmean, ends_with_step=True)
-        return over_window(values, n, WINDOWS[name]) if name in WINDOWS else _shifted(values, n)
+            return over_window(values, n, np.nanmean, ends_with_step=True, last=rows.asked)
+        if name in WINDOWS:
+            return over_window(values, n, WINDOWS[name], last=rows.asked)
+        return _shifted(values, n)
 
     return _Node(inner.fields | {STEP}, inner.lookback + (n - 1 if name == 'smooth' else n), evaluate, False)
 
@@ -425,9 +448,15 @@ def _shifted(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def over_window(
-    values: np.ndarray, n: int, reduce: Callable[..., np.ndarray], *, ends_with_step: bool = False
+    values: np.ndarray,
+    n: int,
+    reduce: Callable[..., np.ndarray],
+    *,
+    ends_with_step: bool = False,
+    last: int | None = None,
 ) -> np.ndarray:
-    """`reduce` over the finite values of the n steps before each (or up to and with it), [S] -> [S].
+    """`reduce` over the finite values of the n steps before each (or up to and with it), [S] -> [S]; of the `last` ones
+    alone, if that is given.
 
     NaN where fewer than min(n, LEAST_HISTORY) of them are finite.
     """
@@ -439,7 +468,7 @@ def over_window(
     counts = (counts[n:] - counts[:-n])[int(ends_with_step) :][: len(windows)]
     result = np.full(values.shape, np.nan)
     at_once = max(1, min(CHUNK, MOST_AT_ONCE // n))
-    for start in range(0, len(windows), at_once):
+    for start in range(0 if last is None else len(windows) - last, len(windows), at_once):
         chunk, count = windows[start : start + at_once], counts[start : start + at_once]
         enough = count >= min(n, LEAST_HISTORY)
         if enough.all():

@@ -19,14 +19,21 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrnn.package import make_callable
-from jaxrnn.record import loop
+from jaxrnn.record import loop, writing
 from jaxrnn.record.drawn import Drawn as Drawn
 from jaxrnn.record.recorder import Recorder as Recorder
+from jaxrnn.record.records import Row
 from jaxrnn.types import BatchAt, Step, Tree
 
 
 def record(
-    step: Step, batch_at: BatchAt, init: Callable[[], Tree], directory: str | os.PathLike, **options: Any
+    step: Step,
+    batch_at: BatchAt,
+    init: Callable[[], Tree],
+    directory: str | os.PathLike,
+    *,
+    on_row: Callable[[Row], Any] = lambda row: None,
+    **options: Any,
 ) -> loop.RunResult:
     """Trains with any pure step, and leaves a run that can be bisected; the same call again resumes it.
 
@@ -35,6 +42,7 @@ def record(
         batch_at: step number -> batch; a pure function.
         init: makes the initial state.
         directory: of the run.
+        on_row: sees every record, one step late; if it has a `close`, that is called at the end, as of `jaxrnn.Alerts`.
         **options: of `loop.LoopOptions`: max_steps, checkpoint_every, …; for a run that nobody watches max_minutes
             (ends it with a checkpoint) and step_timeout (seconds; ends the process where no step finishes).
 
@@ -52,7 +60,15 @@ def record(
     >>> result.step, float(result.state)
     (4, 0.0625)
     """
-    return loop.run(step, batch_at, init, directory, loop.LoopOptions(**options))
+
+    def seen(row: Row) -> bool:
+        on_row(row)
+        return False  # which ends nothing
+
+    try:
+        return loop.run(step, batch_at, init, directory, loop.LoopOptions(**options), on_row=seen)
+    finally:
+        writing.close(on_row)
 
 
 make_callable(__name__, record)

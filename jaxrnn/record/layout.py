@@ -74,6 +74,10 @@ class Paths(NamedTuple):
         return self.root / 'batches'
 
     @property
+    def alerts(self) -> Path:
+        return self.root / 'alerts.jsonl'
+
+    @property
     def lock(self) -> Path:
         return self.root / 'lock'
 

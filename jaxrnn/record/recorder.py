@@ -63,7 +63,7 @@ class Recorder:
         digest_every: steps between digests, for which every number of the state is read; 0: as many as cost half
             a hundredth of the training's time. A digest proves a replay; each checkpoint has one.
         most_bytes: of all batches that are kept on disk; the oldest go first. 0: none is kept.
-        on_row: sees every record, one step late.
+        on_row: sees every record, one step late; if it has a `close`, that is called at the end, as of `jaxrnn.Alerts`.
         step: the train step, as it is to be replayed: its equations are kept, so that a replay by another program says
             which equation differs.
         checkpoints: an orbax CheckpointManager of one item in `directory`/checkpoints, which then saves the states, by
@@ -286,7 +286,7 @@ class _Output:
         first: int,
         on_row: Callable[[Row], Any],
     ):
-        self._keep, self._records = keep, records
+        self._keep, self._records, self._on_row = keep, records, on_row
         self._records.keep_before(first)
         self.batches: kept_batches.BatchWriter | None = None
         if keep.most_bytes:
@@ -351,6 +351,7 @@ class _Output:
 
     def __exit__(self, *error: Any) -> None:
         with contextlib.ExitStack() as closing:
+            closing.callback(writing.close, self._on_row)
             closing.callback(self._records.close)
             closing.callback(self._writer.close)
             if self.batches is not None:

@@ -78,6 +78,12 @@ class Records(Sequence[Row]):
         return self._columns
 
     @property
+    def stored(self) -> Mapping[str, np.ndarray]:
+        """Name -> values of their own type [S]: bool, int64, float64 with MISSING, short texts as bytes; or, of several
+        types, the values themselves, with ABSENT. See `values_of`."""
+        return self._stored
+
+    @property
     def contiguous(self) -> bool:
         """Whether no step is missing between the first row and the last, and none is there twice."""
         return bool((np.diff(self.steps) == 1).all())
@@ -85,6 +91,11 @@ class Records(Sequence[Row]):
     def between(self, first: int, stop: int) -> 'Records':
         """Those of steps first … stop - 1."""
         return self[int(np.searchsorted(self.steps, first)) : int(np.searchsorted(self.steps, stop))]
+
+    def blocks(self, rows: int = BLOCK) -> Iterator['Records']:
+        """All of them in order, some rows at a time."""
+        for start in range(0, len(self), rows):
+            yield self[start : start + rows]
 
     def at(self, step: int) -> Row | None:
         """The record of a step, if there is one."""
@@ -133,9 +144,8 @@ class Records(Sequence[Row]):
         return {name: value for name, value in found.items() if value is not ABSENT}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self), BLOCK):
-            part = [values[start : start + BLOCK] for values in self._stored.values()]
-            for row in zip(*map(_values, part), strict=True):
+        for part in self.blocks():
+            for row in zip(*map(values_of, part._stored.values()), strict=True):
                 yield {n: v for n, v in zip(self._stored, row, strict=True) if v is not ABSENT}
 
     def __eq__(self, other: object) -> bool:
@@ -239,7 +249,7 @@ def _joined(parts: Sequence[np.ndarray | int]) -> np.ndarray:
         return np.concatenate([np.full(p, MISSING) if isinstance(p, int) else p for p in parts])
     if len(kinds) == 1 and not any(isinstance(part, int) for part in parts):
         return np.concatenate(parts)
-    return np.concatenate([_objects([ABSENT] * p if isinstance(p, int) else _values(p)) for p in parts])
+    return np.concatenate([_objects([ABSENT] * p if isinstance(p, int) else values_of(p)) for p in parts])
 
 
 def _is_absent(values: np.ndarray) -> bool:
@@ -260,8 +270,8 @@ def _floats(values: np.ndarray) -> np.ndarray | None:
     return np.array([MISSING if v is ABSENT else math.nan if v is None else v for v in values], np.float64)
 
 
-def _values(values: np.ndarray) -> list[Any]:
-    """As Python's own values, ABSENT where there is none."""
+def values_of(values: np.ndarray) -> list[Any]:
+    """A column as Python's own values, ABSENT where there is none."""
     if values.dtype.kind == 'S':
         return [value.decode() for value in values.tolist()]
     found = values.tolist()
@@ -273,8 +283,8 @@ def _values(values: np.ndarray) -> list[Any]:
 
 
 def _value(value: Any) -> Any:
-    """As `_values`, of one."""
-    return _values(np.array([value]))[0] if isinstance(value, np.generic) else value
+    """As `values_of`, of one."""
+    return values_of(np.array([value]))[0] if isinstance(value, np.generic) else value
 
 
 def series(rows: Iterable[Row]) -> Series:

@@ -93,7 +93,8 @@ def plan(symptom: Symptom, checkpoints: Sequence[int], before: Sequence[Rewind])
         return None
     early = [at for at in earlier if at <= symptom.step - LEAD]
     to = early[-1] if early else earlier[0]
-    tried = sum(each.to < symptom.step and to < each.step for each in before)
+    # At step 0 there is no step before the symptom.
+    tried = sum(each.step == symptom.step or (each.to < symptom.step and to < each.step) for each in before)
     if tried >= TRIES:
         return None
     first = max(symptom.step - AROUND + 1, to) if tried == 1 else to

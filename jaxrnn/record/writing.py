@@ -41,6 +41,12 @@ class Sink:
             ) from error
 
 
+def close(on_row: Callable[[Row], Any]) -> None:
+    """Tells an observer that no more records come; one that is a mere function isn't told."""
+    if callable(closing := getattr(on_row, 'close', None)):
+        closing()
+
+
 class Saver:
     """Saves checkpoints, each after the records of all steps before it: both survive a power loss, in this order. The
     first is read back before the next step."""

@@ -23,7 +23,7 @@ def check_files(paths: layout.Paths) -> None:
     """Raises UserError for a run that leads out of its directory, or has a FIFO, a device or the like in it."""
     for path in (
         paths.config, paths.data, paths.records, paths.rewinds, paths.experiments, paths.evaluation,
-        paths.diagnosis, paths.flags, paths.lock,
+        paths.diagnosis, paths.flags, paths.alerts, paths.lock,
     ):  # fmt: skip
         files.check_regular(path)
         # By this name earlier versions wrote; a link under it is somebody's, to have what it leads to overwritten.

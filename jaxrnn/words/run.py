@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrnn import detect, files
+from jaxrnn.alerts import Alerts
 from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.escaping import as_shell_word
@@ -60,6 +61,7 @@ def train_run(
     allow_pickle: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
     on_row: Callable[[Row], None] = lambda row: None,
+    alerts: Alerts | None = None,
 ) -> TrainingResult:
     """Trains a configuration into a directory, or goes on with the run that is there.
 
@@ -70,7 +72,7 @@ def train_run(
             given the same.
         allow_pickle: whether vectors may be unpickled; None: as the caller's configuration says.
         say: gets a line before slow work.
-        on_row: sees every record, a step late.
+        on_row, alerts: see every record, a step late; alerts, too, what the run's own watch finds.
 
     Raises:
         UserError: bad data, a directory that can't be used, or one that holds a run of another configuration.
@@ -86,9 +88,7 @@ def train_run(
     _describe(paths, config, dataset)
     while True:
         rewinds = _rewound(paths)
-        stop = _Stop(
-            config.loop.on_divergence, detect.Watch(detectors=detectors_for(detect.DETECTORS, dataset))
-        )
+        stop = _stop(config, dataset, alerts)
         stop.see_all(RecordFile(paths.records).read_intact())
 
         def see(row: Row, stop: _Stop = stop) -> bool:
@@ -104,6 +104,7 @@ def train_run(
             identity={'config': config.digest(), 'data': dataset.digest},
             on_row=see,
         )
+        stop.look_last()
         if result.cut_short or not _goes_back(paths, stop, rewinds, say):
             break
     columns = RecordFile(paths.records).read().columns
@@ -284,28 +285,54 @@ def _goes_back(
     return True
 
 
+def _stop(config: Config, dataset: data.Dataset, alerts: Alerts | None) -> '_Stop':
+    alarms = () if alerts is None else alerts.alarms.values()
+    watch = detect.Watch(detectors=[*detectors_for(detect.DETECTORS, dataset), *alarms])
+    return _Stop(config.loop.on_divergence, watch, alerts)
+
+
 @dataclasses.dataclass
 class _Stop:
     """Ends training at a symptom, where it is to go back, or some steps after it, where it is to end."""
 
     on: str  # of --on_divergence
     watch: detect.Watch
+    alerts: Alerts | None = None
     at: float = float('inf')
     found: Symptom | None = None
 
     def see_all(self, records: Records) -> None:
         """The records of a run that is continued: it may have had its symptom, and then goes no further."""
-        if self.on != 'continue':
-            self._note(self.watch.see_all(records))
+        if not self._looks:
+            return
+        found = self.watch.see_all(records)
+        if self.alerts is not None:
+            self.alerts.begin(records, found)
+        self._note(found)
 
     def __call__(self, row: Row) -> bool:
-        if self.on == 'continue':
+        if not self._looks:
             return False
-        self._note(self.watch(row))
+        found = self.watch(row)
+        if self.alerts is not None:
+            self.alerts.see(row, found, self.watch.columns)
+        self._note(found)
         return row['step'] >= self.at
 
+    def look_last(self) -> None:
+        """When the loop has ended, of whose last steps nothing may have been asked yet."""
+        if self.alerts is not None:
+            self.alerts.end(self.watch.look())
+
+    @property
+    def _looks(self) -> bool:
+        return self.on != 'continue' or self.alerts is not None
+
     def _note(self, symptoms: Sequence[Symptom]) -> None:
+        if self.on == 'continue':
+            return
+        alarms = () if self.alerts is None else self.alerts.alarms
         for symptom in symptoms:
-            if symptom.kind not in detect.PASSING[self.on]:
+            if symptom.kind not in detect.PASSING[self.on] and symptom.kind not in alarms:
                 self.found = symptom if self.found is None or symptom.step < self.found.step else self.found
                 self.at = self.found.step + (AFTERMATH if self.on == 'stop' else 0)
