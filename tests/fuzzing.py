@@ -408,6 +408,7 @@ def _of_evidence() -> list[bytes]:
         'heat_maps': [heat_map],
         'way': {'links': ['a'], 'broke': 'b'},
         'command': 'jaxrnn train',
+        'size': 3,
     }
     bare = {**made, 'sections': [], 'experiments': None, 'heat_maps': [], 'way': None}
     others = [made, files.sealed(made), bare, {**bare, 'heat_maps': [heat_map] * 3}, {**bare, 'sections': {}}]

@@ -327,6 +327,10 @@ def test_of_a_run(tmp_path):
     assert json.loads((tmp_path / 'diagnosis.json').read_text())['symptom']['step'] == 50
     again = report_on(tmp_path).read_text()
     assert len(again) == len(first)  # but for the names of the plots, which are new each time
+    assert 'has gone on since' not in first
+    with (tmp_path / 'records.jsonl').open('a') as file:
+        file.write('{"step": 60, "loss": 1.0}\n')
+    assert 'has gone on since it was diagnosed' in report_on(tmp_path).read_text()
 
 
 def test_in_a_notebook(shown):

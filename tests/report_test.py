@@ -363,6 +363,18 @@ def test_what_can_not_be_reproduced_is_advised_on_without_experiments():
     assert report.advised_flags(diagnosis) == '--threads=1'
 
 
+@pytest.mark.parametrize('width', [40, 60])
+def test_a_narrow_terminal(width):
+    for screen in (
+        report.render_diagnosis(
+            Diagnosis(symptom=Symptom('spike', 12), remedies=REMEDIES), REPORT, INSPECTED, WORDS
+        ),
+        report.render_inspection(INSPECTED, WORDS),
+    ):
+        lines = shown(screen, width).splitlines()
+        assert max(map(len, lines)) <= width and 'stone' in ' '.join(lines)
+
+
 def test_a_healthy_diagnosis():
     healthy = Diagnosis(cause=Cause('none', 'no rule holds at any step'))
     screen = shown(report.render_diagnosis(healthy, None))

@@ -37,6 +37,7 @@ class PageEvidence(NamedTuple):
     heat_maps: list[figures.HeatMap]
     way: Way | None
     command: str  # that trains as advised; '' where there is none
+    size: int = 0  # of the records' file, in bytes, when it was diagnosed
 
 
 def of(
@@ -70,8 +71,17 @@ def write(directory: Path, evidence: PageEvidence) -> None:
         'heat_maps': figures.to_json(evidence.heat_maps),
         'way': None if evidence.way is None else evidence.way._asdict(),
         'command': evidence.command,
+        'size': size_of(directory),
     }
     layout.write_json(layout.Paths(directory).evidence, files.sealed(fields))
+
+
+def size_of(directory: Path) -> int:
+    """Of a run's records, in bytes; 0 where there are none."""
+    try:
+        return layout.Paths(directory).records.stat().st_size
+    except OSError:
+        return 0
 
 
 def read(directory: Path) -> PageEvidence | None:
@@ -90,6 +100,7 @@ def read(directory: Path) -> PageEvidence | None:
             figures.heat_maps_of(found['heat_maps']),
             _way_of(found['way']),
             figures.text_of(found['command']),
+            int(found['size']),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise files.not_as_written(path, error) from None

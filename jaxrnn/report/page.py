@@ -34,6 +34,7 @@ class Contents(NamedTuple):
     records: Records
     evidence: kept.PageEvidence | None
     checkpoints: Sequence[int]
+    went_on: bool = False  # whether there are records that the diagnosis didn't see
 
     @property
     def diagnosis(self) -> Diagnosis | None:
@@ -74,7 +75,9 @@ def read(root: Path) -> Contents:
     steps = checkpoint.Checkpoints(paths.checkpoints).steps()
     if not len(records) and not steps:
         raise UserError(f'--run_dir: {root} holds no run: it has no records and no checkpoints')
-    return Contents(root.resolve().name, records, kept.read(root), steps)
+    evidence = kept.read(root)
+    went_on = evidence is not None and kept.size_of(root) > evidence.size
+    return Contents(root.resolve().name, records, evidence, steps, went_on)
 
 
 def figures_of(
@@ -106,6 +109,7 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS, *, live: 
         .render(
             title=visible(contents.title),
             live=live,
+            went_on=contents.went_on,
             undiagnosed=undiagnosed(contents),
             side=[sections[name] for name in SIDE if name in sections],
             sections=sections,
