@@ -362,3 +362,42 @@ def test_a_step_is_measured_without_being_changed():
     measured = probe(state, batch)
     assert not state['params']['w'].is_deleted()
     assert measured.record['loss'] == pytest.approx(float(loss_of(state['params'], batch)), rel=1e-6)
+
+
+@pytest.mark.parametrize('together', ['barrier', 'mean of devices'])
+def test_parameters_of_the_same_shape_have_gradients_of_their_own(together):
+    """Though one equation has all of them: each result of it comes from the operand at its place."""
+    mesh = jax.make_mesh((1,), ('i',), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def tied(state, batch):
+        def loss_of(state):
+            return jnp.mean((batch @ state['a']) ** 2) + jnp.mean((batch @ state['b'] - 1) ** 2) * 7
+
+        loss, gradients = jax.value_and_grad(loss_of)(state)
+        if together == 'barrier':
+            gradients = lax.optimization_barrier(gradients)
+        else:
+            everywhere = jax.sharding.PartitionSpec()
+            gradients = jax.shard_map(
+                lambda gradients: lax.pmean(gradients, 'i'),
+                mesh=mesh,
+                in_specs=everywhere,
+                out_specs=everywhere,
+            )(gradients)
+        after = jax.tree.map(lambda p, g: p - 0.1 * g, state, gradients)
+        return lax.optimization_barrier(after), {'loss': loss}
+
+    rng = np.random.default_rng(0)
+    state = {name: jnp.asarray(rng.normal(size=3), jnp.float32) for name in ('a', 'b')}
+    batch = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    after, _ = tied(state, batch)
+    found = {
+        layer.path: layer.gradient for layer in trace.compare(tied, (state, batch), (state, batch)).layers
+    }
+    for name in ('a', 'b'):
+        gradient = found[f'state/{name}']
+        if together == 'mean of devices':  # which isn't looked into
+            assert gradient is None
+        else:
+            expected = float(jnp.linalg.norm(state[name] - after[name])) / 0.1
+            assert gradient.now == pytest.approx(expected, rel=1e-4)

@@ -28,7 +28,7 @@ OVER_TIME = (
     trace.OverTime('cell', 'gradient', (0, 1, 2), (1e-3, 1e-2, 0.1), (math.inf, 0.2, 0.0)),
 )
 COMPARED = inspection.Inspection(12, None, change(over_time=OVER_TIME), 10)
-RED, BLUE, VERMILION = (255, 0, 0), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+BLUE, GREEN, VERMILION = (0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)
 
 
 def with_losses():
@@ -107,10 +107,10 @@ def test_every_panel_draws(shown):
         'The step in full', 'Checks', 'Proof',
     ]  # fmt: skip
     drawn = opened.page.locator('.plot').count()
-    assert drawn == 3 + 1 + 4
+    assert drawn == 3 + 1 + 6
     for number in range(4):
         picture = opened.shot('.plot', number)
-        assert near(picture, BLUE) > 200, number  # the line
+        assert near(picture, BLUE if number < 3 else GREEN) > 100, number  # the line, or a change's
         assert near(picture, VERMILION) > 100, number  # the step at which it was recognised, or the control
     for number in range(4, drawn):
         assert len(np.unique(opened.shot('.plot', number).reshape(-1, 3), axis=0)) > 20, number
@@ -123,6 +123,7 @@ def test_what_is_said_is_what_the_terminal_says(shown):
     for said in (
         'spike at step 12', 'it is', 'half the learning rate', 'averted, even at 4 x the rate', 'stone', 'checkify',
         'bit for bit as recorded', COMMAND, 'No alarm before the symptom: update_rms',
+        'before that, 9 at step 12, 0.0', 'at the end of the records',
     ):  # fmt: skip
         assert said in text, said
     assert 'red' in opened.page.locator('.verdict span').first.get_attribute('class')
@@ -396,6 +397,35 @@ def test_a_section_as_plain_data():
         },
     ]
     assert sections.is_plain(found)
+
+
+def test_the_run_goes_on_beside_its_experiments():
+    """Its control ends where the symptom shows, and the run did not."""
+    panel = figures.of_experiments(with_losses())
+    assert [line.kind for line in panel.lines][:2] == ['control', 'averted']
+    longer = panel._replace(lines=[*panel.lines, figures.Line('long', [0, 40], [1.0, 1.0], 'averted')])
+    columns = {'step': np.arange(60.0), 'loss': np.arange(60.0)}
+    run = figures.with_run(longer, columns).lines[0]
+    assert (run.name, run.kind, run.steps[0], run.steps[-1], run.values[-1]) == (
+        'the run',
+        'control',
+        0,
+        40,
+        40.0,
+    )
+    assert figures.with_run(panel, {}) is panel and figures.with_run(None, columns) is None
+    nudged = figures.of_experiments(with_losses()._replace(nudge=with_losses().outcomes[0]))
+    assert nudged.lines[-1].kind == 'nudge'
+
+
+def test_an_axis_has_some_ticks_and_not_too_many():
+    def ticks(*values):
+        made = plots.ticks(figures.Panel('x', [figures.Line('x', [*range(len(values))], [*values])], True))
+        return [tick for tick in made if min(values) <= tick <= max(values)]
+
+    assert ticks(0.003, 0.009) == [0.005]
+    assert ticks(0.003, 0.1) == [0.005, 0.01, 0.02, 0.05, 0.1]
+    assert 3 <= len(ticks(1e-30, 1e8)) <= 8
 
 
 def test_marks_say_the_gravest():

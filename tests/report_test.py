@@ -54,9 +54,9 @@ against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
  12     12        2      0.25
 
 
- parameter    share  gradient norm  update / parameter
- ─────────────────────────────────────────────────────
- cell/kernel   80 %          1 → 3         0.05 → 0.05
+ parameter    of the change  gradient norm  update / parameter
+ ─────────────────────────────────────────────────────────────
+ cell/kernel           80 %          1 → 3         0.05 → 0.05
 
 
  gate              by        saturated  most at time step
@@ -64,15 +64,15 @@ against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
  cell/forget gate  logistic  0.1 → 0.5                  4
 
 
- backward through  time step  share  gradient norm
- ─────────────────────────────────────────────────
- cell                      2   90 %     0.01 → 0.2
+ backward through  time step  of its change  gradient norm
+ ─────────────────────────────────────────────────────────
+ cell                      2           90 %     0.01 → 0.2
 
 
- example  word   share       loss  of the gradient
- ─────────────────────────────────────────────────
-       1  stone   70 %    0.5 → 5             60 %
-       0  river   30 %  0.5 → 1.1             40 %
+ example  word   of the change       loss  of the gradient
+ ─────────────────────────────────────────────────────────
+       1  stone           70 %    0.5 → 5             60 %
+       0  river           30 %  0.5 → 1.1             40 %
 
 
  grew most     at      times  largest
@@ -349,6 +349,24 @@ def test_nothing_is_advised_where_no_flag_averts():
     )
     screen = shown(report.render_diagnosis(undecided, told))
     assert report.advised_flags(undecided) == '' and 'do:' not in screen and 'undecided: so' in screen
+
+
+def test_data_is_to_be_mended():
+    where = {
+        'pass': 'data',
+        'op': 'input',
+        'source': 'batch/x',
+        'layer': '',
+        'time_step': None,
+        'examples': [],
+    }
+    diagnosis = Diagnosis(
+        symptom=Symptom('nonfinite', 12), first_bad_step=12, where={**where, 'words': []}, cause=Cause('data', 'so'),
+        remedies=({**REMEDIES[0], 'name': 'skip what is not finite', 'flags': '', 'point_of_no_return': None},),
+    )  # fmt: skip
+    screen = shown(report.render_diagnosis(diagnosis, None))
+    assert 'do: look at the batch of step 12 (batch/x), and mend the data\n' in screen
+    assert 'else: skip what is not finite averts it' in screen
 
 
 def test_what_can_not_be_reproduced_is_advised_on_without_experiments():

@@ -117,7 +117,17 @@ def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
         return Text()
     changes = () if report is None else (outcome.change for outcome in report.outcomes)
     means = next((f' ({change.means})' for change in changes if change.name == best['name']), '')
-    lines = Text.assemble(('do: ', 'bold'), f'train again with {best["flags"] or best["name"]}', means)
+    # Where the cause isn't known, what averts the symptom may avert it by chance.
+    verb = 'try: ' if diagnosis.cause.kind == 'none' else 'do: '
+    said = f'train again with {best["flags"]}' if best['flags'] else f'{best["name"]} averts it'
+    lines = Text.assemble((verb, 'bold'), said, means)
+    if diagnosis.cause.kind == 'data' and diagnosis.first_bad_step is not None:
+        source = (diagnosis.where or {}).get('source', '')
+        named = f' ({source})' if (diagnosis.where or {}).get('op') == 'input' else ''
+        step = diagnosis.first_bad_step
+        lines = Text.assemble(
+            (verb, 'bold'), f'look at the batch of step {step}{named}, and mend the data\nelse: ', said, means
+        )
     if best['point_of_no_return'] is not None:
         lines.append(
             f'\nit still averts the symptom when it is switched on at step {best["point_of_no_return"]}'

@@ -138,10 +138,28 @@ def of_experiments(report: ExperimentReport | None) -> Panel | None:
     if report is None or report.control is None:
         return None
     outcomes = [(report.control, 'control'), *((outcome, outcome.verdict) for outcome in report.outcomes)]
+    outcomes += [(report.nudge, 'nudge')] if report.nudge is not None else []
     lines = [_curve(outcome, kind) for outcome, kind in outcomes if outcome.losses][:MOST_CURVES]
     if len(lines) < 2:
         return None
     return Panel('loss', lines, _is_log([value for line in lines for value in line.values]))
+
+
+def with_run(panel: Panel | None, columns: Series) -> Panel | None:
+    """Experiments with the run's own records in place of the control, which ends where the symptom shows."""
+    control = next((line for line in panel.lines if line.kind == 'control'), None) if panel else None
+    loss = detect.loss_of(columns).field if columns else None
+    if panel is None or control is None or loss is None or not control.steps:
+        return panel
+    last = max(step for line in panel.lines for step in line.steps)
+    steps = columns[rule_language.STEP]
+    within = (steps >= control.steps[0]) & (steps <= last)
+    if not within.any():
+        return panel
+    run = _line(
+        'the run', steps[within], np.asarray(columns[loss], np.float64)[within], 'control', CURVE_POINTS
+    )
+    return panel._replace(lines=[run, *(line for line in panel.lines if line is not control)])
 
 
 def of_comparison(comparison: trace.Comparison | None) -> list[HeatMap]:

@@ -85,14 +85,14 @@ def _panel(made: Any, panel: Panel, figures: Figures) -> None:
 
 
 def _experiments(made: Any, panel: Panel) -> None:
+    made.set_size_inches(WIDE, 1.6 * HIGH)
     axes = _axes(made, panel)
     labelled = set()
-    for line in plots.in_order(panel.lines):
-        colour, dash, width = plots.VERDICTS.get(line.kind, plots.VERDICTS['unchanged'])
-        label = None if line.kind in labelled else plots.LABELS.get(line.kind, line.kind)
-        labelled.add(line.kind)
-        axes.plot(line.steps, line.values, color=colour, linestyle=dash, linewidth=0.6 * width, label=label)
-    axes.legend(frameon=False, fontsize='small')
+    for line, (colour, dash, width, label) in plots.styled(panel.lines):
+        shown = None if label in labelled else label
+        labelled.add(label)
+        axes.plot(line.steps, line.values, color=colour, linestyle=dash, linewidth=0.6 * width, label=shown)
+    made.legend(loc='outside lower center', ncols=2, frameon=False, fontsize='small')
 
 
 def _heat_map(made: Any, heat_map: HeatMap) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 
 from jaxrnn import detect, environment, files
-from jaxrnn.detect import Detector
+from jaxrnn.detect import Detector, rule_language
 from jaxrnn.diagnosis import Diagnosis, Symptom
 from jaxrnn.escaping import visible
 from jaxrnn.record import checkpoint, layout
@@ -18,7 +19,11 @@ from jaxrnn.record.record_file import RecordFile
 from jaxrnn.record.records import Records, series
 from jaxrnn.report import evidence as kept
 from jaxrnn.report import figures, plots
+from jaxrnn.report.text import number
 from jaxrnn.types import UserError
+
+LEVEL = 16
+"""Steps of which the median is the level of a loss."""
 
 MOST_REACHED = 8
 """Fields of a record that are named."""
@@ -91,7 +96,7 @@ def figures_of(
         metrics,
         signals,
         figures.of_marks(diagnosis, contents.checkpoints),
-        None if evidence is None else evidence.experiments,
+        None if evidence is None else figures.with_run(evidence.experiments, columns),
         [] if evidence is None else evidence.heat_maps,
     )
     return made, silent
@@ -119,7 +124,8 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS, *, live: 
             mark_colours={kind: colour for kind, (colour, *_) in plots.MARKS.items()},
             signals=drawn.signals,
             silent=silent,
-            warned=any(panel.means for panel in drawn.signals),
+            warned=sum(bool(panel.means) for panel in drawn.signals),
+            course=_course(contents),
             bad_step=None if diagnosis is None else diagnosis.first_bad_step,
             reached=_reached(contents),
             heat_maps=[each.name for each in drawn.heat_maps],
@@ -130,6 +136,27 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS, *, live: 
             steps=len(contents.records),
         )
     )
+
+
+def _course(contents: Contents) -> str:
+    """What became of the loss."""
+    symptom = None if contents.diagnosis is None else contents.diagnosis.symptom
+    if contents.diagnosis is None or symptom is None or not len(contents.records):
+        return ''
+    columns = series(contents.records)
+    loss = detect.loss_of(columns).field
+    if loss is None:
+        return ''
+    steps, values = columns[rule_language.STEP], columns[loss]
+    began = symptom.step if contents.diagnosis.onset_step is None else contents.diagnosis.onset_step
+    windows = (steps >= began - LEVEL) & (steps < began), steps > steps[-1] - LEVEL
+    levels = [float(np.median(values[window])) for window in windows if window.any()]
+    at = values[steps == symptom.step]
+    if len(levels) < 2 or not at.size:
+        return ''
+    before, end = map(number, levels)
+    there = f'{number(float(at[0]))} at step {symptom.step}'
+    return f'{visible(loss)}: {before} before that, {there}, {end} at the end of the records'
 
 
 def _reached(contents: Contents) -> list[str]:

@@ -4,6 +4,7 @@ No label has a `$$` in it: Bokeh would ask the network for MathJax. Axes and tit
 the page gives them one that is read on light and on dark ground (templates/page.js).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,16 @@ from bokeh.models import (
     BoxZoomTool,
     ColumnDataSource,
     FactorRange,
+    FixedTicker,
     HoverTool,
-    LogTicker,
     PanTool,
+    PrintfTickFormatter,
     Range1d,
     ResetTool,
 )
 from bokeh.models.annotations import BoxAnnotation, ColorBar, Span
 from bokeh.models.mappers import LinearColorMapper, LogColorMapper
-from bokeh.palettes import Cividis256
+from bokeh.palettes import Cividis256, PuOr
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
@@ -48,11 +50,18 @@ VERDICTS = {
     'delayed': (ORANGE, 'dashed', 1.5),
     'worse': (PURPLE, 'dotted', 1.5),
     'unchanged': (GREY, 'solid', 1),
+    'nudge': (GREY, 'dashed', 2),
 }
 """Colour, dash and width of an experiment's curve. What matters most is first."""
 
-LABELS = {'control': 'as it was'}
+OF_THE_BEST = (BLUE, GREEN, SKY, PURPLE, ORANGE, '#8C6D31')
+"""Colours of the best changes."""
+
+LABELS = {'control': 'as it was', 'nudge': 'as it was, but for a millionth'}
 """What a curve is called, where that isn't its verdict."""
+
+CLOSE, MOST_POWERS = 1.7, 6
+"""Decades below which an axis has ticks at 1, 2 and 5; and most powers of ten that have one."""
 
 PRINTED = '{%.4g}'
 """A number, where the pointer is."""
@@ -64,12 +73,6 @@ HEIGHT, LEFT = 210, 60
 def of_line(line: Line, number: int) -> tuple[str, str]:
     """Colour and dash of a line in a panel, by its place there."""
     return (ORANGE, 'dashed') if line.kind == 'alarm' else ((BLUE, GREEN)[number % 2], 'solid')
-
-
-def in_order(lines: Sequence[Line]) -> list[Line]:
-    """Curves of experiments. What matters is drawn last, so that it lies above the rest."""
-    order = [*reversed(VERDICTS)]
-    return sorted(lines, key=lambda line: order.index(line.kind) if line.kind in order else 0)
 
 
 def script_of_bokeh() -> str:
@@ -105,17 +108,18 @@ def _bounds(steps: Sequence[int]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
+def _figure(title: str, panel: Panel, x_range: Any, height: int = HEIGHT) -> Any:
     zoom: Any = BoxZoomTool(dimensions='width')
     tools = [zoom, PanTool(dimensions='width'), ResetTool()]
     made = figure(
         title=title, height=height, sizing_mode='stretch_width', tools=tools,
-        y_axis_type='log' if log else 'linear', toolbar_location='right',
+        y_axis_type='log' if panel.log else 'linear', toolbar_location='right',
         **({} if x_range is None else {'x_range': x_range}),
     )  # fmt: skip
     made.min_border_left = LEFT
-    if log:
-        made.yaxis.ticker = LogTicker(mantissas=[1, 2, 5])
+    if panel.log:
+        made.yaxis.ticker = FixedTicker(ticks=ticks(panel), minor_ticks=[])
+        made.yaxis.formatter = PrintfTickFormatter(format='%.3g')
     made.toolbar.active_drag = zoom
     made.toolbar.logo = None
     made.toolbar.autohide = True
@@ -124,13 +128,23 @@ def _figure(title: str, log: bool, x_range: Any, height: int = HEIGHT) -> Any:
     return made
 
 
+def ticks(panel: Panel) -> list[float]:
+    """Those of a logarithmic axis: some where its numbers are within a decade, too, and not too many elsewhere."""
+    values = [value for line in panel.lines for value in line.values if math.isfinite(value) and value > 0]
+    low, high = (math.log10(min(values)), math.log10(max(values))) if values else (0.0, 1.0)
+    every = max(1, math.ceil((high - low) / MOST_POWERS))
+    mantissas = (1, 2, 5) if high - low < CLOSE else (1,)
+    powers = range(math.floor(low) // every * every, math.ceil(high) + every, every)
+    return [float(f'{mantissa}e{power}') for power in powers for mantissa in mantissas]
+
+
 def _source(line: Line) -> ColumnDataSource:
     values = np.array(line.values, np.float32)
     return ColumnDataSource({'step': np.array(line.steps, np.float64), 'value': values})
 
 
 def _panel(panel: Panel, figures: Figures, x_range: Any) -> Any:
-    made = _figure(panel.name, panel.log, x_range)
+    made = _figure(panel.name, panel, x_range)
     for start, stop in panel.bands:
         made.add_layout(
             BoxAnnotation(left=start, right=max(stop, start + 1), fill_color=ORANGE, fill_alpha=0.2)
@@ -162,19 +176,21 @@ def _marked(made: Any, figures: Figures) -> None:
 
 
 def _experiments(panel: Panel, figures: Figures) -> Any:
-    made = _figure(f'{panel.name}, under one change at a time', panel.log, None, 340)
-    for line in in_order(panel.lines):
-        color, dash, width = VERDICTS.get(line.kind, VERDICTS['unchanged'])
-        source = _source(line)
-        name = LABELS.get(line.kind, line.name)
+    made = _figure(f'{panel.name}, under one change at a time', panel, None, 440)
+    for line, (color, dash, width, label) in styled(panel.lines):
         drawn = made.line(
-            'step', 'value', source=source, color=color, line_dash=dash, line_width=width,
-            legend_label=LABELS.get(line.kind, line.kind),
-        )  # fmt: skip
+            'step',
+            'value',
+            source=_source(line),
+            color=color,
+            line_dash=dash,
+            line_width=width,
+            legend_label=label,
+        )
         made.add_tools(
             HoverTool(
                 renderers=[drawn],
-                tooltips=[(name, f'@value{PRINTED} at step @step{{0}}')],
+                tooltips=[(line.name, f'@value{PRINTED} at step @step{{0}}')],
                 formatters={'@value': 'printf'},
                 visible=False,
             )
@@ -183,14 +199,29 @@ def _experiments(panel: Panel, figures: Figures) -> Any:
     made.legend.click_policy = 'hide'
     made.legend.background_fill_alpha = 0
     made.legend.border_line_color = None
-    made.legend.orientation = 'horizontal'
-    made.legend.location = 'top_left'
-    made.add_layout(made.legend[0], 'above')
+    made.legend.ncols = 1
+    made.legend.label_text_font_size = '12px'
+    made.add_layout(made.legend[0], 'below')
     return made
 
 
+def styled(lines: Sequence[Line]) -> list[tuple[Line, tuple[str, str, float, str]]]:
+    """Colour, dash, width and label of each curve of experiments. The best have names of their own, and the rest those
+    of what became of them. What matters is drawn last, so that it lies above the rest."""
+    made = []
+    named = [line for line in lines if line.kind not in ('control', 'nudge')][: len(OF_THE_BEST)]
+    for line in lines:
+        colour, dash, width = VERDICTS.get(line.kind, VERDICTS['unchanged'])
+        label = LABELS.get(line.kind, line.kind)
+        if line in named:
+            colour, label = OF_THE_BEST[named.index(line)], f'{line.name}: {line.kind}'
+        made.append((line, (colour, dash, width, label)))
+    order = [*reversed(VERDICTS)]
+    return sorted(made, key=lambda pair: order.index(pair[0].kind) if pair[0].kind in order else 0)
+
+
 def _heat_maps(heat_map: HeatMap) -> list[Any]:
-    """The ordinary step and the bad one, in the same colours."""
+    """The ordinary step and the bad one, in the same colours; and what changed."""
     numbers = np.array([heat_map.before, heat_map.now], np.float64)
     finite = numbers[np.isfinite(numbers)]
     high = float(finite.max()) if finite.size else 1.0
@@ -204,7 +235,15 @@ def _heat_maps(heat_map: HeatMap) -> list[Any]:
     else:
         mapper = LinearColorMapper(palette=Cividis256, low=0, high=max(high, 1e-9), nan_color=VERMILION)
     pairs = (('an ordinary step', heat_map.before), ('the bad step', heat_map.now))
-    return [_heat_map(which, heat_map, values, mapper) for which, values in pairs]
+    made = [_heat_map(which, heat_map, values, mapper) for which, values in pairs]
+    with np.errstate(all='ignore'):
+        change = np.log2(numbers[1] / numbers[0]) if heat_map.log else numbers[1] - numbers[0]
+    known = np.abs(change[np.isfinite(change)])
+    most = max(float(known.max()), 1e-9) if known.size else 1.0
+    change[~np.isfinite(change)] = np.nan
+    title = 'the change: 1 is twice as much, -1 half' if heat_map.log else 'the change'
+    changes = LinearColorMapper(palette=PuOr[11], low=-most, high=most, nan_color=VERMILION)
+    return [*made, _heat_map(title, heat_map, change.tolist(), changes)]
 
 
 def _heat_map(title: str, heat_map: HeatMap, values: Sequence[Sequence[float]], mapper: Any) -> Any:

@@ -343,7 +343,7 @@ def _gate(gate: trace.Saturation) -> str:
 
 
 def _layers(change: trace.Comparison) -> RenderableType:
-    made = table('parameter', 'share', 'gradient norm', 'update / parameter', left=('parameter',))
+    made = table('parameter', 'of the change', 'gradient norm', 'update / parameter', left=('parameter',))
     for layer in change.layers[:MOST]:
         gradient = '' if layer.gradient is None else pair(layer.gradient)
         path = layer.path.removeprefix('state/').removeprefix('params/')
@@ -359,14 +359,16 @@ def _gates(change: trace.Comparison) -> RenderableType:
 
 
 def _time_steps(change: trace.Comparison) -> RenderableType:
-    made = table('backward through', 'time step', 'share', 'gradient norm', left=('backward through',))
+    made = table(
+        'backward through', 'time step', 'of its change', 'gradient norm', left=('backward through',)
+    )
     for each in change.time_steps[:MOST]:
         made.add_row(each.layer, str(each.time_step), percent(each.share), pair(each.gradient))
     return made
 
 
 def _examples(change: trace.Comparison, words: Sequence[str]) -> RenderableType:
-    made = table('example', 'word', 'share', 'loss', 'of the gradient', left=('word',))
+    made = table('example', 'word', 'of the change', 'loss', 'of the gradient', left=('word',))
     for example in change.examples[:MOST]:
         word = words[example.place] if example.place < len(words) else ''
         gradient = '' if example.gradient != example.gradient else percent(example.gradient)

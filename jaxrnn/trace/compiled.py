@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxrnn.trace.equations import alone, holds, inner, name_of, scan_counts
+from jaxrnn.trace.equations import alone, holds, inner, name_of, parents_of, scan_counts
 from jaxrnn.trace.findings import Range
 from jaxrnn.trace.naming import code_at, flow_of, layer_of, pass_of, source_of
 from jaxrnn.trace.tracing import TracedFunction, traced
@@ -296,9 +296,9 @@ def _node_of(last: _Line, whole: TracedFunction) -> tuple[Node, str]:
     found = None
     for line in program.lines:
         tape.equations += 1
-        parents = tuple(nodes[number] for number in line.given)
-        for number in line.results:
-            nodes[number] = tape.add(line.equation, line.place, parents, Bad())
+        parents = parents_of(line.equation, [nodes[number] for number in line.given])
+        for number, of in zip(line.results, parents, strict=True):
+            nodes[number] = tape.add(line.equation, line.place, of, Bad())
         if line.equation is sought:
             found = nodes[line.results[0]]
     assert found is not None

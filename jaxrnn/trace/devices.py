@@ -239,7 +239,8 @@ def layout_of(equation: Any, known: Sequence[Mesh] = ()) -> Layout | None:
     params = equation.params
     manual = params.get('newly_manual_axes', params.get('manual_axes', frozenset()))
     if hasattr(jax.sharding, 'get_mesh'):
-        known = (jax.sharding.get_mesh(), *known)
+        with contextlib.suppress(ValueError):  # within a trace there is none to be had
+            known = (jax.sharding.get_mesh(), *known)
     fit = (m for m in (params['mesh'], *known) if isinstance(m, Mesh) and m.shape == params['mesh'].shape)
     mesh = next(fit, None)
     if mesh is None or not manual:

@@ -12,6 +12,40 @@ OPENED = ('scan', 'while', 'cond', 'shard_map')
 """Primitives that are opened by their own rules."""
 
 
+EACH = frozenset(
+    (
+        *(
+            'optimization_barrier',
+            'psum',
+            'psum2',
+            'psum_invariant',
+            'pmax',
+            'pmin',
+            'ppermute',
+            'device_put',
+        ),
+        *(
+            'pvary',
+            'pcast',
+            'pbroadcast',
+            'all_gather',
+            'all_gather_invariant',
+            'reduce_scatter',
+            'all_to_all',
+        ),
+    )
+)
+"""Primitives of which each result comes from the operand at its place alone, however many there are."""
+
+
+def parents_of(equation: Any, operands: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """For each result of an equation what it is computed from, of what stands for its operands."""
+    count = len(equation.outvars)
+    if equation.primitive.name in EACH and len(operands) == count:
+        return [(operand,) for operand in operands]
+    return [tuple(operands)] * count
+
+
 def holds(equation: Any) -> str:
     """What kind of inside an equation has: one of OPENED, or 'call'; '' if it has none."""
     name = equation.primitive.name

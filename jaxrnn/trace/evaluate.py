@@ -11,7 +11,7 @@ from jax.extend import core
 from jaxrnn.trace import axes
 from jaxrnn.trace.culprits import Recomputation, found_out
 from jaxrnn.trace.devices import Devices, Layout
-from jaxrnn.trace.equations import holds, inner, last_uses, scan_counts
+from jaxrnn.trace.equations import holds, inner, last_uses, parents_of, scan_counts
 from jaxrnn.trace.findings import TraceReport
 from jaxrnn.trace.judging import Judge
 from jaxrnn.trace.meaning import AxisMeaning
@@ -167,8 +167,8 @@ class Evaluation:
     ) -> list[Node]:
         """Of the results of an equation, of which it is known how bad they are."""
         self.tape.equations += 1
-        parents = tuple(operand.node for operand in operands)
-        return [self.tape.add(equation, place, parents, bad) for bad in bads]
+        parents = parents_of(equation, [operand.node for operand in operands])
+        return [self.tape.add(equation, place, of, bad) for of, bad in zip(parents, bads, strict=True)]
 
     # Opening: the nodes of an equation's results as its insides made them; None if there is nothing inside.
 

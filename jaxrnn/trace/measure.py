@@ -195,10 +195,12 @@ def _is_differentiated(node: Node) -> bool:
 
 def _gradient(output: Node, frame: Frame) -> Any:
     """The gradient that a new parameter was computed from: the first value of a backward pass that is met on the way
-    back from the parameter, through values of its shape."""
-    for node in _alike(output, frame.shapes):
-        if node in frame.arrays and (node.is_backward() or _sums_gradients(node, frame)):
-            return frame.arrays[node]
+    back from the parameter, through values of its shape. None where two are met at once, as behind a call that takes
+    the gradients of several parameters of one shape and isn't looked into."""
+    for level in _alike(output, frame.shapes):
+        met = [n for n in level if n in frame.arrays and (n.is_backward() or _sums_gradients(n, frame))]
+        if met:
+            return frame.arrays[met[0]] if len(met) == 1 else None
     return None
 
 
@@ -206,17 +208,17 @@ def _sums_gradients(node: Node, frame: Frame) -> bool:
     """Whether it comes out of a loop that adds up the gradients of parts of a batch."""
     if node.equation is None or node.equation.primitive.name != 'scan':
         return False
-    return any(within.is_backward() for within in _alike(node.parents[0], frame.shapes))
+    return any(within.is_backward() for level in _alike(node.parents[0], frame.shapes) for within in level)
 
 
-def _alike(node: Node, shapes: Mapping[Node, tuple[int, ...]]) -> Iterator[Node]:
-    """A node, and the nodes before it that have its shape, the nearest first."""
+def _alike(node: Node, shapes: Mapping[Node, tuple[int, ...]]) -> Iterator[list[Node]]:
+    """A node, and the nodes before it that have its shape, in steps away from it."""
     if node not in shapes:
         return
     shape = shapes[node]
     seen, level = {node}, [node]
     while level:
-        yield from level
+        yield level
         before = [parent for node in level for parent in node.parents]
         level = [p for p in dict.fromkeys(before) if p not in seen and p in shapes and shapes[p] == shape]
         seen |= set(level)

@@ -14,7 +14,7 @@ from jaxrnn.trace import axes
 from jaxrnn.trace.axes import Axes, Axis, Factor
 from jaxrnn.trace.births import MOVERS
 from jaxrnn.trace.devices import Devices
-from jaxrnn.trace.equations import holds, inner, scan_counts
+from jaxrnn.trace.equations import holds, inner, parents_of, scan_counts
 from jaxrnn.trace.meaning import AxisMeaning
 from jaxrnn.trace.naming import Flow, flow_of
 from jaxrnn.trace.tracing import named_leaves, traced
@@ -166,10 +166,10 @@ class _Pass:
         meanings = self.meaning.follow(
             equation, equation.params, [operand.axes for operand in operands], late
         )
-        parents = tuple(operand.node for operand in operands)
+        parents = parents_of(equation, [operand.node for operand in operands])
         made = []
-        for array, meaning in zip(arrays, meanings, strict=True):
-            node = self.tape.add(equation, place, parents, Bad())
+        for array, meaning, of in zip(arrays, meanings, parents, strict=True):
+            node = self.tape.add(equation, place, of, Bad())
             made.append(self._add(Value(array, meaning, node), frame))
             if equation.primitive.name not in MOVERS or is_clip(node):
                 self._observe(made[-1], frame)
