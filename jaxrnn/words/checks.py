@@ -100,7 +100,7 @@ def steps_are_finite(evidence: Evidence) -> Check:
 
 def rate_may_stay(evidence: Evidence) -> Check:
     """4. Would a decaying learning rate have averted it? An experiment: 1 if it would."""
-    name, report = 'it holds without a decaying learning rate', evidence.report
+    name, report = 'a decaying learning rate is not missing', evidence.report
     if evidence.step is None:
         return check(name, True, 0, 'there is nothing to avert')
     outcomes = () if report is None else report.outcomes
