@@ -5,7 +5,6 @@ import html
 import http.client
 import io
 import math
-import signal
 import subprocess
 import sys
 import threading
@@ -165,5 +164,10 @@ def test_the_command(tmp_path):
             address = process.stdout.readline().strip()
             assert ask(int(address.rsplit(':', 1)[1].strip('/')), '/stamp')[0] == 200
         finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+            process.terminate()
+            try:
+                code = process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        assert code == 0

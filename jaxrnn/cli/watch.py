@@ -8,6 +8,7 @@ use --text. Ctrl-C ends it, and not the run.
 """
 
 import contextlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
     directory = Path(common.run_dir())
     alarms = own_runs.alarms_of(str(directory))
     page.read(directory)  # or it is said at once
+    # Also where somebody started it in the background: there SIGINT is ignored.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         if flags.FLAGS.text:
             _lines(directory, alarms, flags.FLAGS.every)
