@@ -46,9 +46,14 @@ def test_a_caption_takes_its_own_file_s_place():
 
 
 def seconds(call, *arguments) -> float:
-    start = time.process_time()
-    call(*arguments)
-    return time.process_time() - start
+    """The least of three: a busy machine may take its time once."""
+
+    def once() -> float:
+        start = time.process_time()
+        call(*arguments)
+        return time.process_time() - start
+
+    return min(once() for _ in range(3))
 
 
 @pytest.mark.parametrize('shape', SHAPES)
