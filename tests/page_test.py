@@ -123,7 +123,7 @@ def test_what_is_said_is_what_the_terminal_says(shown):
     for said in (
         'spike at step 12', 'it is', 'half the learning rate', 'averted, even at 4 x the rate', 'stone', 'checkify',
         'bit for bit as recorded', COMMAND, 'No alarm before the symptom: update_rms',
-        'before that, 9 at step 12, 0.0', 'at the end of the records',
+        '\nloss: 0.955 before that, 9 at step 12, 0.0', 'at the end of the records',
     ):  # fmt: skip
         assert said in text, said
     assert 'red' in opened.page.locator('.verdict span').first.get_attribute('class')
@@ -268,6 +268,19 @@ def test_a_long_run_is_small_and_soon_drawn(shown, tmp_path):
     )
 
 
+def test_a_leap_that_passed_is_no_symptom():
+    """As a bisect has it: the loss is back at once, in a run that goes on to its best."""
+    made = [
+        {'step': k, 'loss': math.exp(-k / 100) * (1 + 0.01 * (k % 3)) if k != 250 else 1.0}
+        for k in range(400)
+    ]
+    assert [found.kind for found in detect.symptoms(Records.of(made).columns)] == ['spike']
+    assert page.undiagnosed(contents(made)) == 'no symptom in the records; not diagnosed yet'
+    assert page.undiagnosed(contents([*made, {'step': 400, 'loss': math.nan}])).startswith(
+        'nonfinite at step 400'
+    )
+
+
 def test_kept_and_read_again(tmp_path):
     made = found()
     evidence.write(tmp_path, made)
@@ -292,6 +305,8 @@ def test_kept_and_read_again(tmp_path):
         {'heat_maps': [{'name': 'a', 'rows': ['b'], 'places': [0, 1], 'before': [[1]], 'now': [[1]], 'log': False}]},
         {'way': {'links': [1], 'broke': 'x'}},
         {'command': None},
+        {'size': 1e400},
+        {'heat_maps': [{'name': 'a', 'rows': ['b'], 'places': [0], 'before': [[10**400]], 'now': [[1]], 'log': False}]},
         {'diagnosis': {'symptom': ['spike', '12'], 'first_bad_step': 1, 'onset_step': 1, 'versions': {}}},
         {'diagnosis': {'symptom': ['spike'], 'first_bad_step': 1, 'onset_step': 1, 'versions': {}}},
         {'diagnosis': {'symptom': None, 'first_bad_step': True, 'onset_step': 1, 'versions': {}}},
@@ -360,12 +375,13 @@ def test_an_alarm_has_its_line():
 @pytest.mark.parametrize('kind', ['png', 'svg'])
 def test_figures_are_saved_for_papers(tmp_path, kind):
     pytest.importorskip('matplotlib')
-    made = rows(**{'../$x_{$\n': 1.0})
+    made = rows(**{'../$x_{$\n': 1.0, '../$x_($\n': 1.0})
     drawn, _ = page.figures_of(contents(made, kept=found()))
     saved = images.save(drawn, tmp_path / 'figures', kind)
     assert {path.parent for path in saved} == {tmp_path / 'figures'}
     names = [path.stem for path in saved]
-    assert names == ['loss', 'accuracy', *names[2:4], 'experiments', 'over-time-0', 'over-time-1']
+    assert names == ['loss', 'accuracy', *names[2:5], 'experiments', 'over-time-0', 'over-time-1']
+    assert len({*saved}) == len(saved) and all(path.exists() for path in saved)  # two have names alike
     for path in saved:
         if kind == 'png':
             assert len(np.unique(np.asarray(Image.open(path).convert('RGB')).reshape(-1, 3), axis=0)) > 20

@@ -63,6 +63,9 @@ def main(arguments: list[str]) -> int:
     step = diagnosis.first_bad_step
     words = investigation.words_of(opened, step) if step is not None else ()
     command, following = _advised(advised_flags(diagnosis), directory.rstrip('/'))
+    if not flags.FLAGS.json:  # before the page, for which there may be no room on the disk
+        common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
+        common.say(*(['', following] if following else []), file=sys.stdout)
     page = report(
         directory, diagnosis, found.report, inspected=found.bisected.inspected, words=words, command=command,
         alarms=signals.ALARMS,
@@ -70,8 +73,7 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
-        common.say(*(['', following] if following else []), f'page: {page}', file=sys.stdout)
+        common.say(f'page: {page}', file=sys.stdout)
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED

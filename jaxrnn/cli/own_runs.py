@@ -110,11 +110,12 @@ def diagnose(directory: str) -> int:
 
     with showing.Progressing():
         diagnosis, found = made.diagnose(directory, budget=flags.FLAGS.budget_steps, **_asked())
+    if not flags.FLAGS.json:  # before the page, for which there may be no room on the disk
+        common.console().print(render_diagnosis(diagnosis, found))
     page = report(directory, diagnosis, found)
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        common.console().print(render_diagnosis(diagnosis, found))
         common.say(f'page: {page}', file=sys.stdout)
     return _exit_code(diagnosis)
 

@@ -25,10 +25,10 @@ PER_SECOND = 8
 """Times that a bar is drawn anew: a step may take a tenth of a millisecond."""
 
 
-def bar(console: Console, **options: Any) -> Progress:
+def bar(console: Console) -> Progress:
     """A bar with the time that is left; nothing where the console is no terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn('{task.description}'), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, **options)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class Progressing:

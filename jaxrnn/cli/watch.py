@@ -11,7 +11,9 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> int:
     return common.HEALTHY
 
 
-def _lines(directory, alarms, every: float) -> None:
+def _lines(directory: Path, alarms: Sequence[Any], every: float) -> None:
     """Until Ctrl-C; where the output is no terminal, once."""
     from rich.live import Live
 
@@ -57,7 +59,7 @@ def _lines(directory, alarms, every: float) -> None:
 
     console = common.console()
 
-    def drawn(rate: str):
+    def drawn(rate: str) -> Any:
         return watching.in_lines(page.read(directory), alarms, width=console.width, rate=rate)
 
     if not console.is_terminal:

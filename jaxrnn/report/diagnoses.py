@@ -120,19 +120,21 @@ def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
     # Where the cause isn't known, what averts the symptom may avert it by chance.
     verb = 'try: ' if diagnosis.cause.kind == 'none' else 'do: '
     said = f'train again with {best["flags"]}' if best['flags'] else f'{best["name"]} averts it'
-    lines = Text.assemble((verb, 'bold'), said, means)
-    if diagnosis.cause.kind == 'data' and diagnosis.first_bad_step is not None:
-        source = (diagnosis.where or {}).get('source', '')
-        named = f' ({source})' if (diagnosis.where or {}).get('op') == 'input' else ''
-        step = diagnosis.first_bad_step
-        lines = Text.assemble(
-            (verb, 'bold'), f'look at the batch of step {step}{named}, and mend the data\nelse: ', said, means
-        )
+    lines = Text.assemble((verb, 'bold'), _to_mend(diagnosis), said, means)
     if best['point_of_no_return'] is not None:
         lines.append(
             f'\nit still averts the symptom when it is switched on at step {best["point_of_no_return"]}'
         )
     return lines
+
+
+def _to_mend(diagnosis: Diagnosis) -> str:
+    """What comes before everything else where the data is the cause."""
+    where, step = diagnosis.where or {}, diagnosis.first_bad_step
+    if diagnosis.cause.kind != 'data' or step is None:
+        return ''
+    named = f' ({where["source"]})' if where.get('op') == 'input' else ''
+    return f'look at the batch of step {step}{named}, and mend the data\nelse: '
 
 
 def _experiments(report: ExperimentReport) -> RenderableType:

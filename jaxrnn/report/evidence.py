@@ -100,9 +100,9 @@ def read(directory: Path) -> PageEvidence | None:
             figures.heat_maps_of(found['heat_maps']),
             _way_of(found['way']),
             figures.text_of(found['command']),
-            int(found['size']),
+            *figures.whole([found['size']]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise files.not_as_written(path, error) from None
 
 
@@ -118,9 +118,8 @@ def _as_steps(diagnosis: Diagnosis) -> dict[str, Any]:
 
 def _of_steps(found: Any) -> Diagnosis:
     symptom = None if found['symptom'] is None else Symptom(*found['symptom'])
-    steps = [found['first_bad_step'], found['onset_step'], *([symptom.step] if symptom else [])]
-    if any(step is not None and (type(step) is not int or abs(step) > 2**53) for step in steps):
-        raise TypeError('whole numbers expected')
+    steps = [found['first_bad_step'], found['onset_step'], symptom.step if symptom else None]
+    figures.whole([step for step in steps if step is not None])
     texts = [*([symptom.kind] if symptom else []), *found['versions'], *found['versions'].values()]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError('texts expected')

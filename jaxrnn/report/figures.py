@@ -287,7 +287,7 @@ def panel_of(found: Any) -> Panel | None:
     if found is None:
         return None
     lines = [
-        Line(text_of(one['name']), _whole(one['steps']), _numbers(one['values']), text_of(one['kind']))
+        Line(text_of(one['name']), whole(one['steps']), _numbers(one['values']), text_of(one['kind']))
         for one in found['lines']
     ]
     if any(len(line.steps) != len(line.values) for line in lines):
@@ -303,7 +303,7 @@ def heat_maps_of(found: Any) -> list[HeatMap]:
         HeatMap(
             text_of(one['name']),
             [text_of(row) for row in one['rows']],
-            _whole(one['places']),
+            whole(one['places']),
             [_numbers(row) for row in one['before']],
             [_numbers(row) for row in one['now']],
             bool(one['log']),
@@ -339,7 +339,8 @@ def shown(name: str) -> str:
     return visible(name).replace('$$', '$ $')
 
 
-def _whole(found: Any) -> list[int]:
+def whole(found: Any) -> list[int]:
+    """Whole numbers that a float holds. Raises TypeError for anything else."""
     if any(type(each) is not int or abs(each) > 2**53 for each in found):
         raise TypeError('whole numbers expected')
     return list(found)

@@ -35,20 +35,23 @@ def save(figures: Figures, folder: Path, kind: str = 'png') -> list[Path]:
         from matplotlib import figure
     except ImportError:
         raise UserError('--images: Matplotlib is not installed; install it: pip install matplotlib') from None
-    drawings: dict[str, Callable[[Any], None]] = {}
-    for panel in (*figures.metrics, *figures.signals):
-        drawings[panel.name] = functools.partial(_panel, panel=panel, figures=figures)
+    drawings: list[tuple[str, Callable[[Any], None]]] = [
+        (panel.name, functools.partial(_panel, panel=panel, figures=figures))
+        for panel in (*figures.metrics, *figures.signals)
+    ]
     if (experiments := figures.experiments) is not None:
-        drawings['experiments'] = functools.partial(_experiments, panel=experiments)
+        drawings.append(('experiments', functools.partial(_experiments, panel=experiments)))
     for number, heat_map in enumerate(figures.heat_maps):
-        drawings[f'over-time-{number}'] = functools.partial(_heat_map, heat_map=heat_map)
-    saved = []
+        drawings.append((f'over-time-{number}', functools.partial(_heat_map, heat_map=heat_map)))
+    saved: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in drawings.items():
+        for name, draw in drawings:
             made = figure.Figure(figsize=(WIDE, HIGH), layout='constrained')
             draw(made)
             path = folder / f'{_file_name(name)}.{kind}'
+            if path in saved:  # of two names that differ by what a file can't have in its name
+                path = folder / f'{_file_name(name)}-{len(saved)}.{kind}'
             made.savefig(path, dpi=200)
             saved.append(path)
     except OSError as error:

@@ -11,8 +11,9 @@ import jinja2
 import numpy as np
 
 from jaxrnn import detect, environment, files
+from jaxrnn.bisect import replay
 from jaxrnn.detect import Detector, rule_language
-from jaxrnn.diagnosis import Diagnosis, Symptom
+from jaxrnn.diagnosis import Diagnosis
 from jaxrnn.escaping import visible
 from jaxrnn.record import checkpoint, layout
 from jaxrnn.record.record_file import RecordFile
@@ -128,7 +129,10 @@ def of(contents: Contents, alarms: Sequence[Detector] = detect.ALARMS, *, live: 
             course=_course(contents),
             bad_step=None if diagnosis is None else diagnosis.first_bad_step,
             reached=_reached(contents),
-            heat_maps=[each.name for each in drawn.heat_maps],
+            heat_maps=[
+                (each.name, places['heat_maps'][plots.OF_A_MAP * n : plots.OF_A_MAP * (n + 1)])
+                for n, each in enumerate(drawn.heat_maps)
+            ],
             places=places,
             script=script,
             bokeh=plots.script_of_bokeh() if script else '',
@@ -195,15 +199,6 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def _symptoms(contents: Contents) -> list[Symptom]:
-    return detect.symptoms(series(contents.records)) if len(contents.records) else []
-
-
-def has_symptom(contents: Contents) -> bool:
-    """Whether a rule holds somewhere in the records."""
-    return bool(_symptoms(contents))
-
-
 def verdict(contents: Contents) -> str:
     """What is known of a run, as text."""
     sections = [] if contents.evidence is None else contents.evidence.sections
@@ -221,8 +216,8 @@ def undiagnosed(contents: Contents) -> str:
     """What is said of a run that nobody diagnosed yet; '' of one that is."""
     if contents.evidence is not None:
         return ''
-    found = _symptoms(contents)
-    if found:
-        first = found[0]
-        return f'{first.kind} at step {first.step}, by the records; not diagnosed yet'
+    columns = series(contents.records) if len(contents.records) else {}
+    symptom = replay.of_records(columns, loss=detect.loss_of(columns).field).symptom
+    if symptom is not None:
+        return f'{symptom.kind} at step {symptom.step}, by the records; not diagnosed yet'
     return 'no symptom in the records; not diagnosed yet'

@@ -66,6 +66,9 @@ CLOSE, MOST_POWERS = 1.7, 6
 PRINTED = '{%.4g}'
 """A number, where the pointer is."""
 
+OF_A_MAP = 3
+"""Plots of each map: an ordinary step, the bad one, the change."""
+
 HEIGHT, LEFT = 210, 60
 """Of a panel, in pixels; and what its vertical axis has, so that panels lie below one another."""
 
@@ -123,9 +126,14 @@ def _figure(title: str, panel: Panel, x_range: Any, height: int = HEIGHT) -> Any
     made.toolbar.active_drag = zoom
     made.toolbar.logo = None
     made.toolbar.autohide = True
+    _clear(made)
+    return made
+
+
+def _clear(made: Any) -> None:
+    """The page's ground is behind it."""
     for transparent in ('background_fill_color', 'border_fill_color', 'outline_line_color'):
         setattr(made, transparent, None)
-    return made
 
 
 def ticks(panel: Panel) -> list[float]:
@@ -254,8 +262,7 @@ def _heat_map(title: str, heat_map: HeatMap, values: Sequence[Sequence[float]], 
         title=title, height=70 + 26 * len(rows), sizing_mode='stretch_width', y_range=FactorRange(factors=rows[::-1]),
         x_range=Range1d(start=min(places) - 0.5, end=max(places) + 0.5), tools=[], toolbar_location=None,
     )  # fmt: skip
-    for transparent in ('background_fill_color', 'border_fill_color', 'outline_line_color'):
-        setattr(made, transparent, None)
+    _clear(made)
     made.grid.visible = False
     cells = [
         (place, row, value)

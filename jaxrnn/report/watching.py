@@ -1,5 +1,6 @@
 """A run that still trains, watched: its page served to this machine alone, or a few lines for a terminal."""
 
+import contextlib
 import hashlib
 import http.server
 import math
@@ -121,8 +122,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             'Cross-Origin-Resource-Policy': 'same-origin',
         }.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # of a browser that has gone on
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing: a terminal is for what the user asked."""
@@ -152,8 +154,7 @@ def in_lines(
         )
     head = Text.assemble((visible(contents.title), 'bold'), f'  {count(len(contents.records), "step")}')
     head.append(f'  {rate}' if rate else '', style='dim')
-    said = page.verdict(contents)
-    return Group(head, Text(said, style='bold red' if page.has_symptom(contents) else 'dim'), made)
+    return Group(head, Text(page.verdict(contents), style='bold'), made)
 
 
 def sparkline(values: Sequence[float], width: int, *, log: bool = False) -> str:
