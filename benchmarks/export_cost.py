@@ -6,6 +6,10 @@
 Records of ten fields: a noisy loss that falls, signals, a digest in each. Each export has a process of its own, whose
 largest memory is printed, too; a format whose library is not installed is skipped. Then the same records are shown to
 `jaxrnn.Alerts` one by one, several times, with a look each 100 and each 25 steps. Prints the median.
+
+    python benchmarks/export_cost.py --alerts_on=runs/demo
+
+instead shows the records of a run to alerts, and prints when each is told.
 """
 
 import resource
@@ -29,6 +33,7 @@ from jaxrnn import environment
 from jaxrnn.cli import common
 from jaxrnn.exports import FORMATS
 from jaxrnn.record import record_file
+from jaxrnn.record.record_file import RecordFile
 from jaxrnn.types import UserError
 
 SIGNALS = ('update_rms', 'step_rms', 'momentum_cosine', 'gradient_norm', 'update_norm', 'parameter_norm')
@@ -74,8 +79,28 @@ def alerts_cost(every: int, given: list[dict[str, Any]]) -> float:
     return 1e6 * seconds / len(given)
 
 
+def told(run: Path, every: int) -> None:
+    """When each alert on a run's records is told."""
+    now = 0
+
+    def say(alert: dict[str, Any]) -> None:
+        print(f'every={every}: {alert["kind"]} {alert["symptom"]} of step {alert["step"]}, told at {now}')
+
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        jaxrnn.Alerts(temporary, every=every, callback=say) as alerts,
+    ):
+        for row in RecordFile(run / 'records.jsonl').read():
+            now = row['step']
+            alerts(row)
+
+
 def main(arguments: list[str]) -> int:
     del arguments
+    if flags.FLAGS.alerts_on:
+        for every in (100, 25):
+            told(Path(flags.FLAGS.alerts_on), every)
+        return 0
     if flags.FLAGS.run:
         exported(Path(flags.FLAGS.run), flags.FLAGS.formats[0])
         return 0
@@ -97,6 +122,7 @@ def main(arguments: list[str]) -> int:
 flags.DEFINE_integer('records', 100_000, 'How many are exported.')
 flags.DEFINE_integer('rounds', 5, 'How often alerts are timed.')
 flags.DEFINE_list('formats', [*FORMATS], 'Those that are timed.')
+flags.DEFINE_string('alerts_on', '', 'A run: when would its alerts be told?')
 flags.DEFINE_string('run', '', 'For a process of its own: the run.')
 
 if __name__ == '__main__':
