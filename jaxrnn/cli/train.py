@@ -11,6 +11,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any, cast
 
 from absl import flags
@@ -22,14 +23,32 @@ from jaxrnn.cli.showing import LINE_EVERY, bar
 
 def define_flags() -> None:
     common.define_run('Where the run lives; made if need be.', default='runs/default')
+    common.define('run', 'branch_from', '', BRANCH_FROM)
+    common.define('run', 'branch_at', None, BRANCH_AT, at_least=0, at_most=common.MOST)
     common.define_config()
     common.define('alerts', 'on_symptom', '', ON_SYMPTOM)
 
+
+BRANCH_FROM = 'A run to go on from, in a directory of its own, under other flags: its state at --branch_at, moments and all.'
+BRANCH_AT = (
+    'The first step that is made under the other flags; any that the checkpoints of --branch_from reach to.'
+)
 
 ON_SYMPTOM = (
     'A command that is run at the first sign of trouble, and at each kind of symptom: {run}, {symptom}, {step} and '
     '{kind} (sign or symptom) in it are filled in. Without a shell. Also writes alerts.jsonl.'
 )
+
+
+def _branch():
+    """Where the run begins, if not at its own start. Raises UserError where only half of it is said."""
+    from jaxrnn.types import UserError
+    from jaxrnn.words import branching
+
+    run, step = flags.FLAGS.branch_from, flags.FLAGS.branch_at
+    if bool(run) != (step is not None):
+        raise UserError('--branch_from and --branch_at: one of them found, both or none expected')
+    return branching.Branch(run, step) if run else None
 
 
 class Display:
@@ -58,7 +77,7 @@ def main(arguments: list[str]) -> int:
     from jaxrnn.alerts import Alerts
     from jaxrnn.report import render_training
     from jaxrnn.types import UserError
-    from jaxrnn.words import run
+    from jaxrnn.words import branching, run
 
     if arguments:
         raise UserError(f'{arguments[0]!r} found, flags only expected; see --help')
@@ -66,9 +85,12 @@ def main(arguments: list[str]) -> int:
         signal.SIGUSR1, signal.SIG_IGN
     )  # it asks for a checkpoint: while none can be made, for nothing
     config, directory = common.config_from_flags(), common.run_dir()
+    branch = _branch()
     command = common.typed('on_symptom')
     alerts = Alerts(directory, command=command) if command else None
     environment.keep_compiled()
+    if branch is not None:
+        branching.begin(branch, Path(directory), config)
     console = common.console(file=cast(IO[str], common.Lasting()))
     display = Display(console, config.loop.max_steps)
     with display.progress, alerts or contextlib.nullcontext():

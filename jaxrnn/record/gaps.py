@@ -36,7 +36,9 @@ class Known(NamedTuple):
     digest_of: Callable[[int], str | None]  # of the state that a step with a checkpoint starts from
 
 
-def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) -> dict[int, Row]:
+def healed(
+    known: Known, stop: int, checkpoints: Sequence[int], replay: Replay, *, begins: int = 0
+) -> dict[int, Row]:
     """The records that are missing before `stop`, by step, as far as they can be told; a line of the log says so.
 
     Args:
@@ -44,8 +46,9 @@ def healed(known: Known, stop: int, checkpoints: Sequence[int], replay: Replay) 
         stop: the step that the run goes on with, from its checkpoint.
         checkpoints: the steps that have one, ascending.
         replay: computes steps again.
+        begins: the run's first step.
     """
-    lost = np.setdiff1d(np.arange(stop), known.records.steps).tolist()
+    lost = np.setdiff1d(np.arange(begins, stop), known.records.steps).tolist()
     starts = [at for at in checkpoints if at < stop]
     beyond = [step for step in lost if not starts or step < starts[0]]
     if beyond:

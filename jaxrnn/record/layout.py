@@ -62,6 +62,10 @@ class Paths(NamedTuple):
         return self.root / 'rewinds.json'
 
     @property
+    def branch(self) -> Path:
+        return self.root / 'branch.json'
+
+    @property
     def recorder(self) -> Path:
         return self.root / 'recorder.json'
 

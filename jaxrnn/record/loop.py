@@ -52,6 +52,7 @@ class LoopOptions(NamedTuple):
     debug_nans: bool = False
     max_minutes: float = 0  # from now on, after which the run ends with a checkpoint; 0: no limit
     step_timeout: float = 0  # seconds without a finished step, after which the process is ended; 0: no limit
+    begins: int = 0  # the run's first step, where `begin_at` was given another
 
 
 def run(
@@ -106,7 +107,7 @@ def run(
         def going(number: int, state: Tree) -> bool:
             return not (signals.caught or sink.ended or clock(number))
 
-        _heal(records, known, checkpoints, first, observed, batch_at, options.digest_every, going, watch)
+        _heal(records, known, checkpoints, first, observed, batch_at, options, going, watch)
         del known  # there may be many
         steps = functools.partial(
             advance, observed, batch_at, state, first, options.max_steps, digest_every=options.digest_every,
@@ -172,6 +173,30 @@ def rewind(directory: str | os.PathLike, step: int) -> None:
             files.sync(paths.records)
 
 
+def begin_at(directory: str | os.PathLike, step: int, state: Tree, identity: Mapping[str, str]) -> None:
+    """Gives a run that has none its first checkpoint: `run` begins with that step, and records begin there.
+
+    Args:
+        directory: of the run.
+        step: the first that it makes.
+        state: what that starts from.
+        identity: as in `run`.
+
+    Raises UserError as `run`.
+    """
+    paths = layout.Paths(Path(directory))
+    layout.make_directory(paths.root)
+    with layout.locked(paths):
+        records = RecordFile(paths.records)
+        writer = checkpoint.Writer(paths.checkpoints, keep_latest=1, keep_every=1)
+        sink = Sink(records, records.keep_before(step), lambda row: False)
+        try:
+            Saver(writer, sink, identity)(step, state)
+        finally:
+            records.close()
+            writer.close()
+
+
 def _start(
     paths: layout.Paths,
     checkpoints: checkpoint.Checkpoints,
@@ -207,7 +232,7 @@ def _heal(
     first: int,
     observed: telemetry.CompiledStep,
     batch_at: BatchAt,
-    digest_every: int,
+    options: LoopOptions,
     going: Callable[[int, Tree], bool],
     watch: ending.Watchdog,
 ) -> None:
@@ -231,7 +256,7 @@ def _heal(
             state,
             start,
             stop,
-            digest_every=digest_every,
+            digest_every=options.digest_every,
             put=put,
             before=going,
             doing=watch,
@@ -241,7 +266,8 @@ def _heal(
     def digest_of(step: int) -> str | None:
         return checkpoints.meta(step).get('state')
 
-    healed = gaps.healed(gaps.Known(known.between(0, first), digest_of), first, checkpoints.steps(), replay)
+    before = gaps.Known(known.between(0, first), digest_of)
+    healed = gaps.healed(before, first, checkpoints.steps(), replay, begins=options.begins)
     if healed:
         records.insert(healed)
 

@@ -1,5 +1,6 @@
 """What is asked of a run's directory before anything in it is believed: it may be a stranger's."""
 
+import reprlib
 from typing import NamedTuple
 
 from jaxrnn import files
@@ -23,12 +24,28 @@ def check_files(paths: layout.Paths) -> None:
     """Raises UserError for a run that leads out of its directory, or has a FIFO, a device or the like in it."""
     for path in (
         paths.config, paths.data, paths.records, paths.rewinds, paths.experiments, paths.evaluation,
-        paths.diagnosis, paths.flags, paths.alerts, paths.lock,
+        paths.diagnosis, paths.flags, paths.alerts, paths.branch, paths.lock,
     ):  # fmt: skip
         files.check_regular(path)
         # By this name earlier versions wrote; a link under it is somebody's, to have what it leads to overwritten.
         files.check_regular(path.with_name(f'{path.name}.part'))
     files.check_within(paths.checkpoints)
+
+
+def begins(paths: layout.Paths) -> int:
+    """The first step of a run; not 0 for one that was branched. Raises UserError where its note is damaged."""
+    if not paths.branch.exists():
+        return 0
+    try:
+        found = files.read_json(paths.branch)
+    except OSError as error:
+        raise UserError(f"{paths.branch}: it can't be read ({error.strerror})") from error
+    step = found.get('step') if isinstance(found, dict) else None
+    if type(step) is not int or step < 0:
+        raise UserError(
+            f'{paths.branch}: {reprlib.repr(found)} found, the run and the step branched from expected'
+        )
+    return step
 
 
 def check_allowed(paths: layout.Paths, config: Config, source: Source) -> None:

@@ -100,7 +100,7 @@ def train_run(
             loop.without(program.batch_at, rewind.skipped(rewinds)),
             program.init,
             directory,
-            _loop_options(config, most=stop.at, began=began),
+            _loop_options(config, paths, most=stop.at, began=began),
             identity={'config': config.digest(), 'data': dataset.digest},
             on_row=see,
         )
@@ -174,7 +174,7 @@ def read_config(paths: layout.Paths) -> Config:
         raise UserError(f'--run_dir: {paths.config} is not a configuration of jaxrnn ({said})') from error
 
 
-def _loop_options(config: Config, most: float, began: float) -> loop.LoopOptions:
+def _loop_options(config: Config, paths: layout.Paths, most: float, began: float) -> loop.LoopOptions:
     shared = {
         field: getattr(config.loop, field)
         for field in ('max_steps', 'checkpoint_every', 'keep_latest', 'keep_every', 'step_timeout')
@@ -183,7 +183,7 @@ def _loop_options(config: Config, most: float, began: float) -> loop.LoopOptions
         shared['max_minutes'] = max(minutes - (time.monotonic() - began) / 60, LEAST)
     checks = {field: getattr(config.training, field) for field in ('digest_every', 'checkify', 'debug_nans')}
     shared['max_steps'] = int(min(shared['max_steps'], most + 1))
-    return loop.LoopOptions(**shared, **checks)
+    return loop.LoopOptions(**shared, **checks, begins=opening.begins(paths))
 
 
 def _check_same_config(paths: layout.Paths, config: Config) -> None:
