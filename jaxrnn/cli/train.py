@@ -29,7 +29,7 @@ def define_flags() -> None:
     common.define('alerts', 'on_symptom', '', ON_SYMPTOM)
 
 
-BRANCH_FROM = 'A run to go on from, in a directory of its own, under other flags: its state at --branch_at, moments and all.'
+BRANCH_FROM = 'A run to go on from, in a directory of its own, under other flags: its state at --branch_at.'
 BRANCH_AT = (
     'The first step that is made under the other flags; any that the checkpoints of --branch_from reach to.'
 )
