@@ -28,6 +28,7 @@ from jaxrnn.experiment.outcome import (
     ExperimentReport,
     Outcome,
 )
+from jaxrnn.experiment.engine import budget_for
 from jaxrnn.experiment.strategies import FARTHER, bad_batches
 from jaxrnn.experiment.window import AFTER, FAR, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
@@ -685,3 +686,36 @@ def test_another_start_is_replayed_from_the_start(tmp_path):
     assert told.steps_replayed >= SYMPTOM + 51
     told = run(experiments(subject, budget=400), [still])
     assert [each.name for each in told.untried] == ['still']
+
+
+def test_the_budget_where_none_is_given():
+    """Twice what the symptom took to come, within bounds."""
+    found = {step: budget_for(step) for step in (0, 999, 1001, 3999, 4001, 10**6)}
+    assert found == {0: 2000, 999: 2000, 1001: 2002, 3999: 7998, 4001: 8000, 10**6: 8000}
+
+
+@pytest.mark.parametrize('given', [None, 2000])
+def test_a_budget_that_nobody_gave_is_for_changes_and_grows_with_the_time_they_are_judged_over(
+    tmp_path, given
+):
+    """A nudge puts the symptom off by 200 steps, through which each change must be judged then."""
+
+    def step(state, batch):
+        late = jnp.where(state['exact'] == 1, 200, 400)
+        return {**state, 'count': state['count'] + 1}, {'loss': jnp.float32(state['count'] >= late)}
+
+    def still(number):
+        return change(f'still {number}', lambda state, batch: (state, {'loss': jnp.float32(0)}))
+
+    first = {'count': jnp.int32(0), 'exact': jnp.float32(1)}
+    subject = subject_of(step, no_batch, lambda: first, tmp_path)
+    diagnosis, _ = replay.bisect(subject, (rule := detect.custom('loss > .5'),))
+    changes = [still(number) for number in range(20)]
+    _, report = explain(subject, diagnosis, lambda window, bad: changes, (rule,), budget=given)
+    length = report.nudge.symptom.step + 1 + AFTER - report.window.start
+    assert report.nudge.verdict == 'delayed' and report.nudge.symptom.step == 400
+    before = report.control.reached + report.nudge.reached - 2 * report.window.start
+    # A third is held back, and then half of that.
+    allowed = 2000 * length / report.window.length if given is None else 2000 - before
+    assert abs(len(report.outcomes) - 0.65 * allowed // length) <= 1, (len(report.outcomes), allowed, length)
+    assert (report.steps_replayed > 2000) == (given is None)

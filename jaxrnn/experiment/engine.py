@@ -21,7 +21,16 @@ from jaxrnn.record.records import Row, same, series
 from jaxrnn.types import UserError
 
 BUDGET = 2000
-"""Steps that a diagnosis may replay."""
+"""Steps that changes are replayed, where nobody says how many."""
+
+MOST_BUDGET = 8000
+"""Likewise, of a long run."""
+
+
+def budget_for(symptom: int) -> int:
+    """Steps that changes of a run are replayed, where nobody says how many: twice those that it took to its symptom, so
+    that a diagnosis takes no more than twice as long as the training did; BUDGET at least, MOST_BUDGET at most."""
+    return min(max(2 * symptom, BUDGET), MOST_BUDGET)
 
 
 class Experiments:

@@ -14,7 +14,7 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment.cause import cause_of
 from jaxrnn.experiment.changes import step_of
-from jaxrnn.experiment.engine import BUDGET, Experiments
+from jaxrnn.experiment.engine import Experiments, budget_for
 from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Outcome
 from jaxrnn.experiment.strategies import (
     FARTHER,
@@ -38,6 +38,7 @@ def run(
     *,
     by_batch: bool | None = None,
     combine: Combine = lambda change: None,
+    changes_only: bool = False,
 ) -> ExperimentReport:
     """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps the
     best tolerate; then the best replayed on, and its point of no return.
@@ -47,6 +48,7 @@ def run(
         changes: what to try.
         by_batch: as in `cause.cause_of`.
         combine: a change that tolerates longer steps, but not much longer -> it and another as one, if there is such.
+        changes_only: whether the budget is for the changes alone, and for more steps where each takes more.
     """
     window, budget = experiments.window, experiments.budget
     control, identical = experiments.control(ahead=changes[:1])
@@ -54,6 +56,9 @@ def run(
         return ExperimentReport(window, control, identical, None, (), None, tuple(changes), budget.spent)
     budget.hold_back(RESERVED)
     nudge = _nudge(experiments)
+    if changes_only:
+        budget.extend(experiments.window.length / window.length)
+        budget.hold_back(RESERVED)
     tried = in_turn(experiments, changes)
     budget.hold_back(RESERVED / 2)
     tried = confirm(experiments, tried, by_batch)
@@ -101,7 +106,8 @@ def explain(
         diagnosis: of `replay.bisect`.
         changes: of the window and the steps whose batches are bad -> what is to be tried, in that order.
         detectors: as the bisect had them.
-        budget: steps that may be replayed, those of the bisect included; if not given, BUDGET beside them.
+        budget: steps that may be replayed, those of the bisect included; if not given, `engine.budget_for` the
+            changes, beside them.
         combine: as in `run`.
         keep: as in `Experiments`.
     """
@@ -114,7 +120,7 @@ def explain(
     began = began_of(subject, diagnosis, detectors)
     lasting = symptom.kind in (*detect.LASTING, detect.WHEN)
     window = window_of(subject, symptom.step, began, lasting=lasting)
-    left = BUDGET if budget is None else budget - diagnosis.replay.steps_replayed
+    left = budget_for(symptom.step) if budget is None else budget - diagnosis.replay.steps_replayed
     if hardware:
         report = _computed_again(subject, symptom, window, detectors, left)
         return _with(diagnosis, diagnosis.cause, report), report
@@ -126,7 +132,9 @@ def explain(
     shows = identical and control.verdict == UNCHANGED  # or else nothing is asked of it
     bad = bad_batches(experiments) if shows else ()
     by_batch = bool(bad) or (shows and batches_changed(experiments))
-    report = run(experiments, changes(window, bad), by_batch=by_batch, combine=combine)
+    report = run(
+        experiments, changes(window, bad), by_batch=by_batch, combine=combine, changes_only=budget is None
+    )
     return _with(diagnosis, cause_of(report, by_batch=by_batch), report), report
 
 

@@ -98,7 +98,8 @@ def diagnose_run(
     Args:
         directory: of the run.
         detectors: as in `replay.bisect`.
-        budget: steps that may be replayed, those of the bisection included; if not given, 2,000 beside them.
+        budget: steps that may be replayed, those of the bisection included; if not given, twice as
+            many as the symptom took to come, from 2,000 to 8,000, beside them.
         good, bad: as in `replay.bisect`.
         fresh_runs: how many of the remedies that avert are also trained with from the start, with another seed, as far
             again as the symptom took to come.
