@@ -17,6 +17,7 @@ from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import window
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
+from jaxrnn.experiment.engine import budget_for
 from jaxrnn.experiment.explain import explain, run
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import (
@@ -28,7 +29,6 @@ from jaxrnn.experiment.outcome import (
     ExperimentReport,
     Outcome,
 )
-from jaxrnn.experiment.engine import budget_for
 from jaxrnn.experiment.strategies import FARTHER, bad_batches
 from jaxrnn.experiment.window import AFTER, FAR, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry

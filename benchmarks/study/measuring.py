@@ -37,7 +37,7 @@ DROP = 0.1
 def measured(directory: Path, full: bool) -> dict[str, Any]:
     """The result of a training run."""
     paths = layout.Paths(directory)
-    columns = series(RecordFile(paths.records).read())
+    columns = records_of(paths)
     diagnosis = json.loads(paths.diagnosis.read_text())
     config = json.loads(paths.config.read_text())
     found = {
@@ -45,7 +45,7 @@ def measured(directory: Path, full: bool) -> dict[str, Any]:
         'hidden': config['model']['hidden'],
         'seed': config['training']['seed'],
         'steps': int(columns['step'].size),
-        'first_step': int(columns['step'][0]),
+        'branch': None if not paths.branch.exists() else json.loads(paths.branch.read_text())['step'],
         'symptom': diagnosis['symptom'],
         'onset_step': diagnosis['onset_step'],
         **collapse_of(columns),
@@ -59,6 +59,17 @@ def measured(directory: Path, full: bool) -> dict[str, Any]:
         found['around'] = around(columns, found['collapse'])
         found['scores'] = scores(directory)
     return found
+
+
+def records_of(paths: layout.Paths) -> dict[str, np.ndarray]:
+    """Those of a run from its beginning on: of a branch those of its parent before it."""
+    own = series(RecordFile(paths.records).read())
+    if not paths.branch.exists():
+        return own
+    branch = json.loads(paths.branch.read_text())
+    before = records_of(layout.Paths(Path(branch['run'])))
+    kept = before['step'] < branch['step']
+    return {name: np.concatenate([before[name][kept], own[name]]) for name in own if name in before}
 
 
 def collapse_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:

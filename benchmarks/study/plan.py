@@ -1,6 +1,6 @@
 """Which runs the study is made of, in the order in which they are worth having. A new one is a line here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from benchmarks.study.tasks import Task
@@ -44,10 +44,35 @@ def small(network: str, width: int, variant: str, seed: int, flags: str, *, stop
     return trained(f'{network}{width}-{variant}-{seed}', f'{REAL} {more}')
 
 
+def branched(
+    parent: Task, variant: str, flags: str, at: Callable[[int], int], more: int, *, full: bool = False
+) -> Task:
+    """A run that goes on from a step of one that collapsed, under other flags.
+
+    Args:
+        parent: the run.
+        variant: in place of the parent's, in its name.
+        flags: other than the parent's.
+        at: step of the parent's collapse -> the first step under the other flags.
+        more: steps after that of the parent's collapse, through which it is trained.
+        full: as in `Task`.
+    """
+    network, _, seed = parent.name.split('-')
+    name = f'{network}-{variant}-{seed}'
+
+    def part(result: Mapping[str, Any]) -> tuple[int, int] | None:
+        collapse = result['collapse']
+        return None if collapse is None else (max(at(collapse['step']), 0), collapse['step'] + more)
+
+    flags = f'{parent.flags} {flags} --on_divergence=continue'
+    return Task(name, 'train', flags, name, after=parent.name, needed=collapsed, part=part, full=full)
+
+
 def tasks() -> Iterator[Task]:
     """All of them."""
     yield from stock()
     yield from rates()
+    yield from curvatures()
 
 
 def stock() -> Iterator[Task]:
@@ -62,9 +87,48 @@ def stock() -> Iterator[Task]:
 
 def rates() -> Iterator[Task]:
     """At which rate does which network collapse?"""
-    for rate in ('2e-3', '4e-3'):
-        yield real('gru', f'rate{rate}', 0, f'--learning_rate={rate}', stops=True)
-    for rate in ('8e-3', '4e-3', '16e-3'):
+    for rate in ('2e_3', '4e_3'):
+        yield real('gru', f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
+    for rate in ('8e_3', '4e_3', '16e_3'):
         for seed in range(2):
             for network in SIZES:
-                yield small(network, 128, f'rate{rate}', seed, f'--learning_rate={rate}', stops=True)
+                flags = f'--learning_rate={rate.replace("_", "-")}'
+                yield small(network, 128, f'rate{rate}', seed, flags, stops=True)
+
+
+def curvatures() -> Iterator[Task]:
+    """The curvature, as Adam feels it, through the steps before a collapse: nothing else is done otherwise."""
+    for network in ('stacked', 'lstm'):
+        run = real(network, 'stock', 0, stops=True)
+        yield branched(run, 'curvature', '--curvature_every=20', lambda step: step - 1500, 100, full=True)
+
+
+DATES = {'start': 0.0, 'sixth': 1 / 6, 'half': 1 / 2, 'late': 5 / 6, 'last': 0.98}
+"""Of switching something on, as shares of the steps to the collapse; of a collapse at step 6,000 they are the steps 0,
+1,000, 3,000, 5,000 and 5,900."""
+
+REMEDIES = {
+    'update_clip': '--update_clip=1.0',
+    'b2': '--b2=0.99',
+    'half': '--learning_rate={half}',
+    'eighth': '--learning_rate={eighth}',
+    'decaying': f'--schedule=warmup_cosine --decay_steps={STEPS}',
+    'amsgrad': '--second_moment=amsgrad',
+    'epsilon': '--epsilon=1e-5',
+    'norm_clip': '--clip=global_norm --clip_threshold=1.0',
+    'zclip': '--clip=zclip',
+    'sigmoid': '--gate=sigmoid',
+    'mask': '--mask_padding',
+    'cap': '--curvature_every=10 --curvature_cap=0.8',
+    'combined': f'--update_clip=1.0 --learning_rate={{half}} --schedule=warmup_cosine --decay_steps={STEPS}',
+}
+"""What is switched on, by name."""
+
+
+def doses(run: Task, rate: float, names: Iterable[str], dates: Iterable[str], more: int) -> Iterator[Task]:
+    """Each remedy at each date."""
+    for name in names:
+        flags = REMEDIES[name].format(half=f'{rate / 2:g}', eighth=f'{rate / 8:g}')
+        for date in dates:
+            share = DATES[date]
+            yield branched(run, f'{name}@{date}', flags, lambda step, share=share: round(share * step), more)

@@ -18,18 +18,18 @@ class Task(NamedTuple):
     flags: str  # without --run_dir
     run: str  # task whose directory it works in: its own, or that of the run that is diagnosed
     after: str = ''  # task whose result must be there first
-    step: Callable[[Mapping[str, Any]], int | None] | None = (
-        None  # result of `after` -> --branch_at; None: not needed
-    )
+    # Result of `after` -> --branch_at and --max_steps; None: it isn't needed.
+    part: Callable[[Mapping[str, Any]], tuple[int, int] | None] | None = None
     needed: Callable[[Mapping[str, Any]], bool] = lambda result: True  # whether, by the result of `after`
     full: bool = False  # whether its result keeps all signals, and scores of the checkpoints
 
     def arguments(self, results: Results, directory: Path) -> list[str]:
         """The script's flags."""
         found = [*shlex.split(self.flags), f'--run_dir={directory / self.run}']
-        if self.step is not None:
-            step = self.step(results[self.after])
-            found += [f'--branch_from={directory / self.after}', f'--branch_at={step}']
+        if self.part is not None:
+            part = self.part(results[self.after])
+            assert part is not None
+            found += [f'--branch_from={directory / self.after}', f'--branch_at={part[0]}', f'--max_steps={part[1]}']
         return found
 
     def ready(self, results: Results) -> bool:
@@ -41,7 +41,7 @@ class Task(NamedTuple):
         before = results.get(self.after)
         if before is None:
             return True
-        return self.needed(before) and (self.step is None or self.step(before) is not None)
+        return self.needed(before) and (self.part is None or self.part(before) is not None)
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
