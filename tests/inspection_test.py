@@ -92,6 +92,19 @@ def test_a_finite_step_is_held_against_the_last_ordinary_one(run):
     assert other.comparison.scores['loss'][0] == pytest.approx(losses[200], rel=1e-5)
 
 
+@pytest.mark.parametrize('ahead', [0, 1, 40, 159, 161, 200])
+def test_it_is_held_against_a_step_before_the_first_sign_where_that_is_near(run, ahead):
+    if run[0] == 'nan':
+        return
+    subject = subject_of(run)
+    diagnosis = Diagnosis(symptom=Symptom('spike', BAD), first_bad_step=BAD, onset_step=BAD - ahead)
+    _, found = inspection.locate(subject, diagnosis)
+    quiet = BAD - ahead if ahead <= 160 else BAD
+    losses = subject.columns()['loss']
+    median = np.median(losses[max(quiet - 200, 0) : quiet])
+    assert found.against == max(step for step in range(quiet) if losses[step] <= median)
+
+
 def test_without_records_it_is_held_against_the_step_before(run):
     if run[0] == 'outlier':
         assert inspection.inspect(subject_of(run, records=False), BAD, finite=True).against == BAD - 1

@@ -175,13 +175,20 @@ def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -
         found = inspect(subject, step, finite=True, against=_ordinary(subject, step), screens=screens)
         return found._replace(still=still)
     seen, step = step, _leap(subject, began, step)
-    against = _ordinary(subject, began)
+    sign = diagnosis.onset_step
+    quiet = began if sign is None or began - sign > NEAR else min(began, sign)
+    against = _ordinary(subject, quiet)
     if against is None and step > first:
         against = first  # it began with the first step of all
     found = inspect(subject, step, finite=True, against=against, screens=screens)
     if found.comparison is None or found.comparison.by_batch:
         return found
     return found._replace(leap=state_leap(subject, began, seen))
+
+
+NEAR = 160
+"""Steps before a symptom began within which its first sign is taken for the same thing: the state is no ordinary one
+from there on."""
 
 
 def _leap(subject: Subject, began: int, step: int) -> int:
