@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -442,3 +444,26 @@ def test_interrupt_saves_and_resumes(vectors, tmp_path):
     done = call('train', *flags)
     assert done.returncode in (0, 3)
     assert len(records.read_text().splitlines()) == 2000
+
+
+def test_what_is_advised_can_be_gone_on_with_from_where_it_was_proven(trained, tmp_path):
+    """The line that says so is a command that runs, and the branch has what the experiment had: no symptom."""
+    parent, run = f'--flagfile={trained[0]}/flags.txt', f'--run_dir={tmp_path / "run"}'
+    branch = f'--branch_from={trained[0]}', '--branch_at=43', '--learning_rate=1e38', '--max_steps=300'
+    done = call('train', parent, *branch, '--on_divergence=stop', run, '--json')
+    assert done.returncode == 3, done.stderr
+    screen = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=4000').stdout
+    (line,) = (line for line in screen.splitlines() if line.startswith('or from step '))
+    found = re.fullmatch(r'or from step (\d+) on: python (\S+) (.*)', line)
+    assert found is not None, line
+    start = int(found[1])
+    assert f' --branch_at={start} ' in line and start == 43, line
+    branched = subprocess.run(
+        [sys.executable, found[2], *shlex.split(found[3])], capture_output=True, text=True
+    )
+    assert branched.returncode == 0, branched.stderr
+    rows = [json.loads(row) for row in (tmp_path / 'run-2' / 'records.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [*range(start, 300)]
+    half = call('train', f'--branch_from={tmp_path / "run"}', f'--run_dir={tmp_path / "other"}')
+    assert half.returncode == 2 and half.stderr.count('\n') == 1 and '--branch_at' in half.stderr
+    assert not (tmp_path / 'other').exists()

@@ -29,7 +29,11 @@ class Task(NamedTuple):
         if self.part is not None:
             part = self.part(results[self.after])
             assert part is not None
-            found += [f'--branch_from={directory / self.after}', f'--branch_at={part[0]}', f'--max_steps={part[1]}']
+            found += [
+                f'--branch_from={directory / self.after}',
+                f'--branch_at={part[0]}',
+                f'--max_steps={part[1]}',
+            ]
         return found
 
     def ready(self, results: Results) -> bool:

@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> int:
     if not flags.FLAGS.json:  # before the page, for which there may be no room on the disk
         common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
         common.say(*(['', following] if following else []), file=sys.stdout)
+        if following and (start := _switched_on_at(advised_flags(diagnosis), found.report)) is not None:
+            common.say(_branched(advised_flags(diagnosis), directory.rstrip('/'), start), file=sys.stdout)
     page = report(
         directory, diagnosis, found.report, inspected=found.bisected.inspected, words=words, command=command,
         alarms=signals.ALARMS,
@@ -77,6 +79,19 @@ def main(arguments: list[str]) -> int:
     if diagnosis.replay.first_mismatch is not None:
         return common.IRREPRODUCIBLE
     return common.HEALTHY if diagnosis.symptom is None else common.DIVERGED
+
+
+def _switched_on_at(added, report) -> int | None:
+    """The step at which what is advised was switched on, and averted the symptom; None of what a run starts from."""
+    tried = () if report is None else report.outcomes
+    initial = any(outcome.change.initial for outcome in tried if outcome.change.flags == added)
+    return None if report is None or report.window is None or initial else report.window.start
+
+
+def _branched(added: str, directory: str, start: int) -> str:
+    """The line that says how to go on from where it was proven, without training what was good again."""
+    typed = f'--flagfile={directory}/flags.txt', f'--branch_from={directory}', f'--branch_at={start}'
+    return f'or from step {start} on: {invocation.line("train", *typed, f"--run_dir={directory}-2")} {added}'
 
 
 def _advised(added: str, directory: str) -> tuple[str, str]:

@@ -59,8 +59,7 @@ def diagnose(
         step, batch_at, directory: as in `bisect`.
         changes: what is tried, in this order, beside what any step can be given: shorter steps, other batches, float64;
             see `Change`. One that can't be made, traced or run is an outcome of its own, 'not possible: why'.
-        budget: steps that may be replayed, those of the bisection included; if not given, twice as
-            many as the symptom took to come, from 2,000 to 8,000, beside them.
+        budget: steps that may be replayed, those of the bisection included; if not given, see `engine.budget_for`.
         like, when, symptom, good, bad, digest_every, alarms, loss, batch_like: as in `bisect`.
 
     Returns:

@@ -89,6 +89,9 @@ class Change(NamedTuple):
     unjudged: tuple[int, ...] = ()
     # Whether that it averts outweighs that shorter steps do, too.
     decides: bool = False
+    # What it comes to at the steps that are replayed, where that isn't what it is from a run's start: a rate that has
+    # decayed by then is a small one all at once.
+    here: str = ''
     # Itself with steps so many times as long; None where that is the run as it was, which broke.
     stressed: 'Callable[[int], Change | None] | None' = None
 

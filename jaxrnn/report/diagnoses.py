@@ -18,6 +18,7 @@ from jaxrnn.experiment.outcome import (
     OTHER_BATCHES,
     UNCHANGED,
     WORSE,
+    Change,
     ExperimentReport,
     Outcome,
 )
@@ -144,12 +145,16 @@ def _experiments(report: ExperimentReport) -> RenderableType:
     made = table('change', 'outcome', 'up to', 'loss', left=('change', 'outcome'))
     for outcome in report.outcomes:
         made.add_row(
-            outcome.change.name,
+            _named(outcome.change),
             Text(_outcome(outcome), style=STYLES[outcome.verdict]),
             str(outcome.reached - 1),
             number(outcome.loss),
         )
     return Group(Text(f'the steps from {window.start} on, again, each under one change', style='dim'), made)
+
+
+def _named(change: Change) -> str:
+    return f'{change.name} ({change.here})' if change.here else change.name
 
 
 def _remedies(diagnosis: Diagnosis) -> RenderableType:

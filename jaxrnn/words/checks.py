@@ -109,7 +109,8 @@ def rate_may_stay(evidence: Evidence) -> Check:
         return check(name, None, 0, 'not tried')
     averted = tried[0].verdict == AVERTED
     since = report.window.start if report is not None and report.window is not None else 0
-    said = f'replayed from step {since} with one, the symptom is {tried[0].verdict}'
+    here = tried[0].change.here
+    said = f'replayed from step {since} with one{here and f" ({here})"}, the symptom is {tried[0].verdict}'
     return check(name, not averted, averted, said)
 
 

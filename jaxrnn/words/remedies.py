@@ -398,10 +398,20 @@ def change(
     make_program: train.MakeProgram = train.make_program,
     *,
     signals: bool = False,
+    at: int = 0,
 ) -> Change:
-    """A remedy as an experiment on a run of a configuration; its records have signals if these are asked for."""
+    """A remedy as an experiment on a run of a configuration.
 
-    def at(times: int) -> Change | None:
+    Args:
+        config: of the run.
+        dataset: its data.
+        remedy: what is done otherwise.
+        make_program: as in `run.train_run`.
+        signals: whether its records have signals, too.
+        at: the first step that is replayed under it.
+    """
+
+    def longer(times: int) -> Change | None:
         other = applied(config, remedy)
         rate = other.optimiser.learning_rate
         if times > 1:
@@ -428,13 +438,23 @@ def change(
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
             MECHANISMS.get(remedy.removes), other, remedy.initial, identity,
-            shortens={*remedy.options(config)} <= SHORTENING, stressed=at if can_be_stressed else None,
+            shortens={*remedy.options(config)} <= SHORTENING, here=_rate_at(config, other, at),
+            stressed=longer if can_be_stressed else None,
         )  # fmt: skip
 
-    made = at(1)
+    made = longer(1)
     if made is None:
         raise ValueError(f'{remedy.name} changes nothing')
     return made
+
+
+def _rate_at(config: Config, other: Config, step: int) -> str:
+    """What another schedule makes of the rate at a step, as a person reads it; '' where the schedule is no other."""
+    ours, theirs = config.optimiser, other.optimiser
+    if (ours.schedule, ours.warmup_steps) == (theirs.schedule, theirs.warmup_steps):
+        return ''
+    rates = [float(optimisers.learning_rate(options)(step)) for options in (ours, theirs)]
+    return f'{rates[1] / rates[0]:.2g} x the rate at step {step}' if rates[0] > 0 else ''
 
 
 def converted(

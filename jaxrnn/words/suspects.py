@@ -38,10 +38,12 @@ class Suspects:
         self.by_name: dict[str, remedies.Remedy] = {}
         self._opened, self._subject, self._make_program = opened, subject, make_program
         read = frozenset().union(*(detector.rule.fields for detector in detectors))
+        self._at = 0
         self._signals = bool(read & {signal.name for signal in SIGNALS})
 
     def changes(self, symptom: Symptom, window: Window) -> list[Change]:
         """Those that may avert a symptom."""
+        self._at = window.start
         before = self._opened.records.between(0, symptom.step)
         sharpness = _sharpness(window.start, self._opened, self._subject)
         facts = remedies.Facts(symptom.kind, window.lasting, series(before), sharpness)
@@ -56,7 +58,9 @@ class Suspects:
     def _change(self, remedy: remedies.Remedy) -> Change:
         self.by_name[remedy.name] = remedy
         config, dataset = self._opened.config, self._opened.dataset
-        return remedies.change(config, dataset, remedy, self._make_program, signals=self._signals)
+        return remedies.change(
+            config, dataset, remedy, self._make_program, signals=self._signals, at=self._at
+        )
 
 
 SHARPENED = 10
