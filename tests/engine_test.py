@@ -16,7 +16,7 @@ from jaxrnn.bisect import replay
 from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import window
 from jaxrnn.experiment.cause import cause_of, ranked
-from jaxrnn.experiment.changes import in_float64, other_batches, without_batch
+from jaxrnn.experiment.changes import in_float64, in_slow_motion, other_batches, without_batch
 from jaxrnn.experiment.engine import budget_for
 from jaxrnn.experiment.explain import explain, run
 from jaxrnn.experiment.mechanisms import Mechanism
@@ -719,3 +719,64 @@ def test_a_budget_that_nobody_gave_is_for_changes_and_grows_with_the_time_they_a
     allowed = 2000 * length / report.window.length if given is None else 2000 - before
     assert abs(len(report.outcomes) - 0.65 * allowed // length) <= 1, (len(report.outcomes), allowed, length)
     assert (report.steps_replayed > 2000) == (given is None)
+
+
+def overshooting(rate, noise=0.0, leaves=700):
+    """Descent on log cosh(5 x), whose minimum bears no step longer than .4: x jumps from side to side of it. From a step
+    on what isn't at the minimum grows."""
+
+    def step(x, batch):
+        moved = x - rate * jnp.tanh(5 * x) + rate * noise * batch['noise']
+        return jnp.where(batch['late'], 1.1 * x, moved), {'loss': x * x}
+
+    def batch_at(number):
+        return {
+            'late': np.bool_(number >= leaves),
+            'noise': np.float32(np.random.default_rng(number).normal()),
+        }
+
+    return step, batch_at
+
+
+@pytest.mark.parametrize(
+    'rate, noise, held_up',
+    [
+        (0.5, 0, True),  # at a tenth it falls to the minimum
+        (0.5, 0.01, True),
+        (0.1, 1, False),  # the noise of the batches, which falls as the steps do
+        (0.02, 1, False),
+    ],
+)
+def test_a_loss_that_the_length_of_the_steps_held_up(tmp_path, rate, noise, held_up):
+    """Is told from one that the noise of the batches did: it falls farther than the steps are shortened."""
+    step, batch_at = overshooting(rate, noise)
+    subject = subject_of(step, batch_at, lambda: jnp.float32(0.3), tmp_path, steps=760)
+    level = float(np.max(subject.columns()['loss'][200:700]))
+    rule = detect.custom(f'loss > {16 * level}')
+    diagnosis, _ = replay.bisect(subject, (rule,))
+    tenth = in_slow_motion(subject, 0.1, 'a tenth of each step')
+    found, report = explain(subject, diagnosis, lambda window, bad: [tenth], (rule,))
+    assert report.stood is not None and report.stood.steps == 3 * report.window.length
+    (outcome,) = report.outcomes
+    if held_up:
+        assert outcome.verdict == 'averted' and found.cause.why.startswith('steps too long (for ')
+        assert f'it falls to {outcome.loss:.1e}' in found.cause.why
+    else:
+        assert 'too long' not in found.cause.why
+
+
+def test_a_loss_that_was_still_falling_was_held_up_by_nothing(tmp_path):
+    """Shorter steps make it fall less, or more: nobody knows why."""
+
+    def step(state, batch):
+        x, left = state['x'], state['left']
+        grown = jnp.where(batch, 1.1 * x, x - 0.5 * left * jnp.tanh(5 * x / left))
+        return {'x': grown, 'left': left * 0.998}, {'loss': x * x}
+
+    first = {'x': jnp.float32(0.3), 'left': jnp.float32(1)}
+    subject = subject_of(step, lambda number: np.bool_(number >= 700), lambda: first, tmp_path, steps=760)
+    rule = detect.custom(f'loss > {16 * float(subject.columns()["loss"][690])} and step > 690')
+    diagnosis, _ = replay.bisect(subject, (rule,))
+    tenth = in_slow_motion(subject, 0.1, 'a tenth of each step')
+    found, report = explain(subject, diagnosis, lambda window, bad: [tenth], (rule,))
+    assert report.stood is None and 'too long' not in found.cause.why

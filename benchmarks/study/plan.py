@@ -71,8 +71,11 @@ def branched(
 def tasks() -> Iterator[Task]:
     """All of them."""
     yield from stock()
-    yield from rates()
     yield from curvatures()
+    yield from rates()
+    yield from words()
+    yield from prevented()
+    yield from dated()
 
 
 def stock() -> Iterator[Task]:
@@ -87,13 +90,26 @@ def stock() -> Iterator[Task]:
 
 def rates() -> Iterator[Task]:
     """At which rate does which network collapse?"""
-    for rate in ('2e_3', '4e_3'):
-        yield real('gru', f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
+    for network, rate in (('gru', '2e_3'), ('gru', '4e_3'), ('lstm', '2e_3'), ('gru', '8e_3')):
+        yield real(network, f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
     for rate in ('8e_3', '4e_3', '16e_3'):
         for seed in range(2):
             for network in SIZES:
                 flags = f'--learning_rate={rate.replace("_", "-")}'
                 yield small(network, 128, f'rate{rate}', seed, flags, stops=True)
+
+
+def words() -> Iterator[Task]:
+    """With fewer words, learnt sooner."""
+    for network, rate in (
+        ('lstm', '8e-3'),
+        ('gru', '8e-3'),
+        ('lstm', '16e-3'),
+        ('gru', '16e-3'),
+        ('gru', '32e-3'),
+    ):
+        flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
+        yield small(network, 128, f'words256_rate{rate.replace("-", "_")}', 0, flags, stops=True)
 
 
 def curvatures() -> Iterator[Task]:
@@ -125,10 +141,40 @@ REMEDIES = {
 """What is switched on, by name."""
 
 
+TRAINED = {'lstm': STEPS, 'gru': STEPS, 'stacked': 4000}
+"""Steps under a remedy from the start: the stacked network's collapses came before step 2,000."""
+
+
+def prevented() -> Iterator[Task]:
+    """What averts a collapse, on from the start."""
+    for name in ('combined', 'decaying', 'update_clip', 'half', 'b2'):
+        for seed in range(3):
+            for network in ('stacked', 'lstm'):
+                flags = f'{remedy(name, 1e-3)} --max_steps={TRAINED[network]}'
+                yield real(network, f'{name}@start', seed, flags, stops=True)
+
+
+def remedy(name: str, rate: float) -> str:
+    """Its flags, at a learning rate."""
+    return REMEDIES[name].format(half=f'{rate / 2:g}', eighth=f'{rate / 8:g}')
+
+
 def doses(run: Task, rate: float, names: Iterable[str], dates: Iterable[str], more: int) -> Iterator[Task]:
     """Each remedy at each date."""
     for name in names:
-        flags = REMEDIES[name].format(half=f'{rate / 2:g}', eighth=f'{rate / 8:g}')
+        flags = remedy(name, rate)
         for date in dates:
             share = DATES[date]
             yield branched(run, f'{name}@{date}', flags, lambda step, share=share: round(share * step), more)
+
+
+DEMO = '--num_words=256 --test_share=0 --learning_rate=6e-3'
+"""Of the quickest natural collapse: the stacked network at width 128, as `jaxrnn demo` trains it."""
+
+
+def dated() -> Iterator[Task]:
+    """Dose and date: what does switching something on at a step bring?"""
+    for seed in range(3):
+        yield (run := small('stacked', 128, 'demo', seed, DEMO, stops=True))
+        names = ('update_clip', 'half', 'decaying', 'combined', 'cap', 'epsilon', 'b2', 'eighth', 'amsgrad')
+        yield from doses(run, 6e-3, names, ('start', 'half', 'late', 'last'), 1500)

@@ -187,13 +187,14 @@ def main(arguments: list[str]) -> int:
     return common.HEALTHY
 
 
-common.define('run', 'directory', 'runs/study', 'Where the runs live; some 2 GB each at full size.')
-common.define('run', 'only', '', 'Tasks whose names contain one of these, between commas; else all.')
-common.define(
-    'run', 'minutes', 0.0, 'Minutes after which what runs is saved, and this ends; 0: until all is done.'
-)
-common.define('run', 'workers', 0, 'Tasks at once, each on a processor of its own; 0: as many as processors.')
-common.define('run', 'list', False, 'List the tasks and their results, and run none.')
-
 if __name__ == '__main__':
+    common.define('run', 'directory', 'runs/study', 'Where the runs live; some 2 GB each at full size.')
+    common.define('run', 'only', '', 'Tasks whose names contain one of these, between commas; else all.')
+    common.define(
+        'run', 'minutes', 0.0, 'Minutes after which what runs is saved, and this ends; 0: until all is done.'
+    )
+    common.define(
+        'run', 'workers', 0, 'Tasks at once, each on a processor of its own; 0: as many as processors.'
+    )
+    common.define('run', 'list', False, 'List the tasks and their results, and run none.')
     common.main(main, __doc__)

@@ -95,10 +95,35 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
         evidence[0].change.points_to,
     )
     also = f'; so does {_listed([outcome.change.name for outcome in others])}' if others else ''
-    named = '' if mechanism is None else f'{_named(mechanism)}: '
+    named = _held_up(report) if mechanism is None else f'{_named(mechanism)}: '
     if evidence[0].change.unjudged:
         named = f'{evidence[0].change.means}: '
     return Cause(kind, f'{named}{best.change.name} averts it{also}{fails}')
+
+
+HELD_UP = 10
+"""Times that a loss falls farther than its steps were shortened: what chance in the batches adds to a loss that stands
+still falls as the steps do, and no farther (Robbins & Monro 1951; for Adam as measured, decision 27)."""
+
+
+def _held_up(report: ExperimentReport) -> str:
+    """That a loss that had stood still for long fell at once when steps were shortened, and by far more than they were:
+    it was their length that held it up, long before anything showed. '' where that isn't so."""
+    if report.stood is None:
+        return ''
+    fell = [
+        (report.stood.loss / outcome.loss, outcome)
+        for outcome in report.outcomes
+        if outcome.verdict == AVERTED and outcome.change.shortens > 1 and outcome.loss > 0
+    ]
+    fell = [(times, outcome) for times, outcome in fell if times >= HELD_UP * outcome.change.shortens]
+    if not fell:
+        return ''
+    _, outcome = max(fell, key=lambda each: each[0] / each[1].change.shortens)
+    return (
+        f'steps too long (for {report.stood.steps:,} steps the loss had stood at {report.stood.loss:.1e}; under '
+        f'{outcome.change.name} it falls to {outcome.loss:.1e}): '
+    )
 
 
 NO_EVIDENCE = {

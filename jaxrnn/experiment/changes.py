@@ -132,7 +132,7 @@ def in_slow_motion(subject: Subject, share: float, name: str) -> Change:
 
     return Change(
         name, 'optimiser', lambda: Changed(shorter, subject.batch_at),
-        means='steps are shorter, as a lower learning rate makes them', identity=name, shortens=True,
+        means='steps are shorter, as a lower learning rate makes them', identity=name, shortens=1 / share,
     )  # fmt: skip
 
 

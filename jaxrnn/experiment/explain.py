@@ -15,7 +15,7 @@ from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment.cause import cause_of
 from jaxrnn.experiment.changes import step_of
 from jaxrnn.experiment.engine import Experiments, budget_for
-from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Outcome
+from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Level, Outcome
 from jaxrnn.experiment.strategies import (
     FARTHER,
     Combine,
@@ -135,7 +135,23 @@ def explain(
     report = run(
         experiments, changes(window, bad), by_batch=by_batch, combine=combine, changes_only=budget is None
     )
+    report = report._replace(stood=_stood(subject, report.window or window))
     return _with(diagnosis, cause_of(report, by_batch=by_batch), report), report
+
+
+STOOD = 3
+"""Windows before a window, over which a loss that stands still falls by less than half, by their medians."""
+
+
+def _stood(subject: Subject, window: Window) -> Level | None:
+    """The loss before a window, if it had stood still for long; None where it hadn't, or isn't known."""
+    steps, loss = STOOD * window.length, subject.loss
+    rows = subject.recorded.between(window.start - steps, window.start)
+    if loss is None or len(rows) < steps or loss not in rows.columns:
+        return None
+    losses = np.array_split(rows.columns[loss], STOOD)
+    first, last = float(np.median(losses[0])), float(np.median(losses[-1]))
+    return Level(last, steps) if np.isfinite([first, last]).all() and first / 2 < last < 2 * first else None
 
 
 def _computed_again(

@@ -24,6 +24,7 @@ KNOWN = (
     Mechanism('second-moment decay', "Adam's v decays in quiet steps until the next ones are too long", 4),
     Mechanism('outrun second moment', 'gradients grow faster than v, their squared mean, follows', 5),
     Mechanism('outlying gradients', 'single gradients far above the others throw the weights off', 6),
+    Mechanism('edge of stability', 'the loss curves more along a step than steps of this length can bear', 7),
 )
 """The narrowest first. A change that makes all steps shorter takes away none in particular."""
 

@@ -83,8 +83,9 @@ class Change(NamedTuple):
     # Whether it keeps away from the batch that breaks the run, and so says nothing of the next one like it: evidence of
     # the cause, and the last thing to advise.
     avoids: bool = False
-    # Whether all it does is to make steps shorter, which helps against almost anything for a while.
-    shortens: bool = False
+    # How many times as short its steps are, if that is all it does, which helps against almost anything for a while;
+    # 0 if it does something else.
+    shortens: float = 0
     # Steps whose records say nothing of whether it averts: of one that takes back what a step did.
     unjudged: tuple[int, ...] = ()
     # Whether that it averts outweighs that shorter steps do, too.
@@ -115,6 +116,13 @@ class Outcome(NamedTuple):
     losses: tuple[float, ...] = ()  # of the steps under it, up to the one before `reached`
 
 
+class Level(NamedTuple):
+    """A loss that stood still."""
+
+    loss: float  # the median of the last steps before a window
+    steps: int  # for which it had, at least
+
+
 class ExperimentReport(NamedTuple):
     """What all experiments gave."""
 
@@ -129,3 +137,4 @@ class ExperimentReport(NamedTuple):
     untried: tuple[Change, ...] = ()  # for want of budget
     steps_replayed: int = 0
     inspected: Inspection | None = None  # the first bad step
+    stood: Level | None = None  # the loss before the window, if it had stood still

@@ -5,6 +5,7 @@ A new one is an entry of REMEDIES. Formulas and sources of what they switch on a
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -34,10 +35,10 @@ MECHANISMS: Mapping[str, Mechanism] = {
             'the recurrent weights start several times larger than any library has them', 2,
         ),
         Mechanism('excessive learning rate', 'the rate is tens of times that at which Adam is used', 2),
-        Mechanism('shut gates', 'hard gates pass no gradient where they are shut', 7, wide=True),
-        Mechanism('short memory', 'gates forget a word before it ends', 8, wide=True),
-        Mechanism('recurrent gain', 'the recurrent weights amplify the state from step to step', 9, wide=True),
-        Mechanism('padding', 'what follows the last letter overwrites the state', 10, wide=True),
+        Mechanism('shut gates', 'hard gates pass no gradient where they are shut', 8, wide=True),
+        Mechanism('short memory', 'gates forget a word before it ends', 9, wide=True),
+        Mechanism('recurrent gain', 'the recurrent weights amplify the state from step to step', 10, wide=True),
+        Mechanism('padding', 'what follows the last letter overwrites the state', 11, wide=True),
     )
 }  # fmt: skip
 """What makes these networks break, by name: what anybody's run can suffer from, and their own."""
@@ -282,6 +283,7 @@ REMEDIES = (
     ),
     _fixed(
         'capped curvature', 'optimiser', 'steps are shortened where the loss curves along them',
+        'edge of stability',
         suggested='update_curvature > .8', curvature_every=10, curvature_cap=0.8,
     ),
     _fixed(
@@ -438,7 +440,8 @@ def change(
         return Change(
             name, remedy.points_to, make, flags(config, remedy) if times == 1 else '', remedy.means,
             MECHANISMS.get(remedy.removes), other, remedy.initial, identity,
-            shortens={*remedy.options(config)} <= SHORTENING, here=_rate_at(config, other, at),
+            shortens=_shorter(config, other, at) if {*remedy.options(config)} <= SHORTENING else 0,
+            here=_rate_at(config, other, at),
             stressed=longer if can_be_stressed else None,
         )  # fmt: skip
 
@@ -453,8 +456,14 @@ def _rate_at(config: Config, other: Config, step: int) -> str:
     ours, theirs = config.optimiser, other.optimiser
     if (ours.schedule, ours.warmup_steps) == (theirs.schedule, theirs.warmup_steps):
         return ''
-    rates = [float(optimisers.learning_rate(options)(step)) for options in (ours, theirs)]
-    return f'{rates[1] / rates[0]:.2g} x the rate at step {step}' if rates[0] > 0 else ''
+    times = _shorter(config, other, step)
+    return f'{1 / times:.2g} x the rate at step {step}' if 0 < times < math.inf else ''
+
+
+def _shorter(config: Config, other: Config, step: int) -> float:
+    """How many times as short the steps are at a step."""
+    ours, theirs = (float(optimisers.learning_rate(each.optimiser)(step)) for each in (config, other))
+    return ours / theirs if theirs > 0 else math.inf
 
 
 def converted(

@@ -120,7 +120,7 @@ class _Door:
         return Change(
             name if times == 1 else f'{name}, {times} x', 'optimiser', lambda: self._made({}, times / by),
             self._slower_as_typed(by) if times == 1 else '', 'steps are shorter',
-            identity=self._identity({}, times / by), shortens=True,
+            identity=self._identity({}, times / by), shortens=by / times,
             stressed=(lambda times: self.slower(by, name, times) if times < by else None) if times == 1 else None,
         )  # fmt: skip
 

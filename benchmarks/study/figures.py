@@ -1,0 +1,173 @@
+"""The pictures of docs/why-training-collapses.md, of what is in results/.
+
+python benchmarks/study/figures.py
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[0] = str(ROOT)
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.study import tasks
+from benchmarks.study.run import RESULTS
+from jaxrnn.cli import common
+
+IMAGES = ROOT / 'docs' / 'images'
+NETWORKS = {'lstm': 'LSTM(1024)', 'gru': 'GRU(1024)', 'stacked': 'two LSTM(512)'}
+TRAIN, TEST, MARK = '#1f5fa8', '#d9822b', '#b3261e'
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def curves(results: Results) -> plt.Figure:
+    """Accuracy and loss of the words that are trained on, and of those that are never shown."""
+    shown = [
+        (title, results[f'{name}-stock-0'])
+        for name, title in NETWORKS.items()
+        if f'{name}-stock-0' in results
+    ]
+    figure, axes = plt.subplots(2, len(shown), figsize=(4 * len(shown), 5.4), sharex='col', squeeze=False)
+    for column, (title, result) in enumerate(shown):
+        top, bottom = axes[:, column]
+        curve, scores = result['curve'], result['scores']
+        steps = [score['step'] for score in scores]
+        top.plot(curve['step'], curve['accuracy'], color=TRAIN, label='512 words it learns')
+        top.plot(
+            steps, [score['test']['accuracy'] for score in scores], color=TEST, label='128 it has never seen'
+        )
+        bottom.semilogy(curve['step'], curve['loss'], color=TRAIN)
+        bottom.semilogy(steps, [score['test']['loss'] for score in scores], color=TEST)
+        for axis in (top, bottom):
+            _mark(axis, result)
+        top.set(title=title, ylim=(0, 1))
+        bottom.set(xlabel='step')
+    axes[0, 0].set_ylabel('accuracy, as Keras has it')
+    axes[1, 0].set_ylabel('mean squared error')
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def collapses(results: Results) -> plt.Figure:
+    """Each step around the collapse."""
+    shown = [
+        (title, result)
+        for name, title in NETWORKS.items()
+        for result in [
+            next((r for n, r in results.items() if n.startswith(f'{name}-') and r.get('around')), None)
+        ]
+        if result is not None
+    ]
+    fields = {
+        'accuracy': 'accuracy',
+        'loss': 'loss',
+        'gradient_norm': 'gradient norm',
+        'update_norm': 'update norm',
+    }
+    figure, axes = plt.subplots(
+        len(fields), len(shown), figsize=(4 * len(shown), 7), sharex='col', squeeze=False
+    )
+    for column, (title, result) in enumerate(shown):
+        around = result['around']
+        ahead = np.array(around['step']) - result['collapse']['step']
+        for axis, (field, name) in zip(axes[:, column], fields.items(), strict=True):
+            (axis.plot if field == 'accuracy' else axis.semilogy)(
+                ahead, around[field], color=TRAIN, linewidth=0.8
+            )
+            axis.axvline(0, color=MARK, linewidth=0.8)
+            if not column:
+                axis.set_ylabel(name)
+        axes[0, column].set(title=title, ylim=(0, 1))
+        axes[-1, column].set_xlabel('steps from the collapse')
+    return figure
+
+
+CREEPING = {
+    'update_rms': ('g² over v, root of the mean', 'linear'),
+    'step_rms': ('step over learning rate', 'linear'),
+    'momentum_cosine': ('cosine of gradient and momentum', 'linear'),
+    'parameter_norm': ('norm of the weights', 'linear'),
+    'saturated_output_gate': ('saturated output gates', 'linear'),
+    'loss': ('loss', 'log'),
+}
+
+
+def creeping(results: Results) -> plt.Figure:
+    """What moved for thousands of steps before, in every seed of the LSTM and the stacked network."""
+    names = [name for name in ('lstm', 'gru', 'stacked') if f'{name}-stock-0' in results]
+    figure, axes = plt.subplots(
+        len(CREEPING), len(names), figsize=(4 * len(names), 10), sharex='col', squeeze=False
+    )
+    for column, name in enumerate(names):
+        for result in (r for n, r in results.items() if n.startswith(f'{name}-stock-') and 'curve' in r):
+            curve = result['curve']
+            for axis, (field, (said, scale)) in zip(axes[:, column], CREEPING.items(), strict=True):
+                if field in curve:
+                    axis.plot(curve['step'], curve[field], linewidth=0.9)
+                axis.set_yscale(scale)
+                if not column:
+                    axis.set_ylabel(said, fontsize=7)
+        axes[0, column].set_title(NETWORKS[name])
+        axes[-1, column].set_xlabel('step')
+    return figure
+
+
+def curvature(results: Results) -> plt.Figure:
+    """The curvature as Adam feels it, up to a collapse; 1 is where Adam turns unstable."""
+    shown = [(t, results[f'{n}-curvature-0']) for n, t in NETWORKS.items() if f'{n}-curvature-0' in results]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 3.4), squeeze=False)
+    for axis, (title, result) in zip(axes[0], shown, strict=True):
+        curve = result['curve']
+        kept = np.array(curve['step']) >= result['branch']
+        for field, said, colour in (
+            ('preconditioned_sharpness', 'in the sharpest direction', TEST),
+            ('update_curvature', 'along the step', TRAIN),
+        ):
+            axis.semilogy(
+                np.array(curve['step'])[kept], np.array(curve[field], float)[kept], color=colour, label=said
+            )
+        axis.axhline(1, color='grey', linewidth=0.8, linestyle='--')
+        _mark(axis, result)
+        axis.set(title=title, xlabel='step')
+    axes[0, 0].set_ylabel('curvature, in units of the largest stable one')
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+FIGURES: Mapping[str, Callable[[Results], plt.Figure]] = {
+    'curves': curves, 'collapses': collapses, 'creeping': creeping, 'curvature': curvature,
+}  # fmt: skip
+
+
+def _mark(axis: plt.Axes, result: Mapping[str, Any]) -> None:
+    if result['collapse']:
+        axis.axvline(result['collapse']['step'], color=MARK, linewidth=0.8)
+
+
+def main(arguments: list[str]) -> int:
+    del arguments
+    results = tasks.read(RESULTS)
+    for name, draw in FIGURES.items():
+        figure = draw(results)
+        for axis in figure.axes:
+            axis.spines[['top', 'right']].set_visible(False)
+        figure.tight_layout()
+        path = IMAGES / f'why-{name}.png'
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        print(path.relative_to(ROOT))
+    return common.HEALTHY
+
+
+if __name__ == '__main__':
+    common.main(main, __doc__)
