@@ -722,8 +722,8 @@ def test_a_budget_that_nobody_gave_is_for_changes_and_grows_with_the_time_they_a
 
 
 def overshooting(rate, noise=0.0, leaves=700):
-    """Descent on log cosh(5 x), whose minimum bears no step longer than .4: x jumps from side to side of it. From a step
-    on what isn't at the minimum grows."""
+    """Descent on log cosh(5 x), whose minimum bears no step longer than .4: x jumps from side to side of it. From a
+    step on what isn't at the minimum grows."""
 
     def step(x, batch):
         moved = x - rate * jnp.tanh(5 * x) + rate * noise * batch['noise']
