@@ -105,6 +105,24 @@ def test_it_is_held_against_a_step_before_the_first_sign_where_that_is_near(run,
     assert found.against == max(step for step in range(quiet) if losses[step] <= median)
 
 
+@pytest.mark.parametrize('sign', [BAD - 3, BAD, BAD + 3])
+def test_a_collapse_is_looked_into_at_the_step_that_set_it_off(run, sign):
+    """Not where it is recognised: by then other examples are in the batch."""
+    if run[0] == 'nan':
+        return
+    diagnosis = Diagnosis(symptom=Symptom('collapse', BAD + 6), first_bad_step=BAD + 6, onset_step=sign)
+    told, found = inspection.locate(subject_of(run), diagnosis)
+    moved = subject_of(run).columns()['state_moved']
+    assert found.step == found.set_off.step == BAD and found.against < BAD
+    assert found.set_off.times == pytest.approx(moved[BAD] / moved[BAD - 1], rel=1e-5)
+    assert told.where['examples'] == [ROW]
+    (said,) = (check for check in told.checks if check['name'] == 'no step sets off the next ones')
+    assert said['value'] == BAD and f'at step {BAD + 6} grew from there' in said['why']
+    for kind, at in (('spike', BAD + 6), ('collapse', BAD - 30)):
+        other = Diagnosis(symptom=Symptom(kind, at), first_bad_step=at, onset_step=at - 3)
+        assert inspection.locate(subject_of(run), other)[1].set_off is None
+
+
 def test_without_records_it_is_held_against_the_step_before(run):
     if run[0] == 'outlier':
         assert inspection.inspect(subject_of(run, records=False), BAD, finite=True).against == BAD - 1

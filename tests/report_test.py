@@ -45,7 +45,7 @@ def change(**other) -> trace.Comparison:
 INSPECTED = inspection.Inspection(12, None, change(), 10)
 
 CHANGED = """
-against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+step 12 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
 
  state  batch  loss  accuracy
  ────────────────────────────
@@ -89,7 +89,7 @@ IN_SHORT = """
 spike at step 12: the loss leapt far above its trailing median
 proven: 3 steps replayed from 1 checkpoint, bit for bit as recorded
 
-against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+step 12 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
   parameters: cell/kernel 80 %
   saturated: cell/forget gate 0.1 → 0.5 (most at time step 4)
   backward: cell, most at time step 2, 0.01 → 0.2
@@ -101,7 +101,7 @@ checkify: found nothing
  ──────────
    12     2
 
-words of the batch: river stone bird
+words of the batch of step 12: river stone bird
 """
 
 
@@ -286,7 +286,7 @@ REMEDIES = tuple(
 DIAGNOSED = """
 spike at step 12: the loss leapt far above its trailing median
 it began at step 7, and was recognised at step 12
-against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
+step 12 against step 10: loss 0.5 → 2, 7 % by the batch, 93 % by the state
   parameters: cell/kernel 80 %
   saturated: cell/forget gate 0.1 → 0.5 (most at time step 4)
   backward: cell, most at time step 2, 0.01 → 0.2

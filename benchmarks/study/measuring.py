@@ -69,7 +69,11 @@ def records_of(paths: layout.Paths) -> dict[str, np.ndarray]:
     branch = json.loads(paths.branch.read_text())
     before = records_of(layout.Paths(Path(branch['run'])))
     kept = before['step'] < branch['step']
-    return {name: np.concatenate([before[name][kept], own[name]]) for name in own if name in before}
+    lacking = np.full(int(kept.sum()), np.nan)
+    return {
+        name: np.concatenate([before[name][kept] if name in before else lacking, values])
+        for name, values in own.items()
+    }
 
 
 def collapse_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -169,6 +173,6 @@ def smooth(values: np.ndarray, steps: int) -> np.ndarray:
     return np.convolve(values, np.full(min(steps, values.size), 1 / min(steps, values.size)), 'valid')
 
 
-def _digits(value: float) -> float:
-    """Four of them."""
-    return float(f'{float(value):.4g}')
+def _digits(value: float) -> float | None:
+    """Four of them; None of what isn't a number, which JSON lacks."""
+    return float(f'{float(value):.4g}') if np.isfinite(value) else None

@@ -92,6 +92,13 @@ def rates() -> Iterator[Task]:
     """At which rate does which network collapse?"""
     for network, rate in (('gru', '2e_3'), ('gru', '4e_3'), ('lstm', '2e_3'), ('gru', '8e_3')):
         yield real(network, f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
+    yield real(
+        'gru',
+        'rate2e_3_long',
+        0,
+        '--learning_rate=2e-3 --max_steps=20000 --checkpoint_every=1000',
+        stops=True,
+    )
     for rate in ('8e_3', '4e_3', '16e_3'):
         for seed in range(2):
             for network in SIZES:

@@ -57,11 +57,11 @@ def main(arguments: list[str]) -> int:
             **bounds,
         )
     diagnosis, opened = found.diagnosis, found.opened
-    step = diagnosis.first_bad_step
+    step, inspected = diagnosis.first_bad_step, found.inspected
     if flags.FLAGS.json:
         common.print_json(diagnosis.to_json())
     else:
-        words = investigation.words_of(opened, step) if step is not None else ()
+        words = () if inspected is None else investigation.words_of(opened, inspected.step)
         common.console().print(render_bisection(diagnosis, found.rows, words, found.inspected))
         if step is not None:
             common.say(invocation.following('diagnose', f'--run_dir={directory}'), file=sys.stdout)

@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> int:
             say=lambda line: common.say(f'{line} …'),
         )
     diagnosis, opened = found.diagnosis, found.bisected.opened
-    step = diagnosis.first_bad_step
-    words = investigation.words_of(opened, step) if step is not None else ()
+    inspected = found.bisected.inspected
+    words = () if inspected is None else investigation.words_of(opened, inspected.step)
     command, following = _advised(advised_flags(diagnosis), directory.rstrip('/'))
     if not flags.FLAGS.json:  # before the page, for which there may be no room on the disk
         common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))

@@ -253,6 +253,7 @@ def in_order(
     changes: Sequence[Change],
     began: int,
     skip: Callable[[int], str] = lambda step: '',
+    set_off: int | None = None,
 ) -> list[Change]:
     """Changes with those of the data: these first where there are bad batches, else last.
 
@@ -263,8 +264,11 @@ def in_order(
         changes: to be tried beside.
         began: when the symptom began.
         skip: a step -> the flags by which training leaves its batch out.
+        set_off: the step that the symptom grew from, if there is such.
     """
-    left_out = [without_batch(subject, step, skip(step)) for step in bad_batches or [window.symptom]]
+    grew = [] if set_off is None or not window.start <= set_off < window.symptom else [set_off]
+    steps = dict.fromkeys([*(bad_batches or [window.symptom]), *grew])
+    left_out = [without_batch(subject, step, skip(step)) for step in steps]
     wide, others = (
         in_float64(subject),
         other_batches(subject, window, window.start if window.lasting else began),

@@ -36,8 +36,8 @@ def render_bisection(
     Args:
         diagnosis: of replay.bisect.
         rows: records of the run, any steps.
-        words: of the first bad step's batch.
-        inspected: that step.
+        words: of the batch of the step that was inspected.
+        inspected: what of it, if anything.
     """
     diagnosis, words, inspected = all_visible((diagnosis, words, inspected))
     parts: list[RenderableType] = [verdict(diagnosis), proof(diagnosis)]
@@ -49,7 +49,7 @@ def render_bisection(
     if diagnosis.symptom is not None:
         parts += [Text(), _around(diagnosis.symptom.step, rows)]
     if words:
-        parts.append(Text(f'words of the batch: {some(words)}', style='dim'))
+        parts.append(Text(f'words of the batch{_of_step(inspected)}: {some(words)}', style='dim'))
     return Group(*parts)
 
 
@@ -136,3 +136,7 @@ def _around(step: int, rows: Sequence[Row]) -> RenderableType:
         style = 'bold red' if at == step else None
         made.add_row(str(at), *(number(by_step[at].get(name)) for name in names), style=style)
     return made
+
+
+def _of_step(inspected: inspection.Inspection | None) -> str:
+    return '' if inspected is None else f' of step {inspected.step}'

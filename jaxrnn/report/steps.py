@@ -42,7 +42,8 @@ def in_short(inspected: inspection.Inspection, words: Sequence[str] = ()) -> lis
     """A change in a few lines."""
     change = inspected.comparison
     assert change is not None
-    lines: list[RenderableType] = [_heading(inspected)]
+    lines: list[RenderableType] = [] if inspected.set_off is None else [_set_off(inspected.set_off)]
+    lines.append(_heading(inspected))
     if change.absurd is not None:
         lines.append(_leap(change.absurd, words))
     if change.layers:
@@ -292,10 +293,14 @@ def _changed(inspected: inspection.Inspection, words: Sequence[str]) -> list[Ren
     return parts
 
 
+def _set_off(set_off: inspection.SetOff) -> Text:
+    return Text(f'set off at step {set_off.step}, {set_off.times:.2g} times as long as the one before it')
+
+
 def _heading(inspected: inspection.Inspection) -> Text:
     change = inspected.comparison
     assert change is not None
-    lines = Text(f'against step {inspected.against}: ', style='bold')
+    lines = Text(f'step {inspected.step} against step {inspected.against}: ', style='bold')
     scores = change.scores.get('loss')
     if scores is None:
         return lines.append('records without a loss', style='not bold')

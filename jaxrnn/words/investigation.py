@@ -74,7 +74,7 @@ def bisect_run(
         )
     screens = [name for name in inspection.SCREENS if getattr(options, name)]
     diagnosis, inspected = inspection.locate(subject, diagnosis, screens=screens)
-    diagnosis = _with_words(diagnosis, opened)
+    diagnosis = _with_words(diagnosis, opened, inspected)
     rows = subject.recorded.updated(replayed)
     layout.write_json(layout.Paths(Path(directory)).diagnosis, diagnosis.to_json())
     return BisectionResult(diagnosis, rows, inspected, opened)
@@ -98,8 +98,7 @@ def diagnose_run(
     Args:
         directory: of the run.
         detectors: as in `replay.bisect`.
-        budget: steps that may be replayed, those of the bisection included; if not given, twice as
-            many as the symptom took to come, from 2,000 to 8,000, beside them.
+        budget: steps that may be replayed, those of the bisection included; if not given, see `engine.budget_for`.
         good, bad: as in `replay.bisect`.
         fresh_runs: how many of the remedies that avert are also trained with from the start, with another seed, as far
             again as the symptom took to come.
@@ -122,7 +121,9 @@ def diagnose_run(
         found = suspects.changes(diagnosis.symptom, window)
         say(f'replaying the steps from {window.start} on, under one change at a time')
         began = replay.began_of(subject, diagnosis, detectors)
-        return in_order(subject, window, bad_batches, found, began, _skipping)
+        inspected = bisected.inspected
+        set_off = None if inspected is None or inspected.set_off is None else inspected.set_off.step
+        return in_order(subject, window, bad_batches, found, began, _skipping, set_off)
 
     diagnosis, report = experiment.explain(
         subject, diagnosis, suspected, detectors, budget=budget, combine=suspects.combined,
@@ -255,11 +256,13 @@ def _subject(opened: LoadedRun, records: Sequence[Row]) -> replay.Subject:
     )
 
 
-def _with_words(diagnosis: Diagnosis, opened: LoadedRun) -> Diagnosis:
+def _with_words(
+    diagnosis: Diagnosis, opened: LoadedRun, inspected: inspection.Inspection | None
+) -> Diagnosis:
     """Says whose examples they are."""
-    if diagnosis.where is None or diagnosis.first_bad_step is None:
+    if diagnosis.where is None or inspected is None:
         return diagnosis
-    words = words_of(opened, diagnosis.first_bad_step)
+    words = words_of(opened, inspected.step)
     named = [words[place] for place in diagnosis.where['examples'] if place < len(words)]
     return dataclasses.replace(diagnosis, where={**diagnosis.where, 'words': named})
 
