@@ -15,7 +15,7 @@ from jaxrnn.words import run as words_run
 from jaxrnn.words import train
 from jaxrnn.words.signals import ALARMS
 
-GRAVE = ('nonfinite', 'collapse', 'constant', 'diverged', 'dead')
+GRAVE = ('nonfinite', 'collapse', 'constant')
 """Symptoms that lose what was learnt; a spike recovers, or ends as one of these."""
 
 POINTS = 160

@@ -26,6 +26,9 @@ from jaxrnn.words.opening import Source
 from jaxrnn.words.signals import ALARMS
 from jaxrnn.words.symptoms import detectors_for
 
+PART = 'state_still'
+"""The share of the tensors in which nothing moves."""
+
 AFTERMATH = 100
 """Steps to train on after a symptom under --on_divergence=stop, so that its records show what became of it."""
 
@@ -287,7 +290,9 @@ def _goes_back(
 
 def _stop(config: Config, dataset: data.Dataset, alerts: Alerts | None) -> '_Stop':
     alarms = () if alerts is None else alerts.alarms.values()
-    watch = detect.Watch(detectors=[*detectors_for(detect.DETECTORS, dataset), *alarms])
+    # That a part of the state stands still is known to pass only when it has: no run ends for it.
+    lasting = [d for d in detect.DETECTORS if not (d.kind == 'dead' and PART in d.rule.fields)]
+    watch = detect.Watch(detectors=[*detectors_for(lasting, dataset), *alarms])
     return _Stop(config.loop.on_divergence, watch, alerts)
 
 
