@@ -40,7 +40,8 @@ def test_a_run_does_not_end_for_a_part_of_it_that_stands_still():
         for step in range(400):
             late = step >= 300
             row = {
-                'step': step, 'loss': (1.0 + 0.5 * late) * (10 if step < 5 else 1), 'finite_loss': True, 'finite_state': True,
+                'step': step, 'loss': (1.0 + 0.5 * late) * (10 if step < 5 else 1),
+                'finite_loss': True, 'finite_state': True,
                 'state_still': still if late else 0.0, 'state_moved': moved if late else 1.0,
                 'gradient_norm': moved if late else 1.0, 'update_norm': moved if late else 1.0,
             }  # fmt: skip
