@@ -780,3 +780,12 @@ def test_a_loss_that_was_still_falling_was_held_up_by_nothing(tmp_path):
     tenth = in_slow_motion(subject, 0.1, 'a tenth of each step')
     found, report = explain(subject, diagnosis, lambda window, bad: [tenth], (rule,))
     assert report.stood is None and 'too long' not in found.cause.why
+
+
+def test_of_equal_margins_what_goes_on_making_steps_shorter_comes_first():
+    """Though it leaves a higher loss: a landscape that sharpens on breaks the other later."""
+    still = change('still', growing(1.0))
+    alone = Outcome(still, 'averted', None, 1e-6, 300, margin=4)
+    decaying = Outcome(still._replace(name='decaying', decays=True), 'averted', None, 1e-3, 300, margin=4)
+    nearer = Outcome(still._replace(name='nearer', decays=True), 'averted', None, 1e-9, 300, margin=2)
+    assert [o.change.name for o in ranked([alone, nearer, decaying])] == ['decaying', 'still', 'nearer']

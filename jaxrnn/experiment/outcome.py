@@ -93,6 +93,8 @@ class Change(NamedTuple):
     # What it comes to at the steps that are replayed, where that isn't what it is from a run's start: a rate that has
     # decayed by then is a small one all at once.
     here: str = ''
+    # Whether its steps go on getting shorter after the steps that are replayed.
+    decays: bool = False
     # Itself with steps so many times as long; None where that is the run as it was, which broke.
     stressed: 'Callable[[int], Change | None] | None' = None
 

@@ -65,7 +65,7 @@ def with_margins(
                 break
             continue
         found[place] = outcome = margin_of(experiments, outcome)
-        more = combine(outcome.change) if MARGINS[0] < (outcome.margin or 0) < MARGINS[-1] else None
+        more = combine(outcome.change) if (outcome.margin or 0) > MARGINS[0] else None
         combined = None if more is None else experiments.outcome_of(more)
         if combined is not None:
             found.append(margin_of(experiments, combined) if combined.verdict == AVERTED else combined)

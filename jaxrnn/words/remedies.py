@@ -185,6 +185,9 @@ doesn't grow with its width, so that the rate goes with 1 / width (Yang & Hu 202
 
 OUTGREW = next(signal.alarm for signal in signals.OF_ADAM if signal.name == 'step_rms')
 
+DECAYING = ('warmup_cosine', 'exponential')
+"""Schedules under which a rate goes on falling."""
+
 SHORTENING = {'learning_rate', 'schedule', 'decay_steps', 'warmup_steps'}
 """Options that make steps shorter, or longer, and nothing else."""
 
@@ -442,6 +445,7 @@ def change(
             MECHANISMS.get(remedy.removes), other, remedy.initial, identity,
             shortens=_shorter(config, other, at) if {*remedy.options(config)} <= SHORTENING else 0,
             here=_rate_at(config, other, at),
+            decays=other.optimiser.schedule in DECAYING and other.optimiser.schedule != config.optimiser.schedule,
             stressed=longer if can_be_stressed else None,
         )  # fmt: skip
 
