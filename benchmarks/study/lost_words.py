@@ -49,13 +49,11 @@ def main(arguments: list[str]) -> int:
     last = {
         n: number for number in range(max(values.first - SEEN, 0), values.first) for n in words_of(number)
     }
+    followed = [n for n, word in enumerate(dataset.train) if dataset.words[word] == values.word]
     table = Table(
-        'step',
-        'largest errors in the batch (steps unseen)',
-        'step norm',
-        'median of all',
-        'mean of the others',
-    )
+        'step', 'largest errors in the batch (steps unseen)', 'step norm', 'median of all', 'mean of the others',
+        values.word,
+    )  # fmt: skip
     before = errors(state)
     for number in range(values.first, values.last + 1):
         batch = words_of(number)
@@ -68,9 +66,9 @@ def main(arguments: list[str]) -> int:
         after = errors(state)
         others = np.setdiff1d(np.arange(len(before)), batch)
         moved = f'{before[others].mean():.2e} -> {after[others].mean():.2e}'
-        table.add_row(
-            str(number), named, f'{float(record["update_norm"]):.2f}', f'{np.median(before):.1e}', moved
-        )
+        length, median = f'{float(record["update_norm"]):.2f}', f'{np.median(before):.1e}'
+        of_word = ', '.join(f'{before[n]:.1e}' + ' in the batch' * (n in batch) for n in followed)
+        table.add_row(str(number), named, length, median, moved, of_word)
         last |= dict.fromkeys(map(int, batch), number)
         before = after
     Console(width=140).print(table)
@@ -87,4 +85,5 @@ if __name__ == '__main__':
     common.define_run('The directory of the run.')
     common.define('run', 'first', 0, 'The first step that is looked at.')
     common.define('run', 'last', 0, 'The last.')
+    common.define('run', 'word', '', 'A word whose error is to be shown at each step.')
     common.main(main, __doc__)
