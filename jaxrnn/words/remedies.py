@@ -461,7 +461,8 @@ def _rate_at(config: Config, other: Config, step: int) -> str:
     if (ours.schedule, ours.warmup_steps) == (theirs.schedule, theirs.warmup_steps):
         return ''
     times = _shorter(config, other, step)
-    return f'{1 / times:.2g} x the rate at step {step}' if 0 < times < math.inf else ''
+    share = f'{1 / times:.2g}' if 0 < times < math.inf else '1'
+    return '' if share == '1' else f'{share} x the rate at step {step}'
 
 
 def _shorter(config: Config, other: Config, step: int) -> float:
