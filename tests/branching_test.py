@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -71,8 +72,10 @@ def test_under_other_flags_it_goes_on_with_what_was_converted(parent, tmp_path):
 def test_one_that_is_cut_short_ends_in_the_same_bits_and_without_a_word(parent, tmp_path, caplog):
     rows = branched(parent, tmp_path / 'whole', update_clip=0.5)
     with caplog.at_level(logging.WARNING, logger='jaxrnn'):
-        branched(parent, tmp_path / 'two', update_clip=0.5, max_steps=47)
-        again = branched(tmp_path / 'no such run', tmp_path / 'two', update_clip=0.5)
+        copied = shutil.copytree(parent, tmp_path / 'parent')
+        branched(copied, tmp_path / 'two', update_clip=0.5, max_steps=47)
+        shutil.rmtree(copied)  # it has all that it needs
+        again = branched(copied, tmp_path / 'two', update_clip=0.5)
     assert again == rows and caplog.messages == []
     found = [
         state_digest(Checkpoints(tmp_path / name / 'checkpoints').restore(STEPS)) for name in ('whole', 'two')
@@ -111,6 +114,27 @@ def test_what_can_not_be_is_refused_and_leaves_nothing(parent, tmp_path, at, opt
     with pytest.raises(UserError) as error:
         branched(parent, tmp_path / 'branch', at, **options)
     assert said in str(error.value) and not (tmp_path / 'branch').exists()
+
+
+def test_a_directory_of_another_run_is_refused(parent, tmp_path):
+    """Of one that was not branched, or at another step; nothing is trained there."""
+    branched(parent, tmp_path / 'branch', max_steps=40)
+    data.write_dataset(layout.Paths(tmp_path).data, small.dataset())
+    run.train_run(CONFIG.changed(max_steps=20), tmp_path)
+    for directory, at in ((tmp_path, AT), (tmp_path / 'branch', AT - 1)):
+        with pytest.raises(UserError, match='holds a run that did not begin at step'):
+            branched(parent, directory, at)
+    assert len(RecordFile(tmp_path / 'records.jsonl').read()) == 20
+    assert len(RecordFile(tmp_path / 'branch' / 'records.jsonl').read()) == 40 - AT
+
+
+def test_one_that_was_killed_before_its_first_checkpoint_is_not_taken_for_a_run_from_step_0(parent, tmp_path):
+    branched(parent, tmp_path / 'branch', max_steps=40)
+    shutil.rmtree(tmp_path / 'branch' / 'checkpoints')
+    (tmp_path / 'branch' / 'records.jsonl').unlink()
+    with pytest.raises(UserError, match='give the same --branch_from and --branch_at again'):
+        run.train_run(CONFIG, tmp_path / 'branch')
+    assert [row['step'] for row in branched(parent, tmp_path / 'branch')] == [*range(AT, STEPS)]
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path):

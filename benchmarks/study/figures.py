@@ -60,14 +60,8 @@ def curves(results: Results) -> plt.Figure:
 
 def collapses(results: Results) -> plt.Figure:
     """Each step around the collapse."""
-    shown = [
-        (title, result)
-        for name, title in NETWORKS.items()
-        for result in [
-            next((r for n, r in results.items() if n.startswith(f'{name}-') and r.get('around')), None)
-        ]
-        if result is not None
-    ]
+    shown = [(t, results[f'{n}-stock-0']) for n, t in NETWORKS.items() if f'{n}-stock-0' in results]
+    shown = [(title, result) for title, result in shown if result['around']]
     fields = {
         'accuracy': 'accuracy',
         'loss': 'loss',

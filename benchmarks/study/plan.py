@@ -21,27 +21,28 @@ def collapsed(result: Mapping[str, Any]) -> bool:
     return result['collapse'] is not None
 
 
-def trained(name: str, flags: str, *, full: bool = False) -> Task:
-    return Task(name, 'train', flags, name, full=full)
-
-
 def diagnosed(name: str) -> Task:
     """The diagnosis of a run, if it collapsed."""
     return Task(f'{name}-diagnosis', 'diagnose', '--threads=1', name, after=name, needed=collapsed)
 
 
-def real(network: str, variant: str, seed: int, flags: str = '', *, stops: bool = False) -> Task:
-    """One of the question's networks at its own size; trained to the end unless it `stops` at a collapse."""
-    on = 'stop' if stops else 'continue'
-    more = f'--network={network} --seed={seed} --on_divergence={on} {flags}'.strip()
-    return trained(f'{network}-{variant}-{seed}', f'{REAL} {more}', full=True)
+def trained(
+    network: str, variant: str, seed: int, flags: str = '', *, width: int | None = None, stops: bool = False
+) -> Task:
+    """A run of one of the networks; to the end unless it `stops` at a collapse.
 
-
-def small(network: str, width: int, variant: str, seed: int, flags: str, *, stops: bool = False) -> Task:
-    """One of them narrower, where a run takes a minute."""
-    on = 'stop' if stops else 'continue'
-    more = f'--network={network} --hidden={width} --seed={seed} --on_divergence={on} {flags}'
-    return trained(f'{network}{width}-{variant}-{seed}', f'{REAL} {more}')
+    Args:
+        network: of SIZES.
+        variant: what is otherwise than in the question, in a name without a hyphen.
+        seed: of the run.
+        flags: that make it so.
+        width: in place of its own; of such a run less is kept, as it takes a minute.
+        stops: whether it ends soon after a collapse.
+    """
+    name = f'{network}{width or ""}-{variant}-{seed}'
+    of = f'--network={network} --hidden={width or 0} --seed={seed}'
+    on = f'--on_divergence={"stop" if stops else "continue"}'
+    return Task(name, 'train', f'{REAL} {of} {on} {flags}'.strip(), name, full=width is None)
 
 
 def branched(
@@ -60,9 +61,9 @@ def branched(
     network, _, seed = parent.name.split('-')
     name = f'{network}-{variant}-{seed}'
 
-    def part(result: Mapping[str, Any]) -> tuple[int, int] | None:
-        collapse = result['collapse']
-        return None if collapse is None else (max(at(collapse['step']), 0), collapse['step'] + more)
+    def part(result: Mapping[str, Any]) -> tuple[int, int]:
+        step = result['collapse']['step']
+        return max(at(step), 0), step + more
 
     flags = f'{parent.flags} {flags} --on_divergence=continue'
     return Task(name, 'train', flags, name, after=parent.name, needed=collapsed, part=part, full=full)
@@ -82,17 +83,17 @@ def stock() -> Iterator[Task]:
     """As they were asked about."""
     for seed in range(5):
         for network in ('lstm', 'stacked'):
-            yield (run := real(network, 'stock', seed, stops=True))
+            yield (run := trained(network, 'stock', seed, stops=True))
             if seed == 0:
                 yield diagnosed(run.name)
-    yield real('gru', 'stock', 0)
+    yield trained('gru', 'stock', 0)
 
 
 def rates() -> Iterator[Task]:
     """At which rate does which network collapse?"""
     for network, rate in (('gru', '2e_3'), ('gru', '4e_3'), ('lstm', '2e_3'), ('gru', '8e_3')):
-        yield real(network, f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
-    yield real(
+        yield trained(network, f'rate{rate}', 0, f'--learning_rate={rate.replace("_", "-")}', stops=True)
+    yield trained(
         'gru',
         'rate2e_3_long',
         0,
@@ -103,7 +104,7 @@ def rates() -> Iterator[Task]:
         for seed in range(2):
             for network in SIZES:
                 flags = f'--learning_rate={rate.replace("_", "-")}'
-                yield small(network, 128, f'rate{rate}', seed, flags, stops=True)
+                yield trained(network, f'rate{rate}', seed, flags, width=128, stops=True)
 
 
 def words() -> Iterator[Task]:
@@ -116,13 +117,13 @@ def words() -> Iterator[Task]:
         ('gru', '32e-3'),
     ):
         flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
-        yield small(network, 128, f'words256_rate{rate.replace("-", "_")}', 0, flags, stops=True)
+        yield trained(network, f'words256_rate{rate.replace("-", "_")}', 0, flags, width=128, stops=True)
 
 
 def curvatures() -> Iterator[Task]:
     """The curvature, as Adam feels it, through the steps before a collapse: nothing else is done otherwise."""
     for network in ('stacked', 'lstm'):
-        run = real(network, 'stock', 0, stops=True)
+        run = trained(network, 'stock', 0, stops=True)
         yield branched(run, 'curvature', '--curvature_every=20', lambda step: step - 1500, 100, full=True)
 
 
@@ -158,7 +159,7 @@ def prevented() -> Iterator[Task]:
         for seed in range(3):
             for network in ('stacked', 'lstm'):
                 flags = f'{remedy(name, 1e-3)} --max_steps={TRAINED[network]}'
-                yield real(network, f'{name}@start', seed, flags, stops=True)
+                yield trained(network, f'{name}@start', seed, flags, stops=True)
 
 
 def remedy(name: str, rate: float) -> str:
@@ -182,6 +183,6 @@ DEMO = '--num_words=256 --test_share=0 --learning_rate=6e-3'
 def dated() -> Iterator[Task]:
     """Dose and date: what does switching something on at a step bring?"""
     for seed in range(3):
-        yield (run := small('stacked', 128, 'demo', seed, DEMO, stops=True))
+        yield (run := trained('stacked', 'demo', seed, DEMO, width=128, stops=True))
         names = ('update_clip', 'half', 'decaying', 'combined', 'cap', 'epsilon', 'b2', 'eighth', 'amsgrad')
         yield from doses(run, 6e-3, names, ('start', 'half', 'late', 'last'), 1500)

@@ -16,6 +16,8 @@ sys.path[0] = str(ROOT)
 import contextlib
 import fcntl
 import fnmatch
+import json
+import math
 import os
 import shutil
 import signal
@@ -40,8 +42,8 @@ FINISHED = (common.HEALTHY, common.DIVERGED)
 class Study:
     """The tasks, of which several workers take one after the other."""
 
-    def __init__(self, chosen: list[Task], directory: Path, results: Path, until: float):
-        self.chosen, self.directory, self.folder, self.until = chosen, directory, results, until
+    def __init__(self, chosen: list[Task], directory: Path, results: Path):
+        self.chosen, self.directory, self.folder = chosen, directory, results
         self._taken: set[str] = set()
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -57,8 +59,7 @@ class Study:
                 self._do(task, processor)
 
     def end(self) -> None:
-        """Has what runs save and end."""
-        self.ending.set()
+        """Has what runs save and end, after `ending` is set."""
         with self._lock:
             for child in self._children:
                 child.terminate()
@@ -116,9 +117,7 @@ class Study:
     def _result(self, task: Task, output: Path) -> dict[str, Any]:
         directory = self.directory / task.run
         if task.program == 'diagnose':
-            import json
-
-            screen = output.read_text()
+            screen = output.read_text().replace(f'{self.directory}/', 'runs/study/').replace(f'{ROOT}/', '')
             return {'diagnosis': json.loads((directory / 'diagnosis.json').read_text()), 'screen': screen}
         found = measuring.measured(directory, task.full)
         if found['collapse'] is None:  # nothing is branched from it, or diagnosed
@@ -164,26 +163,25 @@ def main(arguments: list[str]) -> int:
     if values.list:
         done = tasks.read(RESULTS)
         for task in chosen:
-            said = (
-                said_of(done[task.name])
-                if task.name in done
-                else 'to do'
-                if task.applies(done)
-                else 'not needed'
-            )
+            said = 'to do' if task.applies(done) else 'not needed'
+            said = said_of(done[task.name]) if task.name in done else said
             print(f'{task.name:40} {said}')
         return common.HEALTHY
-    study = Study(chosen, Path(values.directory).resolve(), RESULTS, time.monotonic() + 60 * values.minutes)
+    study = Study(chosen, Path(values.directory).resolve(), RESULTS)
     processors = sorted(os.sched_getaffinity(0))[: values.workers or None]
     workers = [threading.Thread(target=study.work, args=[processor]) for processor in processors]
+    asked: list[int] = []
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda *_: study.end())
+        signal.signal(which, lambda number, _: asked.append(number))
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
+    until = time.monotonic() + 60 * values.minutes if values.minutes else math.inf
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < until and not asked:
         time.sleep(1)
-        if values.minutes and time.monotonic() > study.until and not study.ending.is_set():
-            study.end()
+    study.ending.set()
+    study.end()
+    for worker in workers:
+        worker.join()
     return common.HEALTHY
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from scipy import stats
 
 from benchmarks.study import plan, tasks
 from benchmarks.study.run import RESULTS
@@ -95,17 +96,12 @@ def creeping(results: Results) -> Rows:
             if signal == 'step' or inside.sum() < 8:
                 continue
             levels = np.array(values, float)
-            ranked.append((kendall(levels[inside]), signal, levels))
+            tau = stats.kendalltau(steps[inside], levels[inside]).statistic
+            if np.isfinite(tau):  # not of one that stood still
+                ranked.append((float(tau), signal, levels))
         for tau, signal, levels in sorted(ranked, key=lambda each: -abs(each[0]))[:12]:
             at = [levels[np.argmin(abs(steps - (collapse['step'] - ahead)))] for ahead in AHEAD]
             yield (name, signal, f'{tau:+.2f}', *(f'{value:.3g}' for value in at))
-
-
-def kendall(values: np.ndarray) -> float:
-    """How a series orders with time: 1 where it only rises, -1 where it only falls."""
-    signs = np.sign(values[None, :] - values[:, None])
-    upper = np.triu_indices(values.size, 1)
-    return float(np.mean(signs[upper]))
 
 
 def causes(results: Results) -> Rows:
@@ -115,14 +111,11 @@ def causes(results: Results) -> Rows:
         if 'diagnosis' not in result:
             continue
         found = result['diagnosis']
-        of = {
-            verdict: [r['name'] for r in found['remedies'] if r['outcome'] == verdict]
-            for verdict in ('averted',)
-        }
+        averting = [r['name'] for r in found['remedies'] if r['outcome'] == 'averted']
         rest = [f'{r["name"]} ({r["outcome"]})' for r in found['remedies'] if r['outcome'] != 'averted']
         symptom = found['symptom'] and f'{found["symptom"]["kind"]} at {found["symptom"]["step"]}'
         why = found['cause']['why'].split(':')[0]
-        yield name.removesuffix('-diagnosis'), str(symptom), why, ', '.join(of['averted']), ', '.join(rest)
+        yield name.removesuffix('-diagnosis'), str(symptom), why, ', '.join(averting), ', '.join(rest)
 
 
 TABLES: Mapping[str, Callable[[Results], Rows]] = {

@@ -18,8 +18,8 @@ class Task(NamedTuple):
     flags: str  # without --run_dir
     run: str  # task whose directory it works in: its own, or that of the run that is diagnosed
     after: str = ''  # task whose result must be there first
-    # Result of `after` -> --branch_at and --max_steps; None: it isn't needed.
-    part: Callable[[Mapping[str, Any]], tuple[int, int] | None] | None = None
+    # Of a branch: result of `after` -> --branch_at and --max_steps.
+    part: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     needed: Callable[[Mapping[str, Any]], bool] = lambda result: True  # whether, by the result of `after`
     full: bool = False  # whether its result keeps all signals, and scores of the checkpoints
 
@@ -27,13 +27,8 @@ class Task(NamedTuple):
         """The script's flags."""
         found = [*shlex.split(self.flags), f'--run_dir={directory / self.run}']
         if self.part is not None:
-            part = self.part(results[self.after])
-            assert part is not None
-            found += [
-                f'--branch_from={directory / self.after}',
-                f'--branch_at={part[0]}',
-                f'--max_steps={part[1]}',
-            ]
+            at, until = self.part(results[self.after])
+            found += [f'--branch_from={directory / self.after}', f'--branch_at={at}', f'--max_steps={until}']
         return found
 
     def ready(self, results: Results) -> bool:
@@ -43,9 +38,7 @@ class Task(NamedTuple):
     def applies(self, results: Results) -> bool:
         """Whether it is to be run at all, as far as that is known."""
         before = results.get(self.after)
-        if before is None:
-            return True
-        return self.needed(before) and (self.part is None or self.part(before) is not None)
+        return before is None or self.needed(before)
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:

@@ -16,8 +16,7 @@ from jax.experimental import checkify
 from jaxrnn import detect, environment, progress, trace, tree
 from jaxrnn.bisect import health
 from jaxrnn.bisect.replay import Replayer, Subject, began_of
-from jaxrnn.bisect.state_leap import StateLeap, state_leap, still_tensors
-from jaxrnn.detect import rule_language
+from jaxrnn.bisect.state_leap import SetOff, StateLeap, set_off_by, state_leap, still_tensors
 from jaxrnn.diagnosis import Cause, Diagnosis
 from jaxrnn.record.records import Records
 from jaxrnn.trace import leading
@@ -43,7 +42,7 @@ class Inspection(NamedTuple):
     precision: trace.PrecisionReport | None = None  # what float64 says, where it was asked for
     compiled: trace.CompiledDifference | None = None  # where only the compiled step isn't finite
     leap: StateLeap | None = None  # of a finite step, where the batch did not bring it
-    set_off: 'SetOff | None' = None  # what a symptom grew from, where it is this step
+    set_off: SetOff | None = None  # what a symptom grew from, where it is this step
     still: tuple[str, ...] = ()  # tensors that don't move, where others do, of a run that died
     written: tuple[
         str, ...
@@ -179,7 +178,7 @@ def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -
         return found._replace(still=still)
     sign = diagnosis.onset_step
     quiet = began if sign is None or began - sign > NEAR else min(began, sign)
-    set_off = _set_off(subject, quiet, step) if symptom.kind in GROWING else None
+    set_off = set_off_by(subject, quiet, step) if symptom.kind in GROWING else None
     seen, step = step, _leap(subject, began, step) if set_off is None else set_off.step
     against = _ordinary(subject, min(quiet, step))
     if against is None and step > first:
@@ -190,44 +189,6 @@ def _inspected(subject: Subject, diagnosis: Diagnosis, screens: Sequence[str]) -
     return found._replace(leap=state_leap(subject, began, seen))
 
 
-GROWING = ('collapse', 'diverged')
-"""Symptoms that are recognised some steps after the one that set them off."""
-
-AHEAD = 16
-"""Steps before the first sign from which on that one is looked for: signs are smoothed."""
-
-FARTHER, UNUSUAL = 1.8, 1.3
-"""How many times as far as the step before it that one moved the state, and as the farthest in 200 ordinary steps did.
-Of the study's collapses at real size it was 2.1 to 3.5 times; ordinary steps are up to 1.4 (decision 27)."""
-
-
-class SetOff(NamedTuple):
-    """The step that a collapse grew from."""
-
-    step: int
-    times: float  # as far as the step before it did it move the state
-
-
-def _set_off(subject: Subject, quiet: int, seen: int) -> SetOff | None:
-    """The step, from shortly before the first sign up to when a symptom was seen, that moved the state farthest beside
-    the one before it; None where that wasn't far, or not farther than in the steps before, or isn't known."""
-    columns = subject.columns()
-    moved = columns.get('update_norm', columns.get('state_moved'))
-    if moved is None or len(moved) < 2:
-        return None
-    steps = columns[rule_language.STEP].astype(int)[1:]
-    with np.errstate(all='ignore'):
-        times = np.nan_to_num(moved[1:] / moved[:-1], nan=0.0, posinf=0.0)
-    first = quiet - AHEAD
-    usual = times[(steps >= first - ORDINARY) & (steps < first)]
-    near = (steps >= first) & (steps <= seen)
-    if not near.any() or usual.size < ORDINARY // 2:
-        return None
-    place = int(np.argmax(np.where(near, times, 0)))
-    found = SetOff(int(steps[place]), float(times[place]))
-    return found if found.times > max(FARTHER, UNUSUAL * float(usual.max())) else None
-
-
 def what_set_it_off(set_off: SetOff, seen: int) -> dict[str, Any]:
     """The step that a symptom grew from, as a check of a diagnosis."""
     why = (
@@ -236,6 +197,9 @@ def what_set_it_off(set_off: SetOff, seen: int) -> dict[str, Any]:
     )
     return health.check('no step sets off the next ones', False, set_off.step, why)
 
+
+GROWING = ('collapse', 'diverged')
+"""Symptoms that are recognised some steps after the one that set them off."""
 
 NEAR = 160
 """Steps before a symptom began within which its first sign is taken for the same thing: the state is no ordinary one

@@ -62,12 +62,13 @@ def main(arguments: list[str]) -> int:
     diagnosis, opened = found.diagnosis, found.bisected.opened
     inspected = found.bisected.inspected
     words = () if inspected is None else investigation.words_of(opened, inspected.step)
-    command, following = _advised(advised_flags(diagnosis), directory.rstrip('/'))
+    added = advised_flags(diagnosis)
+    command, following = _advised(added, directory.rstrip('/'))
     if not flags.FLAGS.json:  # before the page, for which there may be no room on the disk
         common.console().print(render_diagnosis(diagnosis, found.report, found.bisected.inspected, words))
         common.say(*(['', following] if following else []), file=sys.stdout)
-        if following and (start := _switched_on_at(advised_flags(diagnosis), found.report)) is not None:
-            common.say(_branched(advised_flags(diagnosis), directory.rstrip('/'), start), file=sys.stdout)
+        if following and (start := _switched_on_at(added, found.report)) is not None:
+            common.say(_branched(added, directory.rstrip('/'), start), file=sys.stdout)
     page = report(
         directory, diagnosis, found.report, inspected=found.bisected.inspected, words=words, command=command,
         alarms=signals.ALARMS,

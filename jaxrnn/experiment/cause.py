@@ -105,8 +105,8 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
 
 
 HELD_UP = 10
-"""Times that a loss falls farther than its steps were shortened: what chance in the batches adds to a loss that stands
-still falls as the steps do, and no farther (Robbins & Monro 1951; for Adam as measured, decision 27)."""
+"""Times that a loss falls farther than its steps were shortened. What chance in the batches adds to a loss that stands
+still is, to first order, in proportion to the length of the steps; ten times that is ours."""
 
 
 def _held_up(report: ExperimentReport) -> str:

@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import jax
 
+from jaxrnn import environment, files
 from jaxrnn.bisect import replay
+from jaxrnn.escaping import one_line
 from jaxrnn.record import layout, loop
 from jaxrnn.record.checkpoint import Checkpoints
 from jaxrnn.types import Tree, UserError
 from jaxrnn.words import data, remedies, train
 from jaxrnn.words.config import Config
-from jaxrnn.words.opening import check_files
+from jaxrnn.words.opening import begins, check_files
 from jaxrnn.words.run import LoadedRun, open_run
 
 OF_THE_START = ('recurrent_gain', 'chrono_steps')
@@ -32,7 +34,7 @@ def begin(
     make_program: train.MakeProgram = train.make_program,
 ) -> None:
     """Gives a new run the data of another one and, as its first checkpoint, the state that a step of it started from.
-    Does nothing where the run has a checkpoint: it has begun.
+    Does nothing where the run has begun there already.
 
     The state is that of the nearest checkpoint, replayed up to the step and held against the records; then converted
     as an experiment converts it: moments are kept, never set to zero. The new run's records begin at that step.
@@ -45,11 +47,18 @@ def begin(
 
     Raises:
         UserError: no such run or step; one whose steps don't come out as they were recorded; options that can't be
-            changed on the way.
+            changed on the way; a directory with a run that began elsewhere.
     """
     paths = layout.Paths(directory)
     check_files(paths)
+    note = {'run': str(Path(branch.run).absolute()), 'step': branch.step}
     if Checkpoints(paths.checkpoints).steps():
+        begins(paths)  # refuses a damaged note
+        if not paths.branch.exists() or files.read_json(paths.branch) != note:
+            raise UserError(
+                f'--branch_from: {directory} holds a run that did not begin at step {branch.step} of {branch.run}; '
+                'choose another directory'
+            )
         return
     parent = open_run(branch.run, make_program)
     _check(branch, parent, config)
@@ -59,7 +68,7 @@ def begin(
     _check_same(branch, like, converted)
     layout.make_directory(paths.root)
     data.write_dataset(paths.data, parent.dataset)
-    layout.write_json(paths.branch, {'run': str(Path(branch.run).absolute()), 'step': branch.step})
+    layout.write_json(paths.branch, note)
     identity = {'config': config.digest(), 'data': parent.dataset.digest}
     loop.begin_at(paths.root, branch.step, converted, identity)
 
@@ -90,9 +99,13 @@ def _state(branch: Branch, parent: LoadedRun) -> Tree:
     replayer = replay.Replayer(subject)
     state = replayer.state(branch.step)
     if replayer.first_mismatch is not None:
+        start = replayer.checkpoint_before(branch.step)
+        trained = parent.checkpoints.meta(start).get('environment_details', {})
+        other = environment.differences(trained, environment.describe()) if trained else []
+        why = f' ({one_line(", ".join(other))})' if other else ''
         raise UserError(
-            f'--branch_from: {branch.run} is not reproduced here from step {replayer.first_mismatch} on; choose one of '
-            'its checkpoints as --branch_at'
+            f'--branch_from: {branch.run} is not reproduced here from step {replayer.first_mismatch} on{why}; choose '
+            'one of its checkpoints as --branch_at'
         )
     return state
 

@@ -45,6 +45,11 @@ def begins(paths: layout.Paths) -> int:
         raise UserError(
             f'{paths.branch}: {reprlib.repr(found)} found, the run and the step branched from expected'
         )
+    if not Checkpoints(paths.checkpoints).steps():
+        raise UserError(
+            f'--run_dir: {paths.root} was to be branched from another run, which was cut short; give the same '
+            '--branch_from and --branch_at again'
+        )
     return step
 
 
