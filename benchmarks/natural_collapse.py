@@ -13,7 +13,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parent.parent)
 
 import concurrent.futures
+import itertools
 import json
+import os
+import queue
 import shlex
 import subprocess
 import tempfile
@@ -36,21 +39,26 @@ LAST = 160
 """Steps over which the final accuracy is averaged: twenty epochs of the demo's 256 words."""
 
 
-def run(seed: int) -> dict:
-    """Trains one seed; its gravest symptom, and the accuracy around it, of 16 steps each."""
+def run(seed: int, processors: queue.SimpleQueue[int]) -> dict:
+    """Trains one seed on a free processor; its gravest symptom, and the accuracy around it, of 16 steps each."""
     values = flags.FLAGS
     script = str(Path(__file__).parent.parent / 'scripts' / 'train.py')
     more = [f'--max_steps={values.steps}', '--on_divergence=continue'] if values.steps else []
     more += shlex.split(values.flags)
     with tempfile.TemporaryDirectory() as directory:
         arguments = [*demo.SETTING.split(), f'--seed={seed}', '--threads=1', '--keep_latest=1', *more]
-        done = subprocess.run(
+        processor = processors.get()
+        with subprocess.Popen(
             [sys.executable, script, *arguments, f'--run_dir={directory}', '--json'],
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-        )
-        if done.returncode not in (common.HEALTHY, common.DIVERGED):
-            raise SystemExit(done.stderr)
+        ) as child:
+            os.sched_setaffinity(child.pid, {processor})  # before JAX starts its threads
+            _, said = child.communicate()
+        processors.put(processor)
+        if child.returncode not in (common.HEALTHY, common.DIVERGED):
+            raise SystemExit(said)
         columns = series(RecordFile(Path(directory, 'records.jsonl')).read())
     grave = [symptom for symptom in detect.symptoms(columns) if symptom.kind in GRAVE]
     accuracy = np.convolve(columns['accuracy'], np.full(16, 1 / 16), 'valid')
@@ -76,8 +84,11 @@ def main(arguments: list[str]) -> int:
     del arguments
     values = flags.FLAGS
     first = values.first_seed
-    with concurrent.futures.ThreadPoolExecutor(environment.threads()) as pool:
-        found = list(pool.map(run, range(first, first + values.seeds)))
+    processors: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for processor in os.sched_getaffinity(0):
+        processors.put(processor)
+    with concurrent.futures.ThreadPoolExecutor(processors.qsize()) as pool:
+        found = list(pool.map(run, range(first, first + values.seeds), itertools.repeat(processors)))
     table = Table(*found[0])
     for row in found:
         table.add_row(*(f'{v:.3f}' if isinstance(v, float) else str(v) for v in row.values()))

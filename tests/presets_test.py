@@ -12,7 +12,7 @@ from tolerance import assert_close
 
 from jaxrnn import tree
 from jaxrnn.rnn import cells, layers
-from jaxrnn.words import config, models
+from jaxrnn.words import config, models, presets
 
 KERAS1, KERAS3, FLAX = (cells.PRESETS[name] for name in ('keras1', 'keras3', 'flax'))
 LAYERS = {'LSTM': (layers.LSTM, 4), 'GRU': (layers.GRU, 3)}
@@ -126,7 +126,42 @@ def test_gates_and_adams():
         'keras1': (hard, False, 1e-8, True),
         'keras3': (soft, True, 1e-7, True),
         'flax': (soft, True, 1e-8, False),
+        'stable': (soft, True, 1e-7, True),
     }
+
+
+def completed(*given: str, **options) -> dict[str, object]:
+    """What a preset sets, over options of which some are the user's own."""
+    asked = config.Config().changed(max_steps=700, **options)
+    before, after = asked.to_json(), presets.completed(asked, given).to_json()
+    return {
+        name: value
+        for group, values in after.items()
+        for name, value in values.items()
+        if value != before[group][name]
+    }
+
+
+def test_what_stable_sets():
+    assert completed(preset='stable') == {
+        'learning_rate': 5e-4, 'schedule': 'warmup_cosine', 'decay_steps': 700,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('preset', ['keras1', 'keras3', 'flax'])
+def test_a_librarys_preset_sets_no_option(preset):
+    assert completed(preset=preset) == {}
+
+
+def test_what_is_given_stays():
+    """Even at its usual default; and a schedule of the user's own is not bent by part of another one."""
+    own = ('learning_rate', 'schedule')
+    assert completed(*own, preset='stable', learning_rate=0.1, schedule='exponential') == {}
+    assert completed('learning_rate', 'decay_steps', preset='stable') == {'schedule': 'warmup_cosine'}
+
+
+def test_stable_starts_as_keras3():
+    assert cells.PRESETS['stable'] == cells.PRESETS['keras3']
 
 
 def built(**options) -> nnx.Module:

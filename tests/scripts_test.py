@@ -96,6 +96,22 @@ def test_result_has_the_fields_of_the_design(trained):
     }
 
 
+def test_a_preset_sets_what_no_flag_says(vectors, tmp_path):
+    """And the run's own flags, which say all, make the same run."""
+    flags = f'--vectors={vectors}', '--hidden=8', '--batch_size=8', '--preset=stable', '--max_steps=9'
+    made = {}
+    for name, more in (('plain', ()), ('own', ('--learning_rate=1e-3',))):
+        assert call('train', *flags, *more, f'--run_dir={tmp_path / name}').returncode == 0
+        made[name] = json.loads((tmp_path / name / 'config.json').read_text())['optimiser']
+    names = 'learning_rate', 'schedule', 'decay_steps'
+    assert [made['plain'][name] for name in names] == [5e-4, 'warmup_cosine', 9]
+    assert [made['own'][name] for name in names] == [1e-3, 'warmup_cosine', 9]
+    again = f'--flagfile={tmp_path}/plain/flags.txt', '--max_steps=12', f'--run_dir={tmp_path / "plain"}'
+    assert call('train', *again).returncode == 0
+    longer = call('train', *flags, '--max_steps=12', f'--run_dir={tmp_path / "plain"}')
+    assert longer.returncode == 2 and '--decay_steps: 12, 9 there' in longer.stderr, longer.stderr
+
+
 def test_the_same_command_resumes(trained, vectors, tmp_path):
     """From the run's own flags, in another place, and further."""
     directory = tmp_path / 'copy'
@@ -454,7 +470,7 @@ def test_what_is_advised_can_be_gone_on_with_from_where_it_was_proven(trained, t
     assert done.returncode == 3, done.stderr
     screen = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=4000').stdout
     (line,) = (line for line in screen.splitlines() if line.startswith('or from step '))
-    found = re.fullmatch(r'or from step (\d+) on: python (\S+) (.*)', line)
+    found = re.fullmatch(r'or from step (\d+) on, where it was replayed: python (\S+) (.*)', line)
     assert found is not None, line
     start = int(found[1])
     assert f' --branch_at={start} ' in line and start == 43, line

@@ -75,6 +75,10 @@ def tasks() -> Iterator[Task]:
     yield from curvatures()
     yield from rates()
     yield from words()
+    yield from stable()
+    yield from screened()
+    yield from beyond()
+    yield from advised()
     yield from prevented()
     yield from dated()
 
@@ -87,6 +91,8 @@ def stock() -> Iterator[Task]:
             if seed == 0:
                 yield diagnosed(run.name)
     yield trained('gru', 'stock', 0)
+    for seed in range(5, 10):
+        yield trained('stacked', 'stock', seed, stops=True)
 
 
 def rates() -> Iterator[Task]:
@@ -114,10 +120,17 @@ def words() -> Iterator[Task]:
         ('gru', '8e-3'),
         ('lstm', '16e-3'),
         ('gru', '16e-3'),
-        ('gru', '32e-3'),
     ):
         flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
         yield trained(network, f'words256_rate{rate.replace("-", "_")}', 0, flags, width=128, stops=True)
+    for seed in range(10):
+        yield (run := trained('gru', 'words256_rate32e_3', seed, STEEP, width=128, stops=True))
+        if seed < 2:
+            yield diagnosed(run.name)
+
+
+STEEP = '--num_words=256 --test_share=0 --learning_rate=32e-3'
+"""Of the narrowest setting at which a GRU collapsed."""
 
 
 def curvatures() -> Iterator[Task]:
@@ -126,6 +139,8 @@ def curvatures() -> Iterator[Task]:
         run = trained(network, 'stock', 0, stops=True)
         yield branched(run, 'curvature', '--curvature_every=20', lambda step: step - 1500, 100, full=True)
 
+
+COSINE = f'--schedule=warmup_cosine --decay_steps={STEPS}'
 
 DATES = {'start': 0.0, 'sixth': 1 / 6, 'half': 1 / 2, 'late': 5 / 6, 'last': 0.98}
 """Of switching something on, as shares of the steps to the collapse; of a collapse at step 6,000 they are the steps 0,
@@ -136,7 +151,7 @@ REMEDIES = {
     'b2': '--b2=0.99',
     'half': '--learning_rate={half}',
     'eighth': '--learning_rate={eighth}',
-    'decaying': f'--schedule=warmup_cosine --decay_steps={STEPS}',
+    'decaying': COSINE,
     'amsgrad': '--second_moment=amsgrad',
     'epsilon': '--epsilon=1e-5',
     'norm_clip': '--clip=global_norm --clip_threshold=1.0',
@@ -144,7 +159,7 @@ REMEDIES = {
     'sigmoid': '--gate=sigmoid',
     'mask': '--mask_padding',
     'cap': '--curvature_every=10 --curvature_cap=0.8',
-    'combined': f'--update_clip=1.0 --learning_rate={{half}} --schedule=warmup_cosine --decay_steps={STEPS}',
+    'combined': f'--update_clip=1.0 --learning_rate={{half}} {COSINE}',
 }
 """What is switched on, by name."""
 
@@ -176,13 +191,80 @@ def doses(run: Task, rate: float, names: Iterable[str], dates: Iterable[str], mo
             yield branched(run, f'{name}@{date}', flags, lambda step, share=share: round(share * step), more)
 
 
+STABLE = '--preset=stable'
+
+SMALL = {'stacked': 6e-3, 'gru': 32e-3}
+"""Network -> the rate at which it collapses soon at width 128 with 256 words."""
+
+FULL = {'lstm': (0, 1, 2), 'stacked': (5, 6, 7, 8, 9, 0, 1, 2, 3, 4), 'gru': (0, 1, 2)}
+"""Seeds of the networks at their own sizes under the preset."""
+
+
+def stable() -> Iterator[Task]:
+    """The preset: the networks of the question under it, and where a collapse is quick each ingredient left out."""
+    for network, seeds in FULL.items():
+        yield trained(network, 'stable', seeds[0], STABLE, stops=True)
+    small = f'{STABLE} --num_words=256 --test_share=0'
+    for seed in range(10):
+        for network, rate in SMALL.items():
+            whole = f'{small} --learning_rate={rate:g}'
+            half = f'{small} --learning_rate={rate / 2:g}'
+            settings = {'stable': half}
+            if seed < 5:
+                settings |= {'stable_constant': f'{half} --schedule=constant', 'stable_whole': whole}
+            if seed < 3:
+                settings |= {
+                    'keras3': f'{whole} --schedule=constant',
+                    'stable_clip': f'{half} --update_clip=1.0',
+                }
+            for name, flags in settings.items():
+                yield trained(network, name, seed, flags, width=128, stops=True)
+    for network, seeds in FULL.items():
+        for seed in seeds[1:]:
+            yield trained(network, 'stable', seed, STABLE, stops=True)
+
+
+def beyond() -> Iterator[Task]:
+    """Trained on after a collapse, and at rates far above: where are outputs random, or the same for every word?"""
+    for seed in range(2):
+        for network, rates in (
+            ('stacked', ('6e-3', '16e-3', '32e-3')),
+            ('lstm', ('32e-3', '64e-3')),
+            ('gru', ('48e-3',)),
+        ):
+            for rate in rates:
+                flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
+                yield trained(network, f'on_rate{rate.replace("-", "_")}', seed, flags, width=128)
+
+
+def screened() -> Iterator[Task]:
+    """Other cells, as they are, and as the question had them with a cosine from half the rate."""
+    for network, rate in SMALL.items():
+        whole = f'--num_words=256 --test_share=0 --learning_rate={rate:g}'
+        half = f'--num_words=256 --test_share=0 --learning_rate={rate / 2:g}'
+        for name, flags in (('flax', f'{whole} --preset=flax'), ('mask', f'{whole} --mask_padding')):
+            yield trained(network, name, 0, flags, width=128, stops=True)
+        yield trained(network, 'cosine', 0, f'{half} {COSINE}', width=128, stops=True)
+
+
 DEMO = '--num_words=256 --test_share=0 --learning_rate=6e-3'
 """Of the quickest natural collapse: the stacked network at width 128, as `jaxrnn demo` trains it."""
+
+
+ADVICE = f'--learning_rate=0.003 --epsilon=3.1e-05 {COSINE}'
+"""What the diagnosis of the demo says to do."""
+
+
+def advised() -> Iterator[Task]:
+    """The demo as it is, and with its diagnosis' advice from the start, with other seeds."""
+    for seed in range(10):
+        yield trained('stacked', 'demo', seed, DEMO, width=128, stops=True)
+        yield trained('stacked', 'advised', seed, f'{DEMO} {ADVICE}', width=128, stops=True)
 
 
 def dated() -> Iterator[Task]:
     """Dose and date: what does switching something on at a step bring?"""
     for seed in range(3):
-        yield (run := trained('stacked', 'demo', seed, DEMO, width=128, stops=True))
+        run = trained('stacked', 'demo', seed, DEMO, width=128, stops=True)
         names = ('update_clip', 'half', 'decaying', 'combined', 'cap', 'epsilon', 'b2', 'eighth', 'amsgrad')
         yield from doses(run, 6e-3, names, ('start', 'half', 'late', 'last'), 1500)

@@ -16,7 +16,7 @@ from absl import app, flags
 from jaxrnn import files
 from jaxrnn.errors import UserError
 from jaxrnn.escaping import as_json, one_line, visible
-from jaxrnn.words import config
+from jaxrnn.words import config, presets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,12 +115,14 @@ def define_config() -> None:
 
 
 def config_from_flags() -> config.Config:
-    """The configuration that the flags say. Raises UserError for a value out of bounds."""
+    """The configuration that the flags say, and its preset where they say nothing. Raises UserError for a value out of
+    bounds."""
     groups: dict[str, Any] = {
         group: options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(options)})
         for group, options in _groups_of_options().items()
     }
-    return config.Config(**groups)
+    given = {flag.name for flag in defined() if flag.present}
+    return presets.completed(config.Config(**groups), given)
 
 
 def _groups_of_options() -> dict[str, type[config.OptionGroup]]:

@@ -92,7 +92,8 @@ def _switched_on_at(added, report) -> int | None:
 def _branched(added: str, directory: str, start: int) -> str:
     """The line that says how to go on from where it was proven, without training what was good again."""
     typed = f'--flagfile={directory}/flags.txt', f'--branch_from={directory}', f'--branch_at={start}'
-    return f'or from step {start} on: {invocation.line("train", *typed, f"--run_dir={directory}-2")} {added}'
+    line = f'{invocation.line("train", *typed, f"--run_dir={directory}-2")} {added}'
+    return f'or from step {start} on, where it was replayed: {line}'
 
 
 def _advised(added: str, directory: str) -> tuple[str, str]:

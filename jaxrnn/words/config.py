@@ -140,8 +140,10 @@ class Model(OptionGroup):
 
     network: str = option('lstm', 'The network.', choices=('lstm', 'gru', 'stacked'))
     preset: str = option(
-        'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library.",
-        choices=('keras1', 'keras3', 'flax'),
+        'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library. stable: those of keras3, and what "
+        'keeps a run from collapsing: half the stock rate, falling to 0 by a cosine at --max_steps, where no flag says '
+        'otherwise.',
+        choices=('keras1', 'keras3', 'flax', 'stable'),
     )  # fmt: skip
     hidden: int = option(
         0, 'Width of the recurrent layers; 0: 1024 (lstm, gru), 512 (stacked).', at_least=0, at_most=1 << 20
