@@ -89,6 +89,16 @@ def test_constant_outputs():
     assert checks.outputs_vary(evidence(columns={'variance_ratio': np.full(300, np.nan)}))['ok'] is None
 
 
+@pytest.mark.parametrize(('level', 'first', 'ok'), [(0.9, 220, False), (0.9, 150, True), (0.3, 220, True)])
+def test_outputs_that_were_constant_for_a_while(level, first, ok):
+    """After they had varied as the targets do; not before anything is learnt, when a network gives the mean."""
+    ratios = np.concatenate([np.full(first, level), np.full(20, 0.002), np.full(280 - first, 0.9)])
+    found = checks.outputs_vary(evidence(columns={'variance_ratio': ratios}))
+    assert found['ok'] is ok and found['value'] == (0.9 if ok else 0.002), found
+    assert found['why'].startswith("their variance is 0.9 of the targets' at the end")
+    assert ('was 0.002 around step 2' in found['why']) is not ok
+
+
 def test_targets_of_one_class_or_one_value():
     vectors = DATASET.vectors.copy()
     vectors[:, 2] = 10

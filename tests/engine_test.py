@@ -17,7 +17,7 @@ from jaxrnn.diagnosis import Symptom
 from jaxrnn.experiment import window
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, in_slow_motion, other_batches, without_batch
-from jaxrnn.experiment.engine import budget_for
+from jaxrnn.experiment.engine import budget_for, most_for
 from jaxrnn.experiment.explain import explain, run
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import (
@@ -29,6 +29,7 @@ from jaxrnn.experiment.outcome import (
     ExperimentReport,
     Outcome,
 )
+from jaxrnn.experiment.replays import Budget
 from jaxrnn.experiment.strategies import FARTHER, bad_batches
 from jaxrnn.experiment.window import AFTER, FAR, LEAD, Window, window_of
 from jaxrnn.record import checkpoint, loop, telemetry
@@ -692,6 +693,20 @@ def test_the_budget_where_none_is_given():
     """Twice what the symptom took to come, within bounds."""
     found = {step: budget_for(step) for step in (0, 999, 1001, 3999, 4001, 10**6)}
     assert found == {0: 2000, 999: 2000, 1001: 2002, 3999: 7998, 4001: 8000, 10**6: 8000}
+
+
+def test_a_budget_grows_with_the_steps_of_a_change_within_bounds():
+    """From 8,000 steps, of a symptom at step 10,000; a symptom at step 100 may take four times what it began with."""
+    found = {}
+    for symptom, times in ((10_000, 1.5), (10_000, 5), (100, 3), (100, 10)):
+        budget = Budget(budget_for(symptom))
+        budget.spent = 70
+        budget.extend(times, most_for(symptom))
+        found[symptom, times] = budget.steps - 70
+    assert found == {(10_000, 1.5): 12_000, (10_000, 5): 20_000, (100, 3): 6000, (100, 10): 8000}
+    budget = Budget(300)
+    budget.extend(1.0, 200)
+    assert budget.steps == 300
 
 
 @pytest.mark.parametrize('given', [None, 2000])

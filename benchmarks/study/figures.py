@@ -138,8 +138,51 @@ def curvature(results: Results) -> plt.Figure:
     return figure
 
 
+STABLE = {'lstm': ('lstm-stock-0', 'lstm-stable-0'), 'stacked': ('stacked-stock-5', 'stacked-stable-5')}
+"""Network -> a run as in the question, and one under the preset."""
+
+
+def stable(results: Results) -> plt.Figure:
+    """Accuracy and loss as in the question, and under the preset."""
+    shown = {name: pair for name, pair in STABLE.items() if all(run in results for run in pair)}
+    figure, axes = plt.subplots(2, len(shown), figsize=(4 * len(shown), 5.4), sharex='col', squeeze=False)
+    for column, (name, pair) in enumerate(shown.items()):
+        top, bottom = axes[:, column]
+        for run, said, colour in zip(pair, ('stock', '--preset=stable'), (TEST, TRAIN), strict=True):
+            curve = results[run]['curve']
+            top.plot(curve['step'], curve['accuracy'], color=colour, label=said)
+            bottom.semilogy(curve['step'], curve['loss'], color=colour)
+            for axis in (top, bottom):
+                _mark(axis, results[run])
+        top.set(title=NETWORKS[name], ylim=(0, 1.02))
+        bottom.set(xlabel='step')
+    axes[0, 0].set_ylabel('accuracy, as Keras has it')
+    axes[1, 0].set_ylabel('mean squared error')
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def constant(results: Results) -> plt.Figure:
+    """A run that was trained on after its collapse, and gave the same output for every word some time later."""
+    curve = results['stacked128-on_rate6e_3-0']['curve']
+    figure, axes = plt.subplots(3, 1, figsize=(8, 6), sharex=True)
+    for axis, field, said in zip(
+        axes,
+        ('accuracy', 'variance_ratio', 'update_norm'),
+        ('accuracy', 'variance of the outputs\nover that of the targets', 'update norm'),
+        strict=True,
+    ):
+        (axis.plot if field == 'accuracy' else axis.semilogy)(
+            curve['step'], curve[field], color=TRAIN, linewidth=0.9
+        )
+        axis.set_ylabel(said)
+    axes[-1].set_xlabel('step')
+    return figure
+
+
 FIGURES: Mapping[str, Callable[[Results], plt.Figure]] = {
-    'curves': curves, 'collapses': collapses, 'creeping': creeping, 'curvature': curvature,
+    'curves': curves, 'collapses': collapses, 'creeping': creeping, 'curvature': curvature, 'stable': stable,
+    'constant': constant,
 }  # fmt: skip
 
 

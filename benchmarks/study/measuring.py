@@ -27,6 +27,9 @@ AROUND = 300, 120
 EACH = ('loss', 'accuracy', 'cosine', 'variance_ratio', 'gradient_norm', 'update_norm', 'step_rms')
 """Fields that are kept of each of these."""
 
+SHORT = 'loss', 'accuracy', 'cosine', 'variance_ratio', 'update_norm', 'gradient_norm'
+"""Fields of the curve of a run of which less is kept."""
+
 SMOOTH = 64
 """Steps over which accuracy is averaged before a drop is looked for: four epochs of 512 words."""
 
@@ -52,7 +55,7 @@ def measured(directory: Path, full: bool) -> dict[str, Any]:
         'drops': drops(columns['step'], columns['accuracy']),
         'evaluation': json.loads(paths.evaluation.read_text()),
         'lowest_loss': _digits(np.min(smooth(columns['loss'], SMOOTH))),
-        'curve': curve(columns, None if full else ('loss', 'accuracy', 'update_norm', 'gradient_norm')),
+        'curve': curve(columns, None if full else SHORT),
         'versions': diagnosis['versions'],
     }
     if full:

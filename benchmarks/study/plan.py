@@ -235,6 +235,9 @@ def beyond() -> Iterator[Task]:
             for rate in rates:
                 flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
                 yield trained(network, f'on_rate{rate.replace("-", "_")}', seed, flags, width=128)
+    same = 'stacked128-on_rate6e_3-0'  # from step 5,640 on the same output for every word
+    flags = '--threads=1 --good=5000 --budget_steps=2900'
+    yield Task(f'{same}-constant', 'diagnose', flags, same, after=same, needed=collapsed)
 
 
 def screened() -> Iterator[Task]:

@@ -33,6 +33,12 @@ def budget_for(symptom: int) -> int:
     return min(max(2 * symptom, BUDGET), MOST_BUDGET)
 
 
+def most_for(symptom: int) -> int:
+    """What such a budget grows to at most where each change takes more steps: a diagnosis of a long run still takes no
+    more than twice as long as its training."""
+    return max(2 * symptom, MOST_BUDGET)
+
+
 class Experiments:
     """Experiments on one symptom of a run.
 

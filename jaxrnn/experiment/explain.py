@@ -14,7 +14,7 @@ from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
 from jaxrnn.experiment.cause import cause_of
 from jaxrnn.experiment.changes import step_of
-from jaxrnn.experiment.engine import Experiments, budget_for
+from jaxrnn.experiment.engine import Experiments, budget_for, most_for
 from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Level, Outcome
 from jaxrnn.experiment.strategies import (
     FARTHER,
@@ -57,7 +57,8 @@ def run(
     budget.hold_back(RESERVED)
     nudge = _nudge(experiments)
     if changes_only:
-        budget.extend(experiments.window.length / window.length)
+        most = most_for(experiments.judge.symptom.step)
+        budget.extend(experiments.window.length / window.length, most)
         budget.hold_back(RESERVED)
     tried = in_turn(experiments, changes)
     budget.hold_back(RESERVED / 2)

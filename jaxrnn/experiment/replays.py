@@ -42,9 +42,10 @@ class Budget:
         """From now on, holds back this share of all steps, and no more."""
         self._limit = self.steps * (1 - share)
 
-    def extend(self, times: float) -> None:
-        """From now on, so many times as many steps as there were at first, and what is spent does not count."""
-        self.steps = self.spent + round(self.steps * times)
+    def extend(self, times: float, most: int) -> None:
+        """From now on, so many times as many steps as there were at first, up to `most`, and never fewer; what is spent
+        does not count."""
+        self.steps = self.spent + max(self.steps, min(round(self.steps * times), most))
 
     def allows(self, steps: int) -> bool:
         """Whether so many more may be replayed now."""

@@ -22,8 +22,12 @@ EXPLAINED = 0.5
 TRAINED = 2000
 """Steps after which it should have been."""
 
-CONSTANT = 0.01
-"""Variance of the outputs over that of the targets, below which they are the same for every word."""
+CONSTANT, VARIED = 0.01, 0.5
+"""Variance of the outputs over that of the targets: below which they are the same for every word, and above which they
+surely are not."""
+
+SPAN, LEARNING = 16, 200
+"""Steps of whose batches a median is taken; and first steps, in which outputs vary as the initial weights have them."""
 
 LARGEST_CLASS = 0.25
 """Share of the words whose targets' largest coordinate may be the same."""
@@ -115,13 +119,22 @@ def rate_may_stay(evidence: Evidence) -> Check:
 
 
 def outputs_vary(evidence: Evidence) -> Check:
-    """5. Predictions are not constant or repeating: the outputs' variance over that of the targets, at the end."""
+    """5. Predictions are not constant or repeating: the variance of the outputs over that of the targets, at the end,
+    or where it was least after it had been large; medians of 16 steps."""
     name, ratios = 'predictions vary', evidence.columns.get('variance_ratio', np.array([]))
-    last = ratios[np.isfinite(ratios)][-16:]
-    if not last.size:
+    finite = np.isfinite(ratios)
+    if not finite.any():
         return check(name, None, 0, 'no record of their variance')
-    ratio = float(np.median(last))
-    return check(name, ratio >= CONSTANT, ratio, f"their variance is {ratio:.3g} of the targets' at the end")
+    known = ratios[finite]
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(known, min(SPAN, known.size)), axis=1)
+    said = f"their variance is {levels[-1]:.3g} of the targets' at the end"
+    varied = np.flatnonzero((levels > VARIED) & (np.arange(levels.size) >= LEARNING))
+    lowest = int(varied[0] + np.argmin(levels[varied[0] :])) if varied.size else levels.size - 1
+    if levels[lowest] < CONSTANT <= levels[-1]:
+        step = int(evidence.columns[rule_language.STEP][finite][lowest])
+        said += f', and was {levels[lowest]:.2g} around step {step}: nearly the same output for every word'
+    ratio = float(min(levels[lowest], levels[-1]))
+    return check(name, ratio >= CONSTANT, ratio, said)
 
 
 def targets_are_balanced(evidence: Evidence) -> Check:
