@@ -126,7 +126,6 @@ def test_gates_and_adams():
         'keras1': (hard, False, 1e-8, True),
         'keras3': (soft, True, 1e-7, True),
         'flax': (soft, True, 1e-8, False),
-        'stable': (soft, True, 1e-7, True),
     }
 
 
@@ -160,8 +159,11 @@ def test_what_is_given_stays():
     assert completed('learning_rate', 'decay_steps', preset='stable') == {'schedule': 'warmup_cosine'}
 
 
-def test_stable_starts_as_keras3():
-    assert cells.PRESETS['stable'] == cells.PRESETS['keras3']
+def test_every_choice_has_a_network():
+    names = config.Model.__dataclass_fields__['preset'].metadata['choices']
+    found = {name: presets.network_of(name) for name in names}
+    assert found == {**cells.PRESETS, 'stable': KERAS3}
+    assert {*presets.SETTINGS, *presets.NETWORKS} <= set(names)
 
 
 def built(**options) -> nnx.Module:

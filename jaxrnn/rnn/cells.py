@@ -322,4 +322,3 @@ PRESETS = {
         epsilon_hat=False,
     ),
 }
-PRESETS['stable'] = PRESETS['keras3']  # ours: what makes it stable is its optimiser, of `words.presets`

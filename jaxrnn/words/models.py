@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxrnn.rnn import cells, layers
 from jaxrnn.types import Array, UserError
-from jaxrnn.words import config
+from jaxrnn.words import config, presets
 
 WIDTHS = {'lstm': 1024, 'gru': 1024, 'stacked': 512}
 """Stock hidden widths."""
@@ -78,7 +78,7 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         key: PRNG key.
     """
     hidden = width(options)
-    preset = cells.PRESETS[options.preset]
+    preset = presets.network_of(options.preset)
     if options.gate != 'preset':
         preset = preset._replace(gate=cells.GATES[options.gate])
     if options.recurrent_gain:

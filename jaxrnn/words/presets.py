@@ -1,13 +1,18 @@
-"""What a preset sets beside the network: options of the optimiser, where the user gave none.
+"""What `--preset` means: a network and Adam's epsilon, and options of the optimiser where the user gave none.
 
-A new one is an entry of SETTINGS. What stands in it is justified by a measurement each (benchmarks/study, *What makes a
-run stable*). The presets of libraries have no entry: they are the network and Adam's epsilon alone.
+A library's preset is an entry of `cells.PRESETS`, and nothing else. One of our own is an entry of SETTINGS, and of
+NETWORKS, too, where its network is that of a library. What stands in SETTINGS is justified by a measurement each
+(benchmarks/study, *What makes a run stable*).
 """
 
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+from jaxrnn.rnn import cells
 from jaxrnn.words.config import Config
+
+NETWORKS = {'stable': 'keras3'}
+"""Preset -> the one of a library whose network and epsilon it has."""
 
 SETTINGS: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     'stable': {
@@ -20,6 +25,11 @@ SETTINGS: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
 
 BELONGS = {'decay_steps': 'schedule'}
 """Option -> the one that it says more about: where the user gave that, this has the usual default, too."""
+
+
+def network_of(preset: str) -> cells.Preset:
+    """Its initial weights, gates and epsilon."""
+    return cells.PRESETS[NETWORKS.get(preset, preset)]
 
 
 def completed(config: Config, given: Container[str]) -> Config:

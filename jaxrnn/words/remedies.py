@@ -20,7 +20,7 @@ from jaxrnn.experiment.outcome import Change, Changed
 from jaxrnn.optim import curvature, signals
 from jaxrnn.rnn import cells
 from jaxrnn.types import Series, Tree
-from jaxrnn.words import data, models, optimisers, train
+from jaxrnn.words import data, models, optimisers, presets, train
 from jaxrnn.words.config import Config, limited
 
 Overrides = Mapping[str, Any]
@@ -111,7 +111,7 @@ def _faster_forgetting(config: Config, b2: float) -> Overrides:
 
 
 def _epsilon(config: Config) -> float:
-    return config.optimiser.epsilon or cells.PRESETS[config.model.preset].epsilon
+    return config.optimiser.epsilon or presets.network_of(config.model.preset).epsilon
 
 
 def _larger_epsilon(config: Config) -> Overrides:
@@ -147,7 +147,7 @@ def _exact_products(config: Config) -> Overrides:
 
 def _soft_gates(config: Config) -> Overrides:
     gate = config.model.gate
-    hard = gate == 'hard_sigmoid' or cells.PRESETS[config.model.preset].gate is cells.HARD_SIGMOID
+    hard = gate == 'hard_sigmoid' or presets.network_of(config.model.preset).gate is cells.HARD_SIGMOID
     return {'gate': 'sigmoid'} if hard and gate != 'sigmoid' else {}
 
 
@@ -170,7 +170,7 @@ def _usual_gain(config: Config) -> Overrides:
 
 def gain(config: Config) -> float:
     """Of the initial recurrent weights."""
-    return config.model.recurrent_gain or cells.PRESETS[config.model.preset].recurrent_gain
+    return config.model.recurrent_gain or presets.network_of(config.model.preset).recurrent_gain
 
 
 DECAY = 'decaying learning rate'

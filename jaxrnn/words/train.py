@@ -15,10 +15,10 @@ from flax import nnx
 from jaxrnn import environment, tree
 from jaxrnn.optim import curvature, transforms
 from jaxrnn.record import loop
-from jaxrnn.rnn import cells, layers
+from jaxrnn.rnn import layers
 from jaxrnn.rnn.probe import Probe
 from jaxrnn.types import Array, BatchAt, Record, Staged, Step, Tree, UserError
-from jaxrnn.words import data, models, optimisers, signals
+from jaxrnn.words import data, models, optimisers, presets, signals
 from jaxrnn.words.config import Config, Model
 from jaxrnn.words.data import Batch
 from jaxrnn.words.signals import TrainState
@@ -49,7 +49,7 @@ def make_program(config: Config, dataset: data.Dataset) -> Program:
     """
     network = _network(config.model, len(dataset.alphabet), dataset.vectors.shape[1])
     _check_state(config, network)
-    preset = cells.PRESETS[config.model.preset]
+    preset = presets.network_of(config.model.preset)
     optimiser = optimisers.build(config.optimiser, epsilon=preset.epsilon, epsilon_hat=preset.epsilon_hat)
 
     def init() -> TrainState:
