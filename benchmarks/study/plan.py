@@ -8,6 +8,9 @@ from benchmarks.study.tasks import Task
 DATA = '--preset=keras1 --num_words=640 --validation_share=0 --test_share=0.2 --pad_to=20'
 """512 words to learn and 128 that are never shown, the most frequent of the sample, with their vectors; 20 letters."""
 
+FEW = '--num_words=256 --test_share=0'
+"""Fewer words, which are all learnt: where a collapse is quick."""
+
 STEPS = 8000
 
 REAL = f'{DATA} --max_steps={STEPS} --signals --threads=1 --checkpoint_every=250 --keep_latest=1000'
@@ -121,7 +124,7 @@ def words() -> Iterator[Task]:
         ('lstm', '16e-3'),
         ('gru', '16e-3'),
     ):
-        flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
+        flags = f'{FEW} --learning_rate={rate}'
         yield trained(network, f'words256_rate{rate.replace("-", "_")}', 0, flags, width=128, stops=True)
     for seed in range(10):
         yield (run := trained('gru', 'words256_rate32e_3', seed, STEEP, width=128, stops=True))
@@ -129,7 +132,7 @@ def words() -> Iterator[Task]:
             yield diagnosed(run.name)
 
 
-STEEP = '--num_words=256 --test_share=0 --learning_rate=32e-3'
+STEEP = f'{FEW} --learning_rate=32e-3'
 """Of the narrowest setting at which a GRU collapsed."""
 
 
@@ -204,7 +207,7 @@ def stable() -> Iterator[Task]:
     """The preset: the networks of the question under it, and where a collapse is quick each ingredient left out."""
     for network, seeds in FULL.items():
         yield trained(network, 'stable', seeds[0], STABLE, stops=True)
-    small = f'{STABLE} --num_words=256 --test_share=0'
+    small = f'{STABLE} {FEW}'
     for seed in range(10):
         for network, rate in SMALL.items():
             whole = f'{small} --learning_rate={rate:g}'
@@ -233,7 +236,7 @@ def beyond() -> Iterator[Task]:
             ('gru', ('48e-3',)),
         ):
             for rate in rates:
-                flags = f'--num_words=256 --test_share=0 --learning_rate={rate}'
+                flags = f'{FEW} --learning_rate={rate}'
                 yield trained(network, f'on_rate{rate.replace("-", "_")}', seed, flags, width=128)
     same = 'stacked128-on_rate6e_3-0'  # from step 5,640 on the same output for every word
     flags = '--threads=1 --good=5000 --budget_steps=2900'
@@ -243,14 +246,14 @@ def beyond() -> Iterator[Task]:
 def screened() -> Iterator[Task]:
     """Other cells, as they are, and as the question had them with a cosine from half the rate."""
     for network, rate in SMALL.items():
-        whole = f'--num_words=256 --test_share=0 --learning_rate={rate:g}'
-        half = f'--num_words=256 --test_share=0 --learning_rate={rate / 2:g}'
+        whole = f'{FEW} --learning_rate={rate:g}'
+        half = f'{FEW} --learning_rate={rate / 2:g}'
         for name, flags in (('flax', f'{whole} --preset=flax'), ('mask', f'{whole} --mask_padding')):
             yield trained(network, name, 0, flags, width=128, stops=True)
         yield trained(network, 'cosine', 0, f'{half} {COSINE}', width=128, stops=True)
 
 
-DEMO = '--num_words=256 --test_share=0 --learning_rate=6e-3'
+DEMO = f'{FEW} --learning_rate=6e-3'
 """Of the quickest natural collapse: the stacked network at width 128, as `jaxrnn demo` trains it."""
 
 
