@@ -47,7 +47,7 @@ def describe() -> dict[str, str]:
         'platform': device.platform,
         'device': device.device_kind,
         'devices': str(jax.device_count()),
-        'processor': _processor(),
+        **processor(_cpuinfo()),
         'threads': str(threads()),
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
         'matmul_precision': str(jax.config.values['jax_default_matmul_precision']),
@@ -145,10 +145,36 @@ def keep_compiled() -> None:
         jax.config.update('jax_compilation_cache_dir', os.fspath(folder))
 
 
-def _processor() -> str:
+VECTORS = re.compile(r'avx\w*|amx\w*|fma\w*|f16c|asimd\w*|sve\w*')
+"""Instructions, as Linux names them, with which XLA:CPU and Eigen sum in another order."""
+
+
+def processor(cpuinfo: str) -> dict[str, str]:
+    """The processor, and the instructions for vectors that it has, which a virtual machine may hide.
+
+    Its name alone does not tell what is computed: a virtual machine may give several generations the same.
+
+    Args:
+        cpuinfo: text of Linux' /proc/cpuinfo; empty elsewhere.
+    """
+
+    def first(pattern: str) -> str:
+        match = re.search(rf'^(?:{pattern})\s*:\s*(.+)$', cpuinfo, re.MULTILINE)
+        return match[1] if match else ''
+
+    name = first('model name|CPU part') or platform.processor() or platform.machine()
+    parts = [f'{word} {found}' for word, found in (
+        ('family', first('cpu family')), ('model', first('model')),
+    ) if found]  # fmt: skip
+    instructions = set(first('flags|Features').split())
+    return {
+        'processor': f'{name} ({", ".join(parts)})' if parts else name,
+        'instructions': ' '.join(sorted(filter(VECTORS.fullmatch, instructions))),
+    }
+
+
+def _cpuinfo() -> str:
     try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            match = re.search(r'^(?:model name|CPU part)\s*:\s*(.+)$', file.read(), re.MULTILINE)
+        return pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
     except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
+        return ''

@@ -33,10 +33,16 @@ def runs(tmp_path) -> Path:
     return tmp_path
 
 
+GENERATION = 'AMD EPYC (family 26'
+"""Of the machine that recorded them: 0.1.0 wrote its name alone, which older generations have, too."""
+
+
 def same_bits(opened: run.LoadedRun) -> bool:
     """Whether this is a machine, and versions, that give the same bits."""
     recorded = opened.checkpoints.meta(opened.checkpoints.steps()[-1])['environment_details']
-    return not environment.differences(recorded, environment.describe())
+    now = environment.describe()
+    known = {name: now[name] for name in ('processor', 'instructions')}
+    return now['processor'].startswith(GENERATION) and not environment.differences(recorded | known, now)
 
 
 @pytest.mark.parametrize(('name', 'steps'), [('run', [0, 60]), ('options', [20])])

@@ -5,11 +5,15 @@ NETWORKS, too, where its network is that of a library. What stands in SETTINGS i
 (benchmarks/study, *What makes a run stable*).
 """
 
-from collections.abc import Callable, Container, Mapping
-from typing import Any
+from __future__ import annotations
 
-from jaxrnn.rnn import cells
+from collections.abc import Callable, Container, Mapping
+from typing import TYPE_CHECKING, Any
+
 from jaxrnn.words.config import Config
+
+if TYPE_CHECKING:
+    from jaxrnn.rnn import cells
 
 NETWORKS = {'stable': 'keras3'}
 """Preset -> the one of a library whose network and epsilon it has."""
@@ -29,6 +33,8 @@ BELONGS = {'decay_steps': 'schedule'}
 
 def network_of(preset: str) -> cells.Preset:
     """Its initial weights, gates and epsilon."""
+    from jaxrnn.rnn import cells  # JAX takes its time, and flags are read without it
+
     return cells.PRESETS[NETWORKS.get(preset, preset)]
 
 
