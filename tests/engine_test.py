@@ -18,7 +18,7 @@ from jaxrnn.experiment import window
 from jaxrnn.experiment.cause import cause_of, ranked
 from jaxrnn.experiment.changes import in_float64, in_slow_motion, other_batches, without_batch
 from jaxrnn.experiment.engine import budget_for, most_for
-from jaxrnn.experiment.explain import explain, run
+from jaxrnn.experiment.explain import explain, nudge_of, run
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import (
     AVERTED,
@@ -233,6 +233,74 @@ def test_what_speaks_for_the_cause_is_ranked_first():
     assert names() == ['half', 'amsgrad']
     made = [half._replace(margin=2), made[1]._replace(margin=2)]
     assert names() == ['amsgrad', 'half']
+
+
+def test_shorter_steps_alone_come_after_what_bears_the_runs_own():
+    """A lower rate, however far from its edge, puts a symptom off; unless a rate that is too high is what is named."""
+    told = outcomes(
+        ('an eighth', 'optimiser', '', 'averted'),
+        ('amsgrad', 'optimiser', '', 'averted'),
+        ('decaying', 'optimiser', '', 'averted'),
+    )
+    eighth, amsgrad, decaying = told.outcomes
+    shorter = {'flags': '--rate', 'shortens': 8, 'stressed': lambda times: None}
+    eighth = eighth._replace(margin=4, change=eighth.change._replace(**shorter))
+    decaying = decaying._replace(change=decaying.change._replace(decays=True, **shorter))
+    assert [o.change.name for o in ranked([eighth, amsgrad])] == ['amsgrad', 'an eighth']
+    assert [o.change.name for o in ranked([eighth, amsgrad, decaying])] == [
+        'decaying',
+        'amsgrad',
+        'an eighth',
+    ]
+    too_high = mechanism('excessive learning rate')
+    usual = eighth._replace(margin=None, change=eighth.change._replace(removes=too_high, name='usual'))
+    assert [o.change.name for o in ranked([eighth, usual])] == ['usual', 'an eighth']
+
+
+def test_other_batches_say_nothing_where_a_nudge_puts_it_off_for_good():
+    """And the batch that stands out is innocent."""
+    told = outcomes(
+        ('other batches', 'data', '', 'averted'),
+        ('without the batch', 'data', '', 'unchanged'),
+        ('half', 'optimiser', '', 'averted'),
+    )
+    other, without, half = told.outcomes
+    avoiding = [o._replace(change=o.change._replace(avoids=True)) for o in (other, without)]
+    told = told._replace(outcomes=(*avoiding, half))
+    assert cause_of(told, by_batch=True).kind == 'data'
+    delayed = half._replace(verdict='delayed')
+    assert cause_of(told._replace(nudge=delayed), by_batch=True).kind == 'optimiser'
+    late = delayed._replace(symptom=Symptom('collapse', 190))
+    assert cause_of(told._replace(nudge=late), by_batch=True).kind == 'data'
+
+
+class _Nudged:
+    """Stands for experiments whose nudge has an outcome, and shows the symptom at step 300 where it is replayed on."""
+
+    window, budget = Window(100, 150, 201), Budget(10_000)
+
+    def __init__(self, verdict):
+        self.first = Outcome(Change('nudge', '', lambda: None), verdict, None, 0.1, 201)
+        self.horizons = []
+
+    def nudge(self):
+        return self.first
+
+    def attempt(self, change, *, horizon):
+        return self.first._replace(verdict='delayed', symptom=Symptom('collapse', 300))
+
+    def longer(self, horizon):
+        self.horizons.append(horizon)
+
+
+@pytest.mark.parametrize(('verdict', 'horizons'), [
+    ('averted', [351]), ('delayed', [351]), ('unchanged', []), ('not possible', []),
+])  # fmt: skip
+def test_what_a_nudge_puts_off_is_judged_over_the_time_that_it_takes_to_come(verdict, horizons):
+    made = _Nudged(verdict)
+    found = nudge_of(made)
+    assert made.horizons == horizons
+    assert found.symptom == (Symptom('collapse', 300) if horizons else None)
 
 
 def test_the_narrowest_mechanism_is_named():
@@ -738,7 +806,7 @@ def test_a_budget_that_nobody_gave_is_for_changes_and_grows_with_the_time_they_a
 
 def overshooting(rate, noise=0.0, leaves=700):
     """Descent on log cosh(5 x), whose minimum bears no step longer than .4: x jumps from side to side of it. From a
-    step on what isn't at the minimum grows."""
+    step on what isn't at the minimum grows, for 100 steps."""
 
     def step(x, batch):
         moved = x - rate * jnp.tanh(5 * x) + rate * noise * batch['noise']
@@ -746,7 +814,7 @@ def overshooting(rate, noise=0.0, leaves=700):
 
     def batch_at(number):
         return {
-            'late': np.bool_(number >= leaves),
+            'late': np.bool_(leaves <= number < leaves + 100),
             'noise': np.float32(np.random.default_rng(number).normal()),
         }
 

@@ -143,7 +143,7 @@ def completed(*given: str, **options) -> dict[str, object]:
 
 def test_what_stable_sets():
     assert completed(preset='stable') == {
-        'learning_rate': 5e-4, 'schedule': 'warmup_cosine', 'decay_steps': 700,
+        'learning_rate': 5e-4, 'schedule': 'warmup_cosine', 'decay_steps': 700, 'update_clip': 1.0,
     }  # fmt: skip
 
 
@@ -154,9 +154,11 @@ def test_a_librarys_preset_sets_no_option(preset):
 
 def test_what_is_given_stays():
     """Even at its usual default; and a schedule of the user's own is not bent by part of another one."""
-    own = ('learning_rate', 'schedule')
+    own = ('learning_rate', 'schedule', 'update_clip')
     assert completed(*own, preset='stable', learning_rate=0.1, schedule='exponential') == {}
-    assert completed('learning_rate', 'decay_steps', preset='stable') == {'schedule': 'warmup_cosine'}
+    assert completed('learning_rate', 'decay_steps', preset='stable') == {
+        'schedule': 'warmup_cosine', 'update_clip': 1.0,
+    }  # fmt: skip
 
 
 def test_every_choice_has_a_network():

@@ -8,6 +8,7 @@ from rich.console import Console
 from jaxrnn import report, trace
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
+from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome
 from jaxrnn.experiment.window import Window
 from jaxrnn.report import steps
@@ -337,6 +338,21 @@ def test_a_diagnosis():
     )
     assert shown(report.render_diagnosis(diagnosis, REPORT, INSPECTED, WORDS)).strip() == DIAGNOSED.strip()
     assert report.advised_flags(diagnosis) == '--learning_rate=0.5'
+
+
+def test_shorter_steps_alone_are_not_said_to_help_for_good():
+    """Unless it is a rate that decays, or one that was found to be too high."""
+
+    def advised(**more):
+        first, *others = REPORT.outcomes
+        told = REPORT._replace(outcomes=(first._replace(change=first.change._replace(**more)), *others))
+        diagnosis = Diagnosis(symptom=Symptom('spike', 12), cause=Cause('optimiser', 'so'), remedies=REMEDIES)
+        screen = shown(report.render_diagnosis(diagnosis, told))
+        return '(because; it may come later all the same)' in ' '.join(screen.split())
+
+    assert advised(shortens=2) and not advised(shortens=0)
+    assert not advised(shortens=2, decays=True)
+    assert not advised(shortens=2, removes=Mechanism('excessive learning rate', ''))
 
 
 def test_nothing_is_advised_where_no_flag_averts():

@@ -25,7 +25,8 @@ from jaxrnn.cli import common
 
 IMAGES = ROOT / 'docs' / 'images'
 NETWORKS = {'lstm': 'LSTM(1024)', 'gru': 'GRU(1024)', 'stacked': 'two LSTM(512)'}
-TRAIN, TEST, MARK = '#1f5fa8', '#d9822b', '#b3261e'
+TRAIN, TEST, MARK, CLIPPED = '#1f5fa8', '#d9822b', '#b3261e', '#2e7d32'
+MOST = 8000  # steps that are shown
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -138,27 +139,37 @@ def curvature(results: Results) -> plt.Figure:
     return figure
 
 
-STABLE = {'lstm': ('lstm-stock-0', 'lstm-stable-0'), 'stacked': ('stacked-stock-5', 'stacked-stable-5')}
-"""Network -> a run as in the question, and one under the preset."""
+SETTINGS = {
+    'as in the question': (TEST, ('many_stock', 'many_rate1e_3')),
+    'half the rate, a cosine': (TRAIN, ('many_unclipped',)),
+    '--preset=stable: update clipping, too': (CLIPPED, ('stable',)),
+}
+"""What is shown -> its colour, and the variants whose seeds are shown."""
 
 
 def stable(results: Results) -> plt.Figure:
-    """Accuracy and loss as in the question, and under the preset."""
-    shown = {name: pair for name, pair in STABLE.items() if all(run in results for run in pair)}
-    figure, axes = plt.subplots(2, len(shown), figsize=(4 * len(shown), 5.4), sharex='col', squeeze=False)
-    for column, (name, pair) in enumerate(shown.items()):
-        top, bottom = axes[:, column]
-        for run, said, colour in zip(pair, ('stock', '--preset=stable'), (TEST, TRAIN), strict=True):
-            curve = results[run]['curve']
-            top.plot(curve['step'], curve['accuracy'], color=colour, label=said)
-            bottom.semilogy(curve['step'], curve['loss'], color=colour)
-            for axis in (top, bottom):
-                _mark(axis, results[run])
-        top.set(title=NETWORKS[name], ylim=(0, 1.02))
-        bottom.set(xlabel='step')
+    """Accuracy and loss of every seed as in the question, and under what shall prevent a collapse."""
+    figure, axes = plt.subplots(2, len(NETWORKS), figsize=(4 * len(NETWORKS), 5.4), sharex=True, sharey='row')
+    for (network, title), (top, bottom) in zip(NETWORKS.items(), axes.T, strict=True):
+        for said, (colour, variants) in SETTINGS.items():
+            names = [f'{network}-{variant}-' for variant in variants]
+            for result in (r for n, r in results.items() if n.startswith(tuple(names)) and 'curve' in r):
+                curve = result['curve']
+                steps = np.array(curve['step'])
+                kept = steps <= MOST
+                for axis, field in ((top, 'accuracy'), (bottom, 'loss')):
+                    values = np.array(curve[field], float)[kept]
+                    axis.plot(steps[kept], values, color=colour, linewidth=0.7, label=said)
+                    if result['collapse'] and result['collapse']['step'] <= MOST:
+                        axis.plot(steps[kept][-1], values[-1], 'x', color=colour, markersize=5)
+        top.set(title=title, ylim=(0, 1.02))
+        bottom.set(xlabel='step', yscale='log')
     axes[0, 0].set_ylabel('accuracy, as Keras has it')
     axes[1, 0].set_ylabel('mean squared error')
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    shown: dict[str, Any] = {}
+    for axis in axes[0]:
+        shown |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    axes[0, 1].legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc='lower right')
     return figure
 
 

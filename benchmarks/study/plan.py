@@ -84,6 +84,7 @@ def tasks() -> Iterator[Task]:
     yield from advised()
     yield from prevented()
     yield from dated()
+    yield from many()
 
 
 def stock() -> Iterator[Task]:
@@ -172,7 +173,10 @@ TRAINED = {'lstm': STEPS, 'gru': STEPS, 'stacked': 4000}
 
 
 def prevented() -> Iterator[Task]:
-    """What averts a collapse, on from the start."""
+    """What averts a collapse, on from the start; what the diagnosis of the stacked network says to do among it."""
+    for seed in (1, 3, 0):
+        flags = f'--epsilon=2.3e-05 --max_steps={TRAINED["stacked"]}'
+        yield trained('stacked', 'advised_epsilon', seed, flags, stops=True)
     for name in ('combined', 'decaying', 'update_clip', 'half', 'b2'):
         for seed in range(3):
             for network in ('stacked', 'lstm'):
@@ -196,10 +200,16 @@ def doses(run: Task, rate: float, names: Iterable[str], dates: Iterable[str], mo
 
 STABLE = '--preset=stable'
 
+UNCLIPPED = '--update_clip=0'
+"""The preset without its clipping, as it was at first."""
+
 SMALL = {'stacked': 6e-3, 'gru': 32e-3}
 """Network -> the rate at which it collapses soon at width 128 with 256 words."""
 
-FULL = {'lstm': (0, 1, 2), 'stacked': (5, 6, 7, 8, 9, 0, 1, 2, 3, 4), 'gru': (0, 1, 2)}
+HARD = (7, 0, 4)
+"""Seeds with which the small stacked network collapses under the preset without clipping, or nearly does."""
+
+FULL = {'lstm': (0, 1, 2), 'stacked': (5, 1, 3, 2, 4, 6, 7, 8, 9, 0), 'gru': (0, 1, 2)}
 """Seeds of the networks at their own sizes under the preset."""
 
 
@@ -207,18 +217,25 @@ def stable() -> Iterator[Task]:
     """The preset: the networks of the question under it, and where a collapse is quick each ingredient left out."""
     for network, seeds in FULL.items():
         yield trained(network, 'stable', seeds[0], STABLE, stops=True)
+        yield trained(network, 'unclipped', seeds[0], f'{STABLE} {UNCLIPPED}', stops=True)
     small = f'{STABLE} {FEW}'
     for seed in range(10):
         for network, rate in SMALL.items():
             whole = f'{small} --learning_rate={rate:g}'
             half = f'{small} --learning_rate={rate / 2:g}'
-            settings = {'stable': half}
-            if seed < 5:
-                settings |= {'stable_constant': f'{half} --schedule=constant', 'stable_whole': whole}
+            settings = {'stable': half, 'unclipped': f'{half} {UNCLIPPED}'}
             if seed < 3:
                 settings |= {
-                    'keras3': f'{whole} --schedule=constant',
-                    'stable_clip': f'{half} --update_clip=1.0',
+                    'stable_constant': f'{half} --schedule=constant',
+                    'stable_whole': whole,
+                    'unclipped_constant': f'{half} --schedule=constant {UNCLIPPED}',
+                    'unclipped_whole': f'{whole} {UNCLIPPED}',
+                    'keras3': f'{whole} --schedule=constant {UNCLIPPED}',
+                }
+            if seed in HARD:
+                settings |= {
+                    'unclipped_epsilon': f'{half} --epsilon=1e-5 {UNCLIPPED}',
+                    'unclipped_quarter': f'{small} --learning_rate={rate / 4:g} {UNCLIPPED}',
                 }
             for name, flags in settings.items():
                 yield trained(network, name, seed, flags, width=128, stops=True)
@@ -274,3 +291,71 @@ def dated() -> Iterator[Task]:
         run = trained('stacked', 'demo', seed, DEMO, width=128, stops=True)
         names = ('update_clip', 'half', 'decaying', 'combined', 'cap', 'epsilon', 'b2', 'eighth', 'amsgrad')
         yield from doses(run, 6e-3, names, ('start', 'half', 'late', 'last'), 1500)
+
+
+MANY = f'{DATA} --max_steps={STEPS} --signals --threads=1 --precision=highest --checkpoint_every=2000'
+"""As REAL, with fewer checkpoints: an accelerator makes 8,000 steps in a minute. Products as those of a processor."""
+
+OWN_ADVICE = {
+    'lstm': f'--learning_rate=0.0005 --epsilon=8.6e-07 {COSINE}',
+    'stacked': '--learning_rate=0.000125',
+}
+"""What the diagnoses of the networks at their own sizes say to do."""
+
+VARIED = {
+    'half': '--learning_rate=5e-4',
+    'cosine': COSINE,
+    'epsilon': '--epsilon=1e-5',
+    'update_clip': '--update_clip=1.0',
+    'b2': '--b2=0.99',
+    'amsgrad': '--second_moment=amsgrad',
+    'keras3': '--preset=keras3',
+    'flax': '--preset=flax',
+    'twice': '--learning_rate=2e-3',
+    'batch128': '--batch_size=128',
+    'batch8': '--batch_size=8',
+    'words256': FEW,
+    'words1024': '--num_words=1280',
+    'letters30': '--pad_to=30',
+    'mask': '--mask_padding',
+    'tf32': '--precision=default',
+}
+"""The question's setting with one thing otherwise."""
+
+
+def many() -> Iterator[Task]:
+    """The networks at their own sizes with many seeds, which needs an accelerator."""
+
+    def run(network: str, variant: str, seed: int, flags: str = '') -> Task:
+        name = f'{network}-many_{variant}-{seed}'
+        of = f'--network={network} --seed={seed} --on_divergence=stop'
+        return Task(name, 'train', f'{MANY} {of} {flags}'.strip(), name)
+
+    for seed in range(3):
+        for network in ('stacked', 'lstm'):
+            yield run(network, 'stock', seed, '--checkpoint_every=250 --keep_latest=1000')
+    for rate, more in (
+        ('1e-3', '--max_steps=20000'), ('2e-3', '--max_steps=20000'), ('4e-3', '--max_steps=20000'),
+        ('8e-3', ''), ('4e-3', FEW), ('8e-3', FEW), ('16e-3', FEW),
+    ):  # fmt: skip
+        name = f'rate{rate.replace("-", "_")}{"_words256" if more == FEW else ""}'
+        flags = f'--learning_rate={rate} {more} --checkpoint_every=500 --keep_latest=1000 --on_divergence=continue'
+        yield (found := run('gru', name, 0, flags))
+        yield diagnosed(found.name)
+    for seed in range(2):
+        for network in ('stacked', 'lstm'):
+            yield diagnosed(f'{network}-many_stock-{seed}')
+    for seed in range(1, 11):
+        for network, advice in OWN_ADVICE.items():
+            if seed > 2:
+                yield run(network, 'stock', seed)
+            yield run(network, 'advised', seed, advice)
+            yield run(network, 'unclipped', seed, f'{STABLE} {UNCLIPPED}')
+            yield run(network, 'stable', seed, STABLE)
+        if seed <= 3:
+            yield run('gru', 'unclipped', seed, f'{STABLE} {UNCLIPPED}')
+            yield run('gru', 'stable', seed, STABLE)
+    for seed in range(3):
+        for name, flags in VARIED.items():
+            for network in ('stacked', 'lstm'):
+                yield run(network, name, seed, flags)

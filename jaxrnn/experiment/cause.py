@@ -8,6 +8,7 @@ from jaxrnn.diagnosis import Cause
 from jaxrnn.experiment.mechanisms import Mechanism
 from jaxrnn.experiment.outcome import (
     AVERTED,
+    DELAYED,
     MARGINS,
     NOT_POSSIBLE,
     OTHER_BATCHES,
@@ -21,36 +22,42 @@ from jaxrnn.experiment.outcome import (
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
     """Outcomes, the best advice first: what averts the symptom; of that what is evidence of the cause, or, where a
-    batch is bad, what averts it on that batch itself before what keeps away from it; then what tolerates longer steps;
-    what goes on making steps shorter, as a landscape sharpens on (from the start, ε = 1e-4 and an eighth of the rate,
-    each of the largest margin, broke at steps 4,144 and 5,603 of the demo; benchmarks/README.md); what takes away the
-    mechanism that broke the run; then by the loss at the end.
+    batch is bad, what averts it on that batch itself before what keeps away from it; then what tolerates the longest
+    steps, of the run's own length: shorter ones alone put a symptom off (an eighth of the rate, from the start, averted
+    one of five collapses; benchmarks/study); what goes on making steps shorter, as a landscape sharpens on (from the
+    start, ε = 1e-4 broke at step 4,144 of the demo; benchmarks/README.md); what takes away the mechanism that broke the
+    run; then by the loss at the end.
 
     Args:
         outcomes: of experiments.
         by_batch: as in `cause_of`.
     """
-    by_batch = _still_by_batch(outcomes, by_batch)
+    by_batch = still_by_batch(outcomes, by_batch)
     evidence = evidence_of(outcomes, by_batch)
     mechanism = mechanism_of(outcomes, evidence)
 
     def rank(outcome: Outcome) -> tuple:
         loss = outcome.loss if np.isfinite(outcome.loss) else np.inf
         takes_away = mechanism is not None and outcome.change.removes == mechanism
-        # What takes the mechanism away for good has no edge to keep away from.
-        margin = (
-            MARGINS[-1] if takes_away and outcome.change.stressed is None else outcome.margin or MARGINS[0]
-        )
         return (
             VERDICTS.index(outcome.verdict),
             _advice(outcome, evidence, by_batch),
-            -margin,
+            -_tolerated(outcome, takes_away),
             not outcome.change.decays,
             not takes_away,
             loss,
         )
 
     return sorted(outcomes, key=rank)
+
+
+def _tolerated(outcome: Outcome, takes_away: bool) -> float:
+    """How many times as long as the run's own a step may be, as far as was tried, that the symptom is still averted."""
+    change, margin = outcome.change, outcome.margin or MARGINS[0]
+    if takes_away and change.stressed is None:
+        return MARGINS[-1]  # what takes the mechanism away for good has no edge to keep away from
+    # A rate that decays was the run's own at first; that steps are shorter is the point where they were too long.
+    return margin if takes_away or change.decays else margin / max(change.shortens, 1)
 
 
 def _advice(outcome: Outcome, evidence: Sequence[Outcome], by_batch: bool | None) -> int:
@@ -82,8 +89,8 @@ def cause_of(report: ExperimentReport, *, by_batch: bool | None = None) -> Cause
     if undecided:
         kind = 'none' if report.control is None or report.identical else 'nondeterminism'
         return Cause(kind, undecided)
+    by_batch = still_by_batch(report.outcomes, by_batch, report.nudge)
     outcomes = ranked(report.outcomes, by_batch=by_batch)
-    by_batch = _still_by_batch(outcomes, by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     failed = [o.change.name for o in outcomes if o.verdict not in (AVERTED, NOT_POSSIBLE)]
     fails = f'; not so {_listed(failed)}' if failed else ''
@@ -138,7 +145,7 @@ NO_EVIDENCE = {
 
 def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outcome]:
     """Averting outcomes that may name the cause."""
-    by_batch = _still_by_batch(outcomes, by_batch)
+    by_batch = still_by_batch(outcomes, by_batch)
     averting = [outcome for outcome in outcomes if outcome.verdict == AVERTED]
     of_data = [outcome for outcome in averting if outcome.change.points_to == 'data']
     of_step = [outcome for outcome in averting if outcome.change.unjudged]
@@ -159,10 +166,15 @@ def evidence_of(outcomes: Sequence[Outcome], by_batch: bool | None) -> list[Outc
     return (mended if _nonfinite(outcomes) else []) or of_data
 
 
-def _still_by_batch(outcomes: Sequence[Outcome], by_batch: bool | None) -> bool | None:
-    """A batch that stands out, but without which the symptom comes all the same, and no later, is not the cause."""
+def still_by_batch(
+    outcomes: Sequence[Outcome], by_batch: bool | None, nudge: Outcome | None = None
+) -> bool | None:
+    """A batch that stands out, but without which the symptom comes all the same, and no later, is not the cause; that
+    others avert it says nothing where a nudge puts it off, too, for all the time that is replayed."""
     avoiding = [outcome for outcome in outcomes if outcome.change.avoids and outcome.verdict != NOT_POSSIBLE]
-    innocent = len(avoiding) > 1 and all(outcome.verdict in (UNCHANGED, WORSE) for outcome in avoiding)
+    by_chance = nudge is not None and nudge.verdict in (AVERTED, DELAYED) and nudge.symptom is None
+    asked = [outcome for outcome in avoiding if not (by_chance and outcome.change.name == OTHER_BATCHES)]
+    innocent = len(avoiding) > 1 and bool(asked) and all(o.verdict in (UNCHANGED, WORSE) for o in asked)
     return False if by_batch and innocent else by_batch
 
 

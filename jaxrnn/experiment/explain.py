@@ -12,10 +12,19 @@ from jaxrnn import detect
 from jaxrnn.bisect.replay import Subject, began_of
 from jaxrnn.detect import Detector
 from jaxrnn.diagnosis import Cause, Diagnosis, Symptom
-from jaxrnn.experiment.cause import cause_of
+from jaxrnn.experiment.cause import cause_of, still_by_batch
 from jaxrnn.experiment.changes import step_of
 from jaxrnn.experiment.engine import Experiments, budget_for, most_for
-from jaxrnn.experiment.outcome import AVERTED, UNCHANGED, Change, Changed, ExperimentReport, Level, Outcome
+from jaxrnn.experiment.outcome import (
+    AVERTED,
+    DELAYED,
+    UNCHANGED,
+    Change,
+    Changed,
+    ExperimentReport,
+    Level,
+    Outcome,
+)
 from jaxrnn.experiment.strategies import (
     FARTHER,
     Combine,
@@ -55,7 +64,7 @@ def run(
     if not identical or control.verdict != UNCHANGED:
         return ExperimentReport(window, control, identical, None, (), None, tuple(changes), budget.spent)
     budget.hold_back(RESERVED)
-    nudge = _nudge(experiments)
+    nudge = nudge_of(experiments)
     if changes_only:
         most = most_for(experiments.judge.symptom.step)
         budget.extend(experiments.window.length / window.length, most)
@@ -65,6 +74,7 @@ def run(
     tried = confirm(experiments, tried, by_batch)
     budget.hold_back(0)
     outcomes = [outcome for _, outcome in tried if outcome is not None]
+    by_batch = still_by_batch(outcomes, by_batch, nudge)
     at_random = random.Random(experiments.judge.symptom.step).choice(outcomes) if outcomes else None
     with_more = with_margins(experiments, outcomes, by_batch, combine)
     proven = prove_best(experiments, with_more, by_batch)
@@ -74,11 +84,16 @@ def run(
     )
 
 
-def _nudge(experiments: Experiments) -> Outcome | None:
+def nudge_of(experiments: Experiments) -> Outcome | None:
     """What a nudge does. At the edge, where it only puts the symptom off for a while, all are judged over the longer
     time that it takes to come."""
     nudge, window = experiments.nudge(), experiments.window
-    if nudge is None or nudge.verdict != AVERTED or window.lasting:
+    if (
+        nudge is None
+        or nudge.verdict not in (AVERTED, DELAYED)
+        or nudge.symptom is not None
+        or window.lasting
+    ):
         return nudge
     later = window.symptom + FARTHER
     if not experiments.budget.allows(later - window.start):

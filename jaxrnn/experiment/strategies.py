@@ -94,7 +94,9 @@ def prove_best(experiments: Experiments, outcomes: Sequence[Outcome], by_batch: 
     window, found = experiments.window, ranked(outcomes, by_batch=by_batch)
     for _ in range(len(found)):
         best = found[0]
-        horizon = min(window.symptom + FARTHER, window.start + experiments.budget.left - 2 * window.length)
+        # Shorter steps take as many more to go as far.
+        farther = FARTHER * (1 if best.change.decays else max(round(best.change.shortens), 1))
+        horizon = min(window.symptom + farther, window.start + experiments.budget.left - 2 * window.length)
         if best.verdict != AVERTED or best.change.name == OTHER_BATCHES:
             break
         if best.change.initial:

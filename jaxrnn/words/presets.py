@@ -23,6 +23,7 @@ SETTINGS: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
         'learning_rate': lambda config: 5e-4,
         'schedule': lambda config: 'warmup_cosine',
         'decay_steps': lambda config: config.loop.max_steps,
+        'update_clip': lambda config: 1.0,
     }
 }
 """Preset -> option -> its value, of a configuration in which the user's own options are set."""
