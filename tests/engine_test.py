@@ -303,6 +303,43 @@ def test_what_a_nudge_puts_off_is_judged_over_the_time_that_it_takes_to_come(ver
     assert found.symptom == (Symptom('collapse', 300) if horizons else None)
 
 
+def learning(rate, late, slow=1.0):
+    """x falls to 0; from a step on it grows, unless the rate is below .5."""
+
+    def step(state, batch):
+        number, x = state
+        grows = (number >= late) & (rate >= 0.5)
+        after = jnp.where(grows, 1.5 * x + 1e-3, x * (1 - 0.1 * slow * rate))
+        return (number + 1, after), {'loss': jnp.abs(x)}
+
+    return step
+
+
+@pytest.mark.parametrize(('slow', 'learns'), [(1.0, True), (1e-3, False)])
+def test_what_the_best_makes_of_the_beginning_is_replayed(tmp_path, slow, learns):
+    """As one may avert a symptom by keeping a network from learning, which late in a run can't be seen."""
+    init = jnp.int32(0), jnp.float32(1)
+    subject = subject_of(learning(1.0, 250), no_batch, lambda: init, tmp_path)
+    diagnosis, _ = replay.bisect(subject, (rule := detect.custom('loss > .5 and step > 240'),))
+    slower = change('slower', learning(0.4, 250, slow), 'optimiser')
+    _, report = explain(subject, diagnosis, lambda window, bad: [slower], (rule,))
+    found = report.beginning
+    assert report.outcomes[0].verdict == 'averted' and found.symptom is None
+    assert found.step == report.window.start >= 150 and found.own < 1e-6
+    assert (found.loss < 0.01) == learns
+    small = explain(subject, diagnosis, lambda window, bad: [slower], (rule,), budget=400)[1].beginning
+    assert small is None or small.step <= 100
+
+
+def test_of_a_symptom_at_the_beginning_none_is_replayed(tmp_path):
+    subject = subject_of(learning(1.0, 20), no_batch, lambda: (jnp.int32(0), jnp.float32(1)), tmp_path)
+    diagnosis, _ = replay.bisect(subject, (rule := detect.custom('loss > .5 and step > 22'),))
+    _, report = explain(
+        subject, diagnosis, lambda window, bad: [change('slower', learning(0.4, 20))], (rule,)
+    )
+    assert report.outcomes[0].verdict == 'averted' and report.beginning is None
+
+
 def test_the_narrowest_mechanism_is_named():
     wide = ('sigmoid', 'model', 'shut gates', 'averted')
     narrow = ('float32', 'precision', 'low precision', 'averted')

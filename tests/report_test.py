@@ -9,7 +9,7 @@ from jaxrnn import report, trace
 from jaxrnn.bisect import inspection
 from jaxrnn.diagnosis import Cause, Diagnosis, Replay, Symptom
 from jaxrnn.experiment.mechanisms import Mechanism
-from jaxrnn.experiment.outcome import Change, ExperimentReport, Outcome
+from jaxrnn.experiment.outcome import Beginning, Change, ExperimentReport, Outcome
 from jaxrnn.experiment.window import Window
 from jaxrnn.report import steps
 from jaxrnn.trace import Pair
@@ -338,6 +338,21 @@ def test_a_diagnosis():
     )
     assert shown(report.render_diagnosis(diagnosis, REPORT, INSPECTED, WORDS)).strip() == DIAGNOSED.strip()
     assert report.advised_flags(diagnosis) == '--learning_rate=0.5'
+
+
+def test_what_the_best_makes_of_the_beginning_is_said():
+    diagnosis = Diagnosis(symptom=Symptom('spike', 12), cause=Cause('optimiser', 'so'), remedies=REMEDIES)
+
+    def said(beginning):
+        screen = shown(report.render_diagnosis(diagnosis, REPORT._replace(beginning=beginning)))
+        return ' '.join(screen.split())
+
+    slow = Beginning(500, 0.0087, 0.0012, None)
+    assert 'on from the start it has a loss of 0.0087 by step 500; the run had 0.0012' in said(slow)
+    assert 'by step 500, and shows: diverged; the run' in said(
+        slow._replace(symptom=Symptom('diverged', 400))
+    )
+    assert 'on from the start' not in said(None)
 
 
 def test_shorter_steps_alone_are_not_said_to_help_for_good():

@@ -31,6 +31,8 @@ from jaxrnn.experiment.strategies import (
     bad_batches,
     batches_changed,
     confirm,
+    early_steps,
+    from_start,
     in_turn,
     prove_best,
     with_margins,
@@ -50,7 +52,7 @@ def run(
     changes_only: bool = False,
 ) -> ExperimentReport:
     """Control, nudge, and as many of the changes as the budget allows, in their order; then how much longer steps the
-    best tolerate; then the best replayed on, and its point of no return.
+    best tolerate; then the best replayed on, its point of no return, and what it makes of the run's beginning.
 
     Args:
         experiments: on the symptom.
@@ -77,10 +79,22 @@ def run(
     by_batch = still_by_batch(outcomes, by_batch, nudge)
     at_random = random.Random(experiments.judge.symptom.step).choice(outcomes) if outcomes else None
     with_more = with_margins(experiments, outcomes, by_batch, combine)
+    early = early_steps(experiments)
+    budget.hold_back(early / max(budget.steps, 1))
     proven = prove_best(experiments, with_more, by_batch)
+    budget.hold_back(0)
+    beginning = from_start(experiments, proven[0], early) if proven else None
     untried = tuple(change for change, outcome in tried if outcome is None)
     return ExperimentReport(
-        window, control, identical, nudge, tuple(proven), at_random, untried, budget.spent
+        window,
+        control,
+        identical,
+        nudge,
+        tuple(proven),
+        at_random,
+        untried,
+        budget.spent,
+        beginning=beginning,
     )
 
 

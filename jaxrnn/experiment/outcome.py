@@ -125,6 +125,15 @@ class Level(NamedTuple):
     steps: int  # for which it had, at least
 
 
+class Beginning(NamedTuple):
+    """What a change makes of a run's first steps, where it is on from the first of them."""
+
+    step: int  # the one after the last
+    loss: float  # median of the last steps
+    own: float  # the same of the run
+    symptom: Symptom | None  # what showed, if anything did
+
+
 class ExperimentReport(NamedTuple):
     """What all experiments gave."""
 
@@ -140,3 +149,4 @@ class ExperimentReport(NamedTuple):
     steps_replayed: int = 0
     inspected: Inspection | None = None  # the first bad step
     stood: Level | None = None  # the loss before the window, if it had stood still
+    beginning: Beginning | None = None  # of the best, where it is known

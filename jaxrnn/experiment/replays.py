@@ -38,6 +38,11 @@ class Budget:
         """Steps that are left of all."""
         return self.steps - self.spent
 
+    @property
+    def free(self) -> int:
+        """Steps that may be replayed now: of what is left, what is not held back."""
+        return int(self._limit) - self.spent
+
     def hold_back(self, share: float) -> None:
         """From now on, holds back this share of all steps, and no more."""
         self._limit = self.steps * (1 - share)

@@ -11,8 +11,16 @@ import numpy as np
 from jaxrnn.detect import rule_language
 from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked
 from jaxrnn.experiment.engine import Experiments
-from jaxrnn.experiment.outcome import AVERTED, MARGINS, OTHER_BATCHES, Change, Outcome
-from jaxrnn.experiment.verdict import LEAST_OTHERS, NONFINITE, outstanding, stands_out
+from jaxrnn.experiment.outcome import (
+    AVERTED,
+    MARGINS,
+    NOT_POSSIBLE,
+    OTHER_BATCHES,
+    Beginning,
+    Change,
+    Outcome,
+)
+from jaxrnn.experiment.verdict import LEAST_OTHERS, NONFINITE, SETTLED, final_loss, outstanding, stands_out
 
 FARTHER = 400
 """Steps after a symptom through which the best is replayed on, as far as the budget reaches."""
@@ -96,7 +104,7 @@ def prove_best(experiments: Experiments, outcomes: Sequence[Outcome], by_batch: 
         best = found[0]
         # Shorter steps take as many more to go as far.
         farther = FARTHER * (1 if best.change.decays else max(round(best.change.shortens), 1))
-        horizon = min(window.symptom + farther, window.start + experiments.budget.left - 2 * window.length)
+        horizon = min(window.symptom + farther, window.start + experiments.budget.free - 2 * window.length)
         if best.verdict != AVERTED or best.change.name == OTHER_BATCHES:
             break
         if best.change.initial:
@@ -127,6 +135,44 @@ def point_of_no_return(experiments: Experiments, change: Change) -> int:
             break
         averts, fails = (middle, fails) if outcome.verdict == AVERTED else (averts, middle)
     return averts
+
+
+EARLY = 1000
+"""Steps of a run's beginning through which the best is replayed, at most."""
+
+EARLY_SHARE = 0.25
+"""Of the budget that this may take, at most."""
+
+
+def early_steps(experiments: Experiments) -> int:
+    """How many steps of the run's beginning the best is to be replayed through; 0 where that says nothing: where the
+    steps before the symptom are that beginning, or no loss is recorded."""
+    first = experiments.subject.checkpoints.steps()[0]
+    steps = min(experiments.window.start - first, EARLY, int(EARLY_SHARE * experiments.budget.steps))
+    known = experiments.subject.loss is not None and len(
+        experiments.subject.recorded.between(first, first + steps)
+    )
+    return steps if known and steps >= 2 * SETTLED else 0
+
+
+def from_start(experiments: Experiments, best: Outcome, steps: int) -> Beginning | None:
+    """How far training comes under the best on from the run's first step: what averts a symptom late may keep a
+    network from learning, or only hold it up. None where that isn't known.
+
+    Args:
+        experiments: on the symptom.
+        best: an outcome.
+        steps: of `early_steps`.
+    """
+    change, subject = best.change, experiments.subject
+    if not steps or best.verdict != AVERTED or change.initial or change.avoids or change.unjudged:
+        return None
+    first = subject.checkpoints.steps()[0]
+    outcome = experiments.attempt(change, start=first, horizon=first + steps)
+    if outcome is None or outcome.verdict == NOT_POSSIBLE:
+        return None
+    own = final_loss(list(subject.recorded.between(first, outcome.reached)), subject.loss)
+    return Beginning(outcome.reached, outcome.loss, own, outcome.symptom)
 
 
 def bad_batches(experiments: Experiments, most: int = 4) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from jaxrnn.experiment.outcome import (
     OTHER_BATCHES,
     UNCHANGED,
     WORSE,
+    Beginning,
     Change,
     ExperimentReport,
     Outcome,
@@ -127,7 +128,19 @@ def _advice(diagnosis: Diagnosis, report: ExperimentReport | None) -> Text:
         lines.append(
             f'\nit still averts the symptom when it is switched on at step {best["point_of_no_return"]}'
         )
+    beginning = None if report is None else report.beginning
+    if beginning is not None and report is not None and report.outcomes[0].change.name == best['name']:
+        lines.append(f'\n{_from_start(beginning)}')
     return lines
+
+
+def _from_start(beginning: Beginning) -> str:
+    """How far training comes under what is advised."""
+    shown = '' if beginning.symptom is None else f', and shows: {beginning.symptom.kind}'
+    return (
+        f'on from the start it has a loss of {number(beginning.loss)} by step {beginning.step}{shown}; the run had '
+        f'{number(beginning.own)}'
+    )
 
 
 def _not_for_good(change: Change) -> str:
