@@ -235,7 +235,7 @@ def test_what_speaks_for_the_cause_is_ranked_first():
     assert names() == ['amsgrad', 'half']
 
 
-def test_shorter_steps_alone_come_after_what_bears_the_runs_own():
+def test_shorter_steps_alone_come_after_what_bears_longer_ones():
     """A lower rate, however far from its edge, puts a symptom off; unless a rate that is too high is what is named."""
     told = outcomes(
         ('an eighth', 'optimiser', '', 'averted'),
@@ -244,17 +244,27 @@ def test_shorter_steps_alone_come_after_what_bears_the_runs_own():
     )
     eighth, amsgrad, decaying = told.outcomes
     shorter = {'flags': '--rate', 'shortens': 8, 'stressed': lambda times: None}
-    eighth = eighth._replace(margin=4, change=eighth.change._replace(**shorter))
+    untried = eighth._replace(change=eighth.change._replace(**shorter))
+    eighth = untried._replace(margin=4)
     decaying = decaying._replace(change=decaying.change._replace(decays=True, **shorter))
-    assert [o.change.name for o in ranked([eighth, amsgrad])] == ['amsgrad', 'an eighth']
-    assert [o.change.name for o in ranked([eighth, amsgrad, decaying])] == [
-        'decaying',
-        'amsgrad',
-        'an eighth',
-    ]
+
+    def names(*outcomes):
+        return [outcome.change.name for outcome in ranked(outcomes)]
+
+    assert names(untried, decaying, amsgrad) == ['decaying', 'amsgrad', 'an eighth']
+    assert names(eighth, amsgrad._replace(margin=2)) == ['amsgrad', 'an eighth']
+    assert names(amsgrad._replace(margin=1), eighth) == ['an eighth', 'amsgrad']
     too_high = mechanism('excessive learning rate')
-    usual = eighth._replace(margin=None, change=eighth.change._replace(removes=too_high, name='usual'))
-    assert [o.change.name for o in ranked([eighth, usual])] == ['usual', 'an eighth']
+    usual = untried._replace(change=untried.change._replace(removes=too_high, name='usual', stressed=None))
+    assert names(eighth, usual) == ['usual', 'an eighth']
+
+
+def test_the_margin_of_shorter_steps_does_not_end_the_asking(tmp_path):
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    shorter = bearing('shorter', 0.2)._replace(shortens=8, flags='--rate')
+    other = bearing('other', 0.4)
+    told = run(experiments(subject), [shorter, other])
+    assert [(o.change.name, o.margin) for o in told.outcomes] == [('other x 1', 2), ('shorter x 1', 4)]
 
 
 def test_other_batches_say_nothing_where_a_nudge_puts_it_off_for_good():

@@ -22,11 +22,10 @@ from jaxrnn.experiment.outcome import (
 
 def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list[Outcome]:
     """Outcomes, the best advice first: what averts the symptom; of that what is evidence of the cause, or, where a
-    batch is bad, what averts it on that batch itself before what keeps away from it; then what tolerates the longest
-    steps, of the run's own length: shorter ones alone put a symptom off (an eighth of the rate, from the start, averted
-    one of five collapses; benchmarks/study); what goes on making steps shorter, as a landscape sharpens on (from the
-    start, ε = 1e-4 broke at step 4,144 of the demo; benchmarks/README.md); what takes away the mechanism that broke the
-    run; then by the loss at the end.
+    batch is bad, what averts it on that batch itself before what keeps away from it; then what tolerates longer steps;
+    what goes on making steps shorter, as a landscape sharpens on (from the start, ε = 1e-4, of the largest margin,
+    broke the demo at step 4,144; benchmarks/README.md); what takes away the mechanism that broke the run; then by the
+    loss at the end.
 
     Args:
         outcomes: of experiments.
@@ -42,7 +41,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
         return (
             VERDICTS.index(outcome.verdict),
             _advice(outcome, evidence, by_batch),
-            -_tolerated(outcome, takes_away),
+            -tolerated(outcome, takes_away=takes_away),
             not outcome.change.decays,
             not takes_away,
             loss,
@@ -51,13 +50,19 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
     return sorted(outcomes, key=rank)
 
 
-def _tolerated(outcome: Outcome, takes_away: bool) -> float:
-    """How many times as long as the run's own a step may be, as far as was tried, that the symptom is still averted."""
+ONLY_SHORTER = 3 / 8
+"""Share of its margin at which what only makes steps shorter counts: its largest lies between 1 and 2 of all else. From
+the start an eighth of the rate puts a collapse off to three times the steps, as what tolerates twice the rate does, and
+no further (benchmarks/README.md, benchmarks/study)."""
+
+
+def tolerated(outcome: Outcome, *, takes_away: bool = False) -> float:
+    """The margin of an outcome as it counts: times that steps may be longer, and the symptom still be averted."""
     change, margin = outcome.change, outcome.margin or MARGINS[0]
     if takes_away and change.stressed is None:
         return MARGINS[-1]  # what takes the mechanism away for good has no edge to keep away from
-    # A rate that decays was the run's own at first; that steps are shorter is the point where they were too long.
-    return margin if takes_away or change.decays else margin / max(change.shortens, 1)
+    only_shorter = change.shortens > 1 and not (takes_away or change.decays)
+    return margin * ONLY_SHORTER if only_shorter else margin
 
 
 def _advice(outcome: Outcome, evidence: Sequence[Outcome], by_batch: bool | None) -> int:
