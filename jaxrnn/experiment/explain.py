@@ -80,7 +80,9 @@ def run(
     at_random = random.Random(experiments.judge.symptom.step).choice(outcomes) if outcomes else None
     with_more = with_margins(experiments, outcomes, by_batch, combine)
     early = early_steps(experiments)
-    budget.hold_back(early / max(budget.steps, 1))
+    if changes_only:  # beside the changes
+        budget.steps += early
+        budget.hold_back(early / max(budget.steps, 1))
     proven = prove_best(experiments, with_more, by_batch)
     budget.hold_back(0)
     beginning = from_start(experiments, proven[0], early) if proven else None
