@@ -141,8 +141,8 @@ class Model(OptionGroup):
     network: str = option('lstm', 'The network.', choices=('lstm', 'gru', 'stacked'))
     preset: str = option(
         'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library. stable: those of keras3, and what "
-        'helped most against a collapse: half the stock rate, falling to 0 by a cosine at --max_steps, where no flag '
-        'says otherwise.',
+        'helped most against a collapse: half the stock rate, falling to 0 by a cosine at --max_steps, and '
+        '--update_clip=1, where no flag says otherwise.',
         choices=('keras1', 'keras3', 'flax', 'stable'),
     )  # fmt: skip
     hidden: int = option(
