@@ -259,12 +259,17 @@ def test_shorter_steps_alone_come_after_what_bears_longer_ones():
     assert names(eighth, usual) == ['usual', 'an eighth']
 
 
-def test_the_margin_of_shorter_steps_does_not_end_the_asking(tmp_path):
-    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
-    shorter = bearing('shorter', 0.2)._replace(shortens=8, flags='--rate')
-    other = bearing('other', 0.4)
-    told = run(experiments(subject), [shorter, other])
-    assert [(o.change.name, o.margin) for o in told.outcomes] == [('other x 1', 2), ('shorter x 1', 4)]
+def test_shorter_steps_that_put_it_off_farther_than_others_are_replayed_do_not_avert(tmp_path):
+    """A tenth of each step takes ten times as many to what a leap that goes on brings."""
+    step, batch_at = overshooting(0.5, lasts=10**6)
+    subject = subject_of(step, batch_at, lambda: jnp.float32(0.3), tmp_path, steps=760)
+    rule = detect.custom(f'loss > {16 * float(np.max(subject.columns()["loss"][200:700]))}')
+    diagnosis, _ = replay.bisect(subject, (rule,))
+    tenth = in_slow_motion(subject, 0.1, 'a tenth of each step')
+    found, report = explain(subject, diagnosis, lambda window, bad: [tenth], (rule,))
+    (outcome,) = report.outcomes
+    assert outcome.verdict == 'delayed' and outcome.symptom.step > 760 + FARTHER
+    assert found.cause.kind == 'none'
 
 
 def test_other_batches_say_nothing_where_a_nudge_puts_it_off_for_good():
@@ -851,9 +856,9 @@ def test_a_budget_that_nobody_gave_is_for_changes_and_grows_with_the_time_they_a
     assert (report.steps_replayed > 2000) == (given is None)
 
 
-def overshooting(rate, noise=0.0, leaves=700):
+def overshooting(rate, noise=0.0, leaves=700, lasts=100):
     """Descent on log cosh(5 x), whose minimum bears no step longer than .4: x jumps from side to side of it. From a
-    step on what isn't at the minimum grows, for 100 steps."""
+    step on what isn't at the minimum grows, for some steps."""
 
     def step(x, batch):
         moved = x - rate * jnp.tanh(5 * x) + rate * noise * batch['noise']
@@ -861,7 +866,7 @@ def overshooting(rate, noise=0.0, leaves=700):
 
     def batch_at(number):
         return {
-            'late': np.bool_(leaves <= number < leaves + 100),
+            'late': np.bool_(leaves <= number < leaves + lasts),
             'noise': np.float32(np.random.default_rng(number).normal()),
         }
 

@@ -52,8 +52,8 @@ from jaxrnn.words.data import corpus
 CORPUS = Path(__file__).parent / 'data' / 'fuzz'
 """One folder a reader."""
 
-MOST_SECONDS, SEED_SECONDS = 1.0, 0.3
-"""Of the processor, for one file; where a reader's own seeds take longer than the second, as many times as much."""
+MOST_SECONDS = 1.0
+"""Of the processor, for one file."""
 
 MOST_MEMORY = 256 << 20
 """Bytes, for one file: a line of 4 MB in some hundred thousand parts has half of it."""
@@ -591,8 +591,6 @@ class Folder:
         for content in self.reader.seeds():  # what is imported, compiled or cached on the way
             with contextlib.suppress(Exception):
                 self._read(content)
-        slowest = max(map(self._seconds, self.reader.seeds()), default=0.0)
-        self.most_seconds = MOST_SECONDS * max(1.0, slowest / SEED_SECONDS)
 
     def judge(self, content: bytes) -> Finding | None:
         """Reads a file of these bytes."""
@@ -609,17 +607,21 @@ class Folder:
             return Finding(re.sub(r'\W+', ' ', seen[0])[:60], '; '.join(seen))
         if failed is not None:
             return Finding(_kind(failed), ''.join(traceback.format_exception(failed))[-1500:])
-        if seconds > self.most_seconds and (seconds := self._seconds(content)) > self.most_seconds:
+        if seconds > MOST_SECONDS and (seconds := self._seconds(content)) > MOST_SECONDS:
             return Finding('time', f'{seconds:.1f} s')
         return Finding('memory', f'{grown >> 20} MB') if grown > MOST_MEMORY else None
 
     def _seconds(self, content: bytes) -> float:
         """How long a file takes; without what the collection of everybody's garbage takes meanwhile."""
         gc.collect()
-        start = time.process_time()
-        with contextlib.suppress(Exception):
-            self._read(content)
-        return time.process_time() - start
+        gc.disable()
+        try:
+            start = time.process_time()
+            with contextlib.suppress(Exception):
+                self._read(content)
+            return time.process_time() - start
+        finally:
+            gc.enable()
 
     def _read(self, content: bytes) -> None:
         for path in [path for path in self.home.rglob('*') if path.is_file() and path not in self.whole]:

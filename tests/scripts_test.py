@@ -468,7 +468,7 @@ def test_what_is_advised_can_be_gone_on_with_from_where_it_was_proven(trained, t
     branch = f'--branch_from={trained[0]}', '--branch_at=43', '--learning_rate=1e38', '--max_steps=300'
     done = call('train', parent, *branch, '--on_divergence=stop', run, '--json')
     assert done.returncode == 3, done.stderr
-    screen = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=1000').stdout
+    screen = call('diagnose', f'--run_dir={tmp_path / "run"}', '--budget_steps=4000').stdout
     (line,) = (line for line in screen.splitlines() if line.startswith('or from step '))
     found = re.fullmatch(r'or from step (\d+) on, where it was replayed: python (\S+) (.*)', line)
     assert found is not None, line

@@ -303,12 +303,10 @@ OWN_ADVICE = {
 """What the diagnoses of the networks at their own sizes say to do."""
 
 VARIED = {
-    'half': '--learning_rate=5e-4',
-    'cosine': COSINE,
-    'epsilon': '--epsilon=1e-5',
-    'update_clip': '--update_clip=1.0',
-    'b2': '--b2=0.99',
-    'amsgrad': '--second_moment=amsgrad',
+    **{
+        name: remedy(name, 1e-3)
+        for name in ('half', 'decaying', 'epsilon', 'update_clip', 'b2', 'amsgrad', 'mask')
+    },
     'keras3': '--preset=keras3',
     'flax': '--preset=flax',
     'twice': '--learning_rate=2e-3',
@@ -317,7 +315,6 @@ VARIED = {
     'words256': FEW,
     'words1024': '--num_words=1280',
     'letters30': '--pad_to=30',
-    'mask': '--mask_padding',
     'tf32': '--precision=default',
 }
 """The question's setting with one thing otherwise."""

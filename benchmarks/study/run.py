@@ -161,13 +161,13 @@ def main(arguments: list[str]) -> int:
     patterns = [f'*{word}*' for word in values.only.split(',')]
     chosen = [t for t in plan.tasks() if any(fnmatch.fnmatch(t.name, p) for p in patterns)]
     if values.list:
-        done = tasks.read(Path(values.results))
+        done = tasks.read(RESULTS)
         for task in chosen:
             said = 'to do' if task.applies(done) else 'not needed'
             said = said_of(done[task.name]) if task.name in done else said
             print(f'{task.name:40} {said}')
         return common.HEALTHY
-    study = Study(chosen, Path(values.directory).resolve(), Path(values.results))
+    study = Study(chosen, Path(values.directory).resolve(), RESULTS)
     processors = sorted(os.sched_getaffinity(0))[: values.workers or None]
     workers = [threading.Thread(target=study.work, args=[processor]) for processor in processors]
     asked: list[int] = []
@@ -187,7 +187,6 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == '__main__':
     common.define('run', 'directory', 'runs/study', 'Where the runs live; some 2 GB each at full size.')
-    common.define('run', 'results', os.fspath(RESULTS), 'Where the results are.')
     common.define('run', 'only', '', 'Tasks whose names contain one of these, between commas; else all.')
     common.define(
         'run', 'minutes', 0.0, 'Minutes after which what runs is saved, and this ends; 0: until all is done.'

@@ -40,6 +40,7 @@ def by_setting(results: Results) -> Rows:
         'accuracy, loss before',
         'and after',
         'drops',
+        f'accuracy of {LEARNT} by step',
     )
     for (network, variant), runs in _grouped(results, lambda result: result.get('branch') is None):
         fell = [run['collapse'] for run in runs if run['collapse']]
@@ -54,7 +55,18 @@ def by_setting(results: Results) -> Rows:
             if fell
             else '',
             _range([len(run['drops']) for run in runs]),
+            _range([step for run in runs if (step := _learnt_by(run['curve'])) is not None]),
         )  # fmt: skip
+
+
+LEARNT = 0.8
+"""Accuracy of a network that has learnt most of its words."""
+
+
+def _learnt_by(curve: Mapping[str, Sequence[float]]) -> int | None:
+    """The last step of the first stretch of a curve with that accuracy."""
+    pairs = zip(curve['step'], curve['accuracy'], strict=True)
+    return next((int(step) for step, accuracy in pairs if accuracy >= LEARNT), None)
 
 
 def by_date(results: Results) -> Rows:

@@ -41,7 +41,7 @@ def ranked(outcomes: Sequence[Outcome], *, by_batch: bool | None = None) -> list
         return (
             VERDICTS.index(outcome.verdict),
             _advice(outcome, evidence, by_batch),
-            -tolerated(outcome, takes_away=takes_away),
+            -_tolerated(outcome, takes_away=takes_away),
             not outcome.change.decays,
             not takes_away,
             loss,
@@ -56,7 +56,7 @@ the start an eighth of the rate puts a collapse off to three times the steps, as
 no further (benchmarks/README.md, benchmarks/study)."""
 
 
-def tolerated(outcome: Outcome, *, takes_away: bool = False) -> float:
+def _tolerated(outcome: Outcome, *, takes_away: bool) -> float:
     """The margin of an outcome as it counts: times that steps may be longer, and the symptom still be averted."""
     change, margin = outcome.change, outcome.margin or MARGINS[0]
     if takes_away and change.stressed is None:

@@ -81,8 +81,7 @@ def run(
     with_more = with_margins(experiments, outcomes, by_batch, combine)
     early = early_steps(experiments)
     if changes_only:  # beside the changes
-        budget.steps += early
-        budget.hold_back(early / max(budget.steps, 1))
+        budget.set_aside(early)
     proven = prove_best(experiments, with_more, by_batch)
     budget.hold_back(0)
     beginning = from_start(experiments, proven[0], early) if proven else None

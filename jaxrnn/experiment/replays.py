@@ -47,6 +47,10 @@ class Budget:
         """From now on, holds back this share of all steps, and no more."""
         self._limit = self.steps * (1 - share)
 
+    def set_aside(self, steps: int) -> None:
+        """Adds steps that are held back until `hold_back` says otherwise."""
+        self.steps += steps
+
     def extend(self, times: float, most: int) -> None:
         """From now on, so many times as many steps as there were at first, up to `most`, and never fewer; what is spent
         does not count."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxrnn.detect import rule_language
-from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked, tolerated
+from jaxrnn.experiment.cause import evidence_of, mechanism_of, ranked
 from jaxrnn.experiment.engine import Experiments
 from jaxrnn.experiment.outcome import (
     AVERTED,
@@ -77,7 +77,7 @@ def with_margins(
         combined = None if more is None else experiments.outcome_of(more)
         if combined is not None:
             found.append(margin_of(experiments, combined) if combined.verdict == AVERTED else combined)
-        if max(tolerated(o) for o in found if o.margin is not None) >= MARGINS[-1]:
+        if max(o.margin or 0 for o in found) == MARGINS[-1]:
             break
     return found
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.models import (
     BoxZoomTool,
@@ -100,6 +101,10 @@ def drawn(figures: Figures) -> tuple[str, dict[str, list[str]]]:
     flat = [plot for plots in parts.values() for plot in plots]
     if not flat:
         return '', {name: [] for name in parts}
+    document = Document()
+    with document.models.freeze():  # or else each plot has all those before it looked through again
+        for plot in flat:
+            document.add_root(plot)
     script, places = components(tuple(flat), wrap_script=False)
     left = iter(places)
     return script, {name: [next(left) for _ in plots] for name, plots in parts.items()}
