@@ -123,6 +123,44 @@ def test_digest_by_hand():
     assert tree.hex_digest(np.asarray(found)) == ''.join(f'{word:08x}' for word in digest_by_hand(words))
 
 
+@pytest.mark.parametrize('few', [0, 5, 10**6])
+def test_leaves_are_looked_at_together_or_alone_alike(monkeypatch, few):
+    """Of few numbers a leaf, they are; the same leaf may be there twice."""
+    monkeypatch.setattr(tree, 'FEW', few)
+    rng = np.random.default_rng(few)
+    twice = jnp.arange(3, dtype=jnp.uint32)
+    made = [
+        twice,
+        jnp.float32(1),
+        twice,
+        jnp.zeros((0, 2)),
+        jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+    ]
+    words = [np.asarray(tree.words_of(leaf)).tolist() for leaf in made]
+    for digest in (tree.digest, jax.jit(tree.digest)):
+        assert digest(made).tolist() == digest_by_hand(words)
+    for number in (1, 4):
+        for bad in (jnp.nan, jnp.inf):
+            last = (-1,) * jnp.ndim(made[number])
+            others = [leaf.at[last].set(bad) if n == number else leaf for n, leaf in enumerate(made)]
+            assert not tree.all_finite(others) and not jax.jit(tree.all_finite)(others)
+    assert jax.jit(tree.all_finite)(made)
+
+
+def test_leaves_that_lie_otherwise_on_a_mesh_are_looked_at():
+    """Of explicit axes, where what lies otherwise can't be joined."""
+    mesh = jax.make_mesh((1,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        made = [
+            jax.device_put(jnp.arange(4.0), jax.sharding.NamedSharding(mesh, jax.P(*axes)))
+            for axes in ((), ('x',))
+        ]
+        made.append(jnp.arange(3))
+        assert jax.jit(tree.all_finite)(made)
+        found = jax.jit(tree.digest)(made).tolist()
+    assert found == digest_by_hand([np.asarray(tree.words_of(np.asarray(leaf))).tolist() for leaf in made])
+
+
 def test_hex_digest():
     assert tree.hex_digest(np.array([0xAB, 0xFFFFFFFF], np.uint32)) == '000000abffffffff'
 

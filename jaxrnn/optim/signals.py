@@ -312,7 +312,11 @@ def of_samples(
     rounding = ULPS * (1 + 1 / (1 - b1))  # of a gradient that is a difference of means
     theta = jnp.zeros_like(m) if params is None else params
     sums = _scaled(_of_rows(_terms(adam, theta, gradients, u, m, v, v_tm1, rounding)), sizes)
-    record = _record(_signals(adam, sums) | {'epsilon_margin': _margins(adam, list(v))}, adam, sums)
+    record = _record(
+        _signals(adam, sums) | {'epsilon_margin': _margins_of_rows(adam, v[:, _places(v.shape[1])])},
+        adam,
+        sums,
+    )
     if eps is None:
         del record['epsilon_margin']
     for name in ('relative_step', 'update_norm', 'parameter_norm'):
@@ -548,18 +552,31 @@ def _ratio(a: Array, b: Array) -> Array:
 
 
 def _margins(adam: Adam, tensors: list[Array]) -> Array:
-    """Of each tensor's v, [K]; sorted side by side. Without ε a margin is as large as a number can be, and still
-    finite."""
-    samples = [jnp.ravel(v)[:: max(v.size // SAMPLE, 1) | 1] for v in tensors]
+    """Of each tensor's v, [K]; sorted side by side."""
+    samples = [jnp.ravel(v)[_places(v.size)] for v in tensors]
     sizes = np.array([sample.size for sample in samples])
     wide = jnp.result_type(jnp.float32, *samples)
-    padded = jnp.stack([_padded(sample.astype(wide), sizes.max()) for sample in samples])
-    ordered = jnp.sort(padded, axis=1)
+    return _margins_of_rows(
+        adam, jnp.stack([_padded(sample.astype(wide), sizes.max()) for sample in samples]), sizes
+    )
+
+
+def _places(size: int) -> slice:
+    """Which numbers of a tensor are sorted; by an odd step, as an even one would stay in some columns."""
+    return slice(None, None, max(size // SAMPLE, 1) | 1)
+
+
+def _margins_of_rows(adam: Adam, v: Array, sizes: np.ndarray | None = None) -> Array:
+    """Of samples of v [K, samples], of which the first `sizes` are; else all. Without ε a margin is as large as a
+    number can be, and still finite."""
+    if sizes is None:
+        sizes = np.full(v.shape[0], v.shape[1])
+    ordered = jnp.sort(v, axis=1)
     middles = (ordered[np.arange(len(sizes)), places] for places in ((sizes - 1) // 2, sizes // 2))
     root = sum(jnp.sqrt(middle / adam.square) for middle in middles) / 2
-    largest = jnp.finfo(wide)
+    largest = jnp.finfo(v.dtype)
     margins = jnp.minimum(root / jnp.maximum(adam.epsilon, largest.tiny), largest.max)
-    return jnp.where(jnp.any(jnp.isnan(padded), axis=1), jnp.nan, margins)
+    return jnp.where(jnp.any(jnp.isnan(v), axis=1), jnp.nan, margins)
 
 
 def _padded(sample: Array, length: int) -> Array:

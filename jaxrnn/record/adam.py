@@ -83,7 +83,7 @@ def sampled(state: Tree) -> SampledMoments | None:
     leaves = jax.tree.leaves(state)
 
     def of(numbers: Sequence[int]) -> Array:
-        return jnp.stack([_sampled(leaves[n]) for n in numbers])
+        return tree.spread([leaves[n] for n in numbers], SAMPLE)
 
     return SampledMoments(of(found.m), of(found.v), None if found.params is None else of(found.params))
 
@@ -116,7 +116,12 @@ def of_step(constants: Constants, before: SampledMoments, after: Tree) -> Record
     direction = signals.direction(
         now.m, now.v, count=leaves[found.steps], b1=constants.b1, b2=constants.b2, eps=constants.eps
     )
-    return {**record, RATE: _rate([*moved], [*direction], sizes / moved.shape[1])}
+    return {
+        **record,
+        RATE: _rate(
+            jnp.sum(direction * moved, axis=1), jnp.sum(direction * direction, axis=1), sizes / moved.shape[1]
+        ),
+    }
 
 
 def at_rate(constants: Constants, before: Tree, after: Tree, rate: float) -> Tree:
@@ -135,22 +140,25 @@ def at_rate(constants: Constants, before: Tree, after: Tree, rate: float) -> Tre
         )
         for m, v in zip(found.m, found.v, strict=True)
     ]
-    seen = _rate([new[n] - old[n] for n in found.params], directions, np.ones(len(directions)))
+    moved = [new[n] - old[n] for n in found.params]
+    along = [jnp.sum(d * by) for d, by in zip(directions, moved, strict=True)]
+    squares = [jnp.sum(d * d) for d in directions]
+    seen = _rate(jnp.stack(along), jnp.stack(squares))
     for n, direction in zip(found.params, directions, strict=True):
         new[n] = (new[n] + (rate - seen) * direction).astype(jnp.result_type(new[n]))
     return jax.tree.unflatten(structure, new)
 
 
-def _rate(moved: Sequence[Array], directions: Sequence[Array], weights: np.ndarray) -> Array:
-    """By least squares over all tensors; 0 where no direction is known yet."""
-    along, squares = (
-        sum(
-            (w * jnp.sum(d * other) for w, d, other in zip(weights, directions, of, strict=True)),
-            jnp.float32(0),
-        )
-        for of in (moved, directions)
-    )
-    return jnp.where(squares == 0, 0, along / jnp.where(squares == 0, 1, squares))
+def _rate(along: Array, squares: Array, weights: np.ndarray | float = 1.0) -> Array:
+    """By least squares over all tensors; 0 where no direction is known yet.
+
+    Args:
+        along: of each tensor the product of Adam's direction with what it moved by [tensors].
+        squares: of the directions.
+        weights: of the tensors.
+    """
+    whole, moved = jnp.sum(weights * squares), jnp.sum(weights * along)
+    return jnp.where(whole == 0, 0, moved / jnp.where(whole == 0, 1, whole))
 
 
 def _leaves(state: Tree) -> _Leaves | None:
@@ -208,8 +216,3 @@ def _is_kept(node: Any) -> bool:
 def _is_wide(leaf: Any) -> bool:
     dtype = jnp.result_type(leaf)
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4 and bool(jnp.size(leaf))
-
-
-def _sampled(leaf: Array) -> Array:
-    size = jnp.size(leaf)
-    return jnp.ravel(leaf)[np.arange(SAMPLE) * size // SAMPLE].astype(jnp.float32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrnn import tree
 from jaxrnn.types import Array, Tree
 
 SAMPLE = 64
@@ -47,7 +48,7 @@ def sampled(state: Tree) -> SampledState:
     """What `of_step` needs of the state before a step."""
     moving = [leaf for leaf in _without_means(state) if _is_float(leaf) and jnp.size(leaf)]
     leaves = moving, _means(state, FIRST_MOMENTS), _means(state, ('nu',))
-    return SampledState(*(jnp.stack([_sampled(leaf) for leaf in kind]) if kind else None for kind in leaves))
+    return SampledState(*(tree.spread(kind, SAMPLE) if kind else None for kind in leaves))
 
 
 def of_step(before: SampledState, after: Tree) -> dict[str, Array]:
@@ -138,12 +139,6 @@ def _means(state: Tree, names: Sequence[str]) -> list[Array]:
     nodes = [n for n in jax.tree.leaves(state, is_leaf=keeps_means) if keeps_means(n)]
     means = [getattr(node, name) for node in nodes for name in names if hasattr(node, name)]
     return [leaf for leaf in jax.tree.leaves(means) if _is_float(leaf) and leaf.size]
-
-
-def _sampled(leaf: Array) -> Array:
-    """[SAMPLE] numbers of a tensor, evenly spread; some several times where it has fewer."""
-    size = jnp.size(leaf)
-    return jnp.ravel(leaf)[np.arange(SAMPLE) * size // SAMPLE].astype(jnp.float32)
 
 
 def _is_float(leaf: Any) -> bool:
