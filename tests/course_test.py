@@ -316,3 +316,14 @@ def test_a_leap_comes_before_the_part_that_died_of_it():
     losses[200:230] = 9
     found = judged(partly_still(losses, 220))
     assert (found.symptom.kind, found.symptom.step) == ('spike', 200)
+
+
+def test_who_was_worse_than_at_first_before_a_part_died_has_diverged():
+    """As at a learning rate of 30: the loss is a million times as high from step 1 on, and gates are shut for good."""
+    losses = np.r_[0.02, np.full(399, 2e4), np.full(200, 4e4)] * NOISE
+    columns = partly_still(losses, 400, share=0.67)
+    assert judged(columns).symptom.kind == 'diverged' and began(columns) == 1
+    # What dies first is what is wrong.
+    good = np.exp(-STEPS / 60) + 0.2
+    columns = partly_still(np.select([STEPS < 200, STEPS < 400], [good, 0.4], 4.0) * NOISE, 180)
+    assert judged(columns).symptom.kind == 'dead' and began(columns) == 180

@@ -111,7 +111,7 @@ def _rank(event: Event, found: Sequence[Event], detectors: Sequence[Detector], c
         own = next(detector for detector in detectors if detector.kind == 'diverged')
         if lasted_since(own, columns, other.step) + SHORT < event.step:
             return kinds.index('diverged') + 0.5, event.step
-    if event.kind == 'spike' and any(
+    if event.kind in ('spike', 'diverged') and any(
         _is_partial(other, columns) and event.step <= other.step for other in found
     ):
         return kinds.index('dead') - 0.5, event.step
