@@ -462,6 +462,23 @@ def test_margins_of_what_speaks_for_the_cause_are_asked_first(tmp_path):
     assert cause.why.startswith('wear: both x 1 averts it; so does sound x 1')
 
 
+@pytest.mark.parametrize('given', [False, True])
+def test_margins_and_what_is_combined_do_not_depend_on_how_many_changes_there_were(tmp_path, given):
+    """Unless somebody gave the budget."""
+    subject = subject_of(growing(RATE), no_batch, first, tmp_path)
+    changes = [change(f'{n}', growing(0.7 + n / 100)) for n in range(8)]
+    sound = bearing('sound', 0.45, 'wear')
+    made = experiments(subject, budget=600)
+    told = run(
+        made, [sound, *changes], combine=lambda one: bearing('both', 0.225, 'wear'), changes_only=not given
+    )
+    assert len(told.untried) > 3
+    found = {o.change.name: o.margin for o in told.outcomes}
+    assert ('both x 1' in found) == (not given)
+    if not given:
+        assert found['both x 1'] == 4 and told.outcomes[0].point_of_no_return is not None
+
+
 def test_a_margin_that_leads_back_to_the_run_as_it_was(tmp_path):
     """It broke, and isn't replayed again."""
     subject = subject_of(growing(RATE), no_batch, first, tmp_path)

@@ -18,6 +18,7 @@ from jaxrnn.experiment.engine import Experiments, budget_for, most_for
 from jaxrnn.experiment.outcome import (
     AVERTED,
     DELAYED,
+    MARGINS,
     UNCHANGED,
     Change,
     Changed,
@@ -41,6 +42,11 @@ from jaxrnn.experiment.window import AFTER, Window, window_of
 
 RESERVED = 0.35
 """Share of the budget kept for the best: to replay it on, and for its point of no return."""
+
+
+WINDOWS_FOR_THE_BEST = 3 + 2 * (len(MARGINS) - 1)
+"""Windows that are replayed whatever the changes have taken: for the margins of the best, for the best with shorter and
+decaying steps, for the margins of that, and two for the proof. Advice must not depend on how much there was to try."""
 
 
 def run(
@@ -74,6 +80,8 @@ def run(
     tried = in_turn(experiments, changes)
     budget.hold_back(RESERVED / 2)
     tried = confirm(experiments, tried, by_batch)
+    if changes_only:
+        budget.ensure(WINDOWS_FOR_THE_BEST * experiments.window.length)
     budget.hold_back(0)
     outcomes = [outcome for _, outcome in tried if outcome is not None]
     by_batch = still_by_batch(outcomes, by_batch, nudge)

@@ -51,6 +51,10 @@ class Budget:
         """Adds steps that are held back until `hold_back` says otherwise."""
         self.steps += steps
 
+    def ensure(self, steps: int) -> None:
+        """Adds what is missing to so many that are left."""
+        self.steps = max(self.steps, self.spent + steps)
+
     def extend(self, times: float, most: int) -> None:
         """From now on, so many times as many steps as there were at first, up to `most`, and never fewer; what is spent
         does not count."""
