@@ -147,6 +147,21 @@ def test_leaves_are_looked_at_together_or_alone_alike(monkeypatch, few):
     assert jax.jit(tree.all_finite)(made)
 
 
+@pytest.mark.parametrize('few', [0, 5, 10**6])
+def test_numbers_are_evenly_spread_over_each_leaf(monkeypatch, few):
+    """In the order of the leaves, whichever of them are looked at together."""
+    monkeypatch.setattr(tree, 'FEW', few)
+    leaves = [
+        jnp.arange(12.0).reshape(3, 4),
+        jnp.arange(20.0, 24.0),
+        jnp.float32(30),
+        jnp.arange(40, 50, dtype=jnp.bfloat16),
+    ]
+    found = jax.jit(lambda leaves: tree.spread(leaves, 4))(leaves)
+    assert found.dtype == jnp.float32
+    assert found.tolist() == [[0, 3, 6, 9], [20, 21, 22, 23], [30] * 4, [40, 42, 45, 47]]
+
+
 def test_leaves_that_lie_otherwise_on_a_mesh_are_looked_at():
     """Of explicit axes, where what lies otherwise can't be joined."""
     mesh = jax.make_mesh((1,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -22,8 +22,8 @@ section 4.2); tanh at the same arguments, since tanh(x) = 2 sigmoid(2 x) - 1."""
 
 
 QUICKLY = {'xla_backend_optimization_level': 0}
-"""How a program of a thousand results is compiled, each of which is measured, and that is run three times: in half the
-time, on a processor. It runs up to twice as long."""
+"""How a program of a thousand results is compiled, each of which is measured, and that is run a few times: on a
+processor in half to two thirds of the time. It runs up to twice as long."""
 
 
 class Magnitude(NamedTuple):
