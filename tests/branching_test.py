@@ -106,6 +106,7 @@ def test_a_branch_can_be_bisected_and_branched_again(parent, tmp_path):
         (AT, {'hidden': 9}, 'has another network'),
         (AT, {'network': 'gru'}, 'has another network'),
         (AT, {'num_words': 7}, '--num_words: 7 found, and 0 in the run that is branched from'),
+        (AT, {'initial_weights': 'flax'}, '--initial_weights: flax found, and preset in'),
         (AT, {'recurrent_gain': 2.0}, '--recurrent_gain: 2.0 found, and 0.0 in'),
         (AT, {'chrono_steps': 5}, '--chrono_steps: 5 found, and 0 in'),
     ],

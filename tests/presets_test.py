@@ -1,5 +1,6 @@
 """Presets: how weights are drawn, which biases there are, the networks' shapes, and flax's own cells."""
 
+import dataclasses
 import functools
 
 import flax.linen
@@ -12,7 +13,7 @@ from tolerance import assert_close
 
 from jaxrnn import tree
 from jaxrnn.rnn import cells, layers
-from jaxrnn.words import config, models, presets
+from jaxrnn.words import config, models, presets, remedies
 
 KERAS1, KERAS3, FLAX = (cells.PRESETS[name] for name in ('keras1', 'keras3', 'flax'))
 LAYERS = {'LSTM': (layers.LSTM, 4), 'GRU': (layers.GRU, 3)}
@@ -143,7 +144,8 @@ def completed(*given: str, **options) -> dict[str, object]:
 
 def test_what_stable_sets():
     assert completed(preset='stable') == {
-        'learning_rate': 5e-4, 'schedule': 'warmup_cosine', 'decay_steps': 700, 'update_clip': 1.0,
+        'initial_weights': 'keras1', 'learning_rate': 5e-4, 'schedule': 'warmup_cosine', 'decay_steps': 700,
+        'update_clip': 1.0,
     }  # fmt: skip
 
 
@@ -154,10 +156,10 @@ def test_a_librarys_preset_sets_no_option(preset):
 
 def test_what_is_given_stays():
     """Even at its usual default; and a schedule of the user's own is not bent by part of another one."""
-    own = ('learning_rate', 'schedule', 'update_clip')
+    own = ('initial_weights', 'learning_rate', 'schedule', 'update_clip')
     assert completed(*own, preset='stable', learning_rate=0.1, schedule='exponential') == {}
     assert completed('learning_rate', 'decay_steps', preset='stable') == {
-        'schedule': 'warmup_cosine', 'update_clip': 1.0,
+        'initial_weights': 'keras1', 'schedule': 'warmup_cosine', 'update_clip': 1.0,
     }  # fmt: skip
 
 
@@ -166,6 +168,37 @@ def test_every_choice_has_a_network():
     found = {name: presets.network_of(name) for name in names}
     assert found == {**cells.PRESETS, 'stable': KERAS3}
     assert {*presets.SETTINGS, *presets.NETWORKS} <= set(names)
+
+
+@pytest.mark.parametrize('network', ['lstm', 'gru', 'stacked'])
+def test_initial_weights_of_another_library(network):
+    """The matrices are its own, number by number; biases, gates and the variant of the GRU stay."""
+
+    def made(**options) -> tuple[dict[str, np.ndarray], nnx.Module]:
+        options = config.Model(network=network, hidden=8, **options)
+        module = models.build(options, letters=5, vector_size=3, key=jax.random.key(0))
+        params = tree.named_leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+        return {name: np.asarray(leaf) for name, leaf in params.items()}, module
+
+    (mixed, module), (cells_of, own), (weights_of, _) = (
+        made(preset='keras3', initial_weights='keras1'), made(preset='keras3'), made(preset='keras1'),
+    )  # fmt: skip
+    assert mixed.keys() == cells_of.keys()
+    for name, leaf in mixed.items():
+        np.testing.assert_array_equal(leaf, (weights_of if name.endswith('kernel') else cells_of)[name], name)
+    assert nnx.graphdef(module) == nnx.graphdef(own)
+    kernels = [name for name in mixed if name.endswith('recurrent_kernel')]
+    assert kernels and all(not np.array_equal(mixed[name], cells_of[name]) for name in kernels)
+
+
+def test_a_gain_belongs_to_the_initial_weights():
+    options = config.Model(preset='flax', initial_weights='keras1')
+    assert presets.drawn_as(options) is KERAS1 and presets.drawn_as(config.Model(preset='flax')) is FLAX
+    gains = (
+        remedies.gain(config.Config(model=m))
+        for m in (options, dataclasses.replace(options, recurrent_gain=2.0))
+    )
+    assert list(gains) == [1.1, 2.0]
 
 
 def built(**options) -> nnx.Module:

@@ -271,6 +271,16 @@ def with_gain(preset: Preset, gain: float) -> Preset:
     return preset._replace(recurrent_kernel=make, recurrent_gain=gain)
 
 
+def drawn_as(preset: Preset, other: Preset) -> Preset:
+    """A preset with the initial weights of another one; biases and all else stay."""
+    return preset._replace(
+        kernel=other.kernel,
+        recurrent_kernel=other.recurrent_kernel,
+        recurrent_gain=other.recurrent_gain,
+        dense_kernel=other.dense_kernel,
+    )
+
+
 def chrono_biases(memory: int, hidden: int) -> Array:
     """log U of a forget gate, U in [1, T - 1], T the longest memory in time steps: units start with memories of all
     lengths up to T; the input gate gets their negative. [H], float32.

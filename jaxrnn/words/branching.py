@@ -16,7 +16,7 @@ from jaxrnn.words.config import Config
 from jaxrnn.words.opening import begins, check_files
 from jaxrnn.words.run import LoadedRun, open_run
 
-OF_THE_START = ('recurrent_gain', 'chrono_steps')
+OF_THE_START = ('initial_weights', 'recurrent_gain', 'chrono_steps')
 """Options that only change what a run starts from: under them nothing would be another than before."""
 
 

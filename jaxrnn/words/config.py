@@ -141,8 +141,8 @@ class Model(OptionGroup):
     network: str = option('lstm', 'The network.', choices=('lstm', 'gru', 'stacked'))
     preset: str = option(
         'keras3', "Initialisers, gates, GRU variant and Adam's epsilon of a library. stable: those of keras3, and what "
-        'helped most against a collapse: half the stock rate, falling to 0 by a cosine at --max_steps, and '
-        '--update_clip=1, where no flag says otherwise.',
+        'helped most against a collapse: half the stock rate, falling to 0 by a cosine at --max_steps, '
+        '--update_clip=1, and --initial_weights=keras1, where no flag says otherwise.',
         choices=('keras1', 'keras3', 'flax', 'stable'),
     )  # fmt: skip
     hidden: int = option(
@@ -152,8 +152,13 @@ class Model(OptionGroup):
         'preset', "The gates' squashing function, in place of the preset's.",
         choices=('preset', 'sigmoid', 'hard_sigmoid'), later=True,
     )  # fmt: skip
+    initial_weights: str = option(
+        'preset', "Whose initial weights, in place of the preset's. keras1 and flax draw a matrix for each gate, "
+        "keras3 one for all gates, in which those of a gate are half as large.",
+        choices=('preset', 'keras1', 'keras3', 'flax'), later=True,
+    )  # fmt: skip
     recurrent_gain: float = option(
-        0.0, "Gain of the initial recurrent weights, which are orthogonal; 0: the preset's, 1.1 for keras1, else 1.",
+        0.0, "Gain of the initial recurrent weights, which are orthogonal; 0: the library's, 1.1 for keras1, else 1.",
         at_least=0, later=True,
     )  # fmt: skip
     chrono_steps: int = option(

@@ -1,7 +1,7 @@
 """What `--preset` means: a network and Adam's epsilon, and options of the optimiser where the user gave none.
 
 A library's preset is an entry of `cells.PRESETS`, and nothing else. One of our own is an entry of SETTINGS, and of
-NETWORKS, too, where its network is that of a library. What stands in SETTINGS is justified by a measurement each
+NETWORKS, as its network is that of a library. What stands in SETTINGS is justified by a measurement each
 (benchmarks/study, *What makes a run stable*).
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxrnn.words.config import Config
+from jaxrnn.words.config import Model as ModelOptions
 
 if TYPE_CHECKING:
     from jaxrnn.rnn import cells
@@ -20,6 +21,7 @@ NETWORKS = {'stable': 'keras3'}
 
 SETTINGS: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     'stable': {
+        'initial_weights': lambda config: 'keras1',
         'learning_rate': lambda config: 5e-4,
         'schedule': lambda config: 'warmup_cosine',
         'decay_steps': lambda config: config.loop.max_steps,
@@ -37,6 +39,12 @@ def network_of(preset: str) -> cells.Preset:
     from jaxrnn.rnn import cells  # JAX takes its time, and flags are read without it
 
     return cells.PRESETS[NETWORKS.get(preset, preset)]
+
+
+def drawn_as(options: ModelOptions) -> cells.Preset:
+    """The preset whose initial weights a network has: its own, unless others are chosen."""
+    own = options.initial_weights == 'preset'
+    return network_of(options.preset if own else options.initial_weights)
 
 
 def completed(config: Config, given: Container[str]) -> Config:
