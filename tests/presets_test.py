@@ -192,13 +192,13 @@ def test_initial_weights_of_another_library(network):
 
 
 def test_a_gain_belongs_to_the_initial_weights():
-    options = config.Model(preset='flax', initial_weights='keras1')
-    assert presets.drawn_as(options) is KERAS1 and presets.drawn_as(config.Model(preset='flax')) is FLAX
-    gains = (
-        remedies.gain(config.Config(model=m))
-        for m in (options, dataclasses.replace(options, recurrent_gain=2.0))
-    )
-    assert list(gains) == [1.1, 2.0]
+    options = config.Model(preset='keras3', initial_weights='keras1', hidden=8)
+    of_gain_2 = dataclasses.replace(options, recurrent_gain=2.0)
+    assert [remedies.gain(config.Config(model=each)) for each in (options, of_gain_2)] == [1.1, 2.0]
+    assert remedies.gain(config.Config(model=config.Model(preset='keras3'))) == 1.0
+    made = models.build(of_gain_2, letters=5, vector_size=3, key=jax.random.key(0))
+    found = np.linalg.svd(made.recurrent.recurrent_kernel[:, :8], compute_uv=False)
+    assert_close(found, np.full(8, 2.0), 'float32 orthogonal')
 
 
 def built(**options) -> nnx.Module:
