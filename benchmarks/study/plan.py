@@ -207,6 +207,9 @@ KERAS3 = f'--preset=keras3 --learning_rate=0.0005 {COSINE} --update_clip=1.0'
 
 UNCLIPPED = '--update_clip=0'
 
+EARLY = '--max_steps=2500'
+"""Of a run that shall only say how soon it learns; its cosine goes on to the end of a whole one."""
+
 SMALL = {'stacked': 6e-3, 'gru': 32e-3}
 """Network -> the rate at which it collapses soon at width 128 with 256 words."""
 
@@ -249,6 +252,9 @@ def first_stable() -> Iterator[Task]:
             without = f'{KERAS3} {UNCLIPPED}'
             settings = narrow(rate, 'stable_keras3', KERAS3) | narrow(rate, 'unclipped', without)
             if seed < 3:
+                settings |= narrow(rate, 'weights_flax', f'{KERAS3} --initial_weights=flax {EARLY}')
+                settings |= narrow(rate, 'weights_keras3_gain2', f'{KERAS3} --recurrent_gain=2 {EARLY}')
+                settings |= narrow(rate, 'weights_keras3_hard', f'{KERAS3} --gate=hard_sigmoid {EARLY}')
                 settings |= narrow(rate, 'stable_keras3_constant', f'{KERAS3} --schedule=constant')
                 settings |= narrow(rate, 'unclipped_constant', f'{without} --schedule=constant')
                 settings |= narrow(2 * rate, 'unclipped_whole', without)

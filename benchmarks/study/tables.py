@@ -69,6 +69,32 @@ def _learnt_by(curve: Mapping[str, Sequence[float]]) -> int | None:
     return next((int(step) for step, accuracy in pairs if accuracy >= LEARNT), None)
 
 
+LEVELS = (6e-3, 4e-3, 2e-3, 1e-3, 1e-4, 1e-6)
+"""Losses on the way; that of the mean of the targets is 8.3e-3."""
+
+
+def by_speed(results: Results) -> Rows:
+    """How soon every whole run learns: the median of the steps by which a loss is reached, and how many seeds do."""
+    yield 'network', 'variant', 'seeds', *(f'{level:g}' for level in LEVELS), f'accuracy of {LEARNT}'
+    for (network, variant), runs in _grouped(results, lambda result: result.get('branch') is None):
+        reached = [[_below(run['curve'], level) for run in runs] for level in LEVELS]
+        reached.append([_learnt_by(run['curve']) for run in runs])
+        yield network, variant, str(len(runs)), *(_median_of(steps) for steps in reached)
+
+
+def _below(curve: Mapping[str, Sequence[float]], level: float) -> int | None:
+    """The last step of the first stretch of a curve with a loss below a level."""
+    pairs = zip(curve['step'], curve['loss'], strict=True)
+    return next((int(step) for step, loss in pairs if loss < level), None)
+
+
+def _median_of(steps: Sequence[int | None]) -> str:
+    known = [step for step in steps if step is not None]
+    if not known:
+        return ''
+    return f'{np.median(known):.0f}' + (f' ({len(known)})' if len(known) < len(steps) else '')
+
+
 def by_date(results: Results) -> Rows:
     """Each remedy, switched on at each date: of so many runs that would have collapsed, those that did all the same."""
     dates = list(plan.DATES)
@@ -131,7 +157,7 @@ def causes(results: Results) -> Rows:
 
 
 TABLES: Mapping[str, Callable[[Results], Rows]] = {
-    'settings': by_setting, 'dates': by_date, 'creeping': creeping, 'causes': causes,
+    'settings': by_setting, 'speed': by_speed, 'dates': by_date, 'creeping': creeping, 'causes': causes,
 }  # fmt: skip
 
 
