@@ -19,6 +19,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,12 +118,17 @@ class Study:
     def _result(self, task: Task, output: Path) -> dict[str, Any]:
         directory = self.directory / task.run
         if task.program == 'diagnose':
-            screen = output.read_text().replace(f'{self.directory}/', 'runs/study/').replace(f'{ROOT}/', '')
+            said = output.read_text().replace(f'{self.directory}/', 'runs/study/').replace(f'{ROOT}/', '')
+            screen = ''.join(line for line in said.splitlines(True) if not PROGRESS.search(line))
             return {'diagnosis': json.loads((directory / 'diagnosis.json').read_text()), 'screen': screen}
         found = measuring.measured(directory, task.full)
         if found['collapse'] is None:  # nothing is branched from it, or diagnosed
             shutil.rmtree(directory / 'checkpoints')
         return found
+
+
+PROGRESS = re.compile(r': [\d,]+ of [\d,]+ steps$')
+"""A line about how far a diagnosis is."""
 
 
 def said_of(result: dict[str, Any]) -> str:
