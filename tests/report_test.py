@@ -348,7 +348,12 @@ def test_what_the_best_makes_of_the_beginning_is_said():
         return ' '.join(screen.split())
 
     slow = Beginning(500, 0.0087, 0.0012, None)
-    assert 'on from the start it has a loss of 0.0087 by step 500; the run had 0.0012' in said(slow)
+    known = 'on from the start it has a loss of 0.0087 by step 500; the run had 0.0012'
+    assert f'{known}: it holds up the beginning' in said(slow)
+    for loss, own, held_up in (
+        (0.0023, 0.0012, False), (0.0025, 0.0012, True), (float('nan'), 0.0012, True), (-3.0, -8.0, False),
+    ):  # fmt: skip
+        assert ('it holds up' in said(slow._replace(loss=loss, own=own))) == held_up
     assert 'by step 500, and shows: diverged; the run' in said(
         slow._replace(symptom=Symptom('diverged', 400))
     )

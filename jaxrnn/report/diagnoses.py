@@ -139,7 +139,7 @@ def _from_start(beginning: Beginning) -> str:
     shown = '' if beginning.symptom is None else f', and shows: {beginning.symptom.kind}'
     return (
         f'on from the start it has a loss of {number(beginning.loss)} by step {beginning.step}{shown}; the run had '
-        f'{number(beginning.own)}'
+        f'{number(beginning.own)}{": it holds up the beginning" if beginning.held_up else ""}'
     )
 
 
