@@ -25,7 +25,7 @@ from jaxrnn.cli import common
 
 IMAGES = ROOT / 'docs' / 'images'
 NETWORKS = {'lstm': 'LSTM(1024)', 'gru': 'GRU(1024)', 'stacked': 'two LSTM(512)'}
-TRAIN, TEST, MARK, CLIPPED = '#1f5fa8', '#d9822b', '#b3261e', '#2e7d32'
+TRAIN, TEST, MARK, CLIPPED, STABLE = '#1f5fa8', '#d9822b', '#b3261e', '#7a8a3a', '#6a2c91'
 MOST = 8000  # steps that are shown
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -142,7 +142,8 @@ def curvature(results: Results) -> plt.Figure:
 SETTINGS = {
     'as in the question': (TEST, ('many_stock', 'many_rate1e_3')),
     'half the rate, a cosine': (TRAIN, ('many_unclipped',)),
-    '--preset=stable: update clipping, too': (CLIPPED, ('stable',)),
+    'and update clipping': (CLIPPED, ('stable_keras3',)),
+    "and Keras 1's initial weights: --preset=stable": (STABLE, ('stable',)),
 }
 """What is shown -> its colour, and the variants whose seeds are shown."""
 
@@ -169,7 +170,7 @@ def stable(results: Results) -> plt.Figure:
     shown: dict[str, Any] = {}
     for axis in axes[0]:
         shown |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    axes[0, 1].legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc='lower right')
+    axes[1, 2].legend(shown.values(), shown.keys(), frameon=False, fontsize=8, loc='lower left')
     return figure
 
 
