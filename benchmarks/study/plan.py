@@ -203,7 +203,7 @@ def doses(run: Task, rate: float, names: Iterable[str], dates: Iterable[str], mo
 STABLE = '--preset=stable'
 
 KERAS3 = f'--preset=keras3 --learning_rate=0.0005 {COSINE} --update_clip=1.0'
-"""The preset with the initial weights of Keras 3, as it was at first."""
+"""The preset with the initial weights of Keras 3, as it was before."""
 
 UNCLIPPED = '--update_clip=0'
 
@@ -243,7 +243,7 @@ def stable() -> Iterator[Task]:
 
 
 def first_stable() -> Iterator[Task]:
-    """The preset as it was at first, and at the very first, without clipping; and what was left out of that."""
+    """The preset as it was before, and at first, without clipping; and what was left out of either."""
     for network, seed in (('lstm', 0), ('gru', 0), ('stacked', 5), ('stacked', 3)):
         yield trained(network, 'stable_keras3', seed, KERAS3, stops=True)
         yield trained(network, 'unclipped', seed, f'{KERAS3} {UNCLIPPED}', stops=True)

@@ -142,7 +142,7 @@ class Beginning(NamedTuple):
 
 SLOWER = 2
 """Of advice in the study at real size, on from the start, what learnt nothing in 954 steps had 4.5 times the run's loss
-there; half the rate, decaying, with updates clipped, which learns as well, 1.5 and 1.6 times (benchmarks/study)."""
+there; half the rate, decaying, with updates clipped, which does learn, 1.5 and 1.6 times (benchmarks/study)."""
 
 
 class ExperimentReport(NamedTuple):

@@ -78,7 +78,7 @@ def build(options: config.Model, *, letters: int, vector_size: int, key: Array) 
         key: PRNG key.
     """
     hidden = width(options)
-    preset = cells.drawn_as(presets.network_of(options.preset), presets.drawn_as(options))
+    preset = cells.drawn_as(presets.network_of(options.preset), presets.weights_of(options))
     if options.gate != 'preset':
         preset = preset._replace(gate=cells.GATES[options.gate])
     if options.recurrent_gain:

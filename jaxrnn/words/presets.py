@@ -1,4 +1,4 @@
-"""What `--preset` means: a network and Adam's epsilon, and options of the optimiser where the user gave none.
+"""What `--preset` means: a network and Adam's epsilon, and other options where the user gave none.
 
 A library's preset is an entry of `cells.PRESETS`, and nothing else. One of our own is an entry of SETTINGS, and of
 NETWORKS, as its network is that of a library. What stands in SETTINGS is justified by a measurement each
@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxrnn.words.config import Config
-from jaxrnn.words.config import Model as ModelOptions
+from jaxrnn.words.config import Config, Model
 
 if TYPE_CHECKING:
     from jaxrnn.rnn import cells
@@ -41,7 +40,7 @@ def network_of(preset: str) -> cells.Preset:
     return cells.PRESETS[NETWORKS.get(preset, preset)]
 
 
-def drawn_as(options: ModelOptions) -> cells.Preset:
+def weights_of(options: Model) -> cells.Preset:
     """The preset whose initial weights a network has: its own, unless others are chosen."""
     own = options.initial_weights == 'preset'
     return network_of(options.preset if own else options.initial_weights)

@@ -170,7 +170,7 @@ def _usual_gain(config: Config) -> Overrides:
 
 def gain(config: Config) -> float:
     """Of the initial recurrent weights."""
-    return config.model.recurrent_gain or presets.drawn_as(config.model).recurrent_gain
+    return config.model.recurrent_gain or presets.weights_of(config.model).recurrent_gain
 
 
 DECAY = 'decaying learning rate'
